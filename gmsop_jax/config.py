@@ -1,0 +1,297 @@
+"""Configurations: defaults, overrides from the command line, and validation.
+
+A configuration file is Python with a function `get_config()` that returns a `ConfigDict` made from
+`default_config()`; it is executed, so run only files you trust.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+from gmsop_jax.errors import ConfigError
+
+HEADS = ("gap", "srsop", "gmgap", "gmsop")
+
+
+def model_defaults() -> ConfigDict:
+    """Fields of `config.model`; the defaults are GM-SOP-16-8 on ResNet-18, 64×64 images."""
+    m = ConfigDict()
+    m.head = "gmsop"  # gap | srsop | gmgap (gated mixture, first order) | gmsop (second order)
+    m.num_classes = 0  # 0: as many as the data set has
+    m.blocks_per_stage = 2  # basic blocks; 2 is ResNet-18, 4 WRN-36
+    m.width_factor = 1  # multiplies stage_widths; 2 is WRN-36-2
+    m.stage_widths = (16, 32, 64, 128)  # channels of each stage
+    m.stage_strides = (1, 2, 2, 1)  # of each stage's first block; first-order heads end with 2
+    m.stem_width = 16  # channels of the first convolution
+    m.pixel_scale = 60.0  # the stem's kernel starts at He's scale over this, learns at its square
+    m.num_candidates = 16  # N, size of the bank
+    m.num_selected = 8  # K, candidates per image
+    m.candidate_widths = (256, 128)  # 1×1 convolutions of a candidate; the last one is pooled
+    m.gate_widths = (256, 128)  # 1×1 convolutions of the gate's trunk
+    m.gate_gradient = "straight_through"  # or masked, the authors'
+    m.num_iters = 3  # Newton–Schulz steps
+    m.dropout_rate = 0.2  # before the classifier of a mixture
+    m.compute_dtype = ""  # '' follows the parameters (float32); bfloat16 for the convolutions
+    return m
+
+
+def default_config() -> ConfigDict:
+    """Every field there is; GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, the authors' recipe."""
+    c = ConfigDict()
+    c.seed = 0  # of initialisation, data order, augmentation, gate noise and dropout
+    c.compute_dtype = ""  # see model.compute_dtype, which follows it
+    c.model = model_defaults()
+    c.model.compute_dtype = c.get_ref("compute_dtype")
+
+    c.data = ConfigDict()
+    c.data.dir = "data/imagenet64"  # shards and dataset.json, as tools/convert.py makes them
+    c.data.source = "imagenet64"  # the source that tools/convert.py makes them from
+    c.data.auto_convert = False  # convert the source's embedded sample if dir doesn't exist
+    c.data.image_size = 0  # side to which images are resized; 0: as stored
+    c.data.flip = True  # mirror half of the training images
+    c.data.num_threads = 4  # batches prepared at once
+    c.data.verify = True  # compare the shards' checksums before the first step
+
+    c.train = ConfigDict()
+    c.train.batch_size = 256  # over all devices
+    c.train.num_epochs = 60
+    c.train.learning_rates = ((0.1, 40), (0.01, 10), (0.001, 5), (0.0001, 5))  # (rate, epochs) …
+    c.train.momentum = 0.9
+    c.train.weight_decay = 1e-4  # on every parameter: biases, batch norm and gate too
+    c.train.balance_weight = 100.0  # α; the loss is the mean cross entropy + α/B · balance loss
+    c.train.drop_last = True  # False trains on the smaller last batch of an epoch, as the authors
+    c.train.log_every_steps = 100
+
+    c.eval = ConfigDict()
+    c.eval.split = "val"
+    c.eval.batch_size = 256
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.keep = 3  # the last n are kept, and the best
+    c.checkpoint.every_steps = 0  # within an epoch too; 0: at each epoch's end only
+    return c
+
+
+# What a resumed run may change: it decides where things lie and how often they are told, not what is
+# computed.
+_MAY_DIFFER = (
+    "data.dir",
+    "data.auto_convert",
+    "data.num_threads",
+    "data.verify",
+    "train.log_every_steps",
+    "eval.batch_size",
+    "checkpoint.keep",
+    "checkpoint.every_steps",
+)
+
+
+def load(path: str | pathlib.Path, overrides: list[str] | tuple[str, ...] = ()) -> ConfigDict:
+    """Reads a configuration file, applies `field=value` overrides, and validates the result.
+
+    Raises:
+      ConfigError: if the file is missing or has no `get_config`, or as `override` and `validate`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}; those that come along are in configs/")
+    spec = importlib.util.spec_from_file_location(f"gmsop_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is no Python file; a configuration has a function get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no function get_config()")
+    config = module.get_config()
+    for item in overrides:
+        override(config, item)
+    validate(config)
+    return config
+
+
+def override(config: ConfigDict, assignment: str) -> None:
+    """Sets one field from text, as in `train.batch_size=64`; the text is read as the field's type.
+
+    Raises:
+      ConfigError: if there is no such field or the value doesn't fit its type.
+
+    Example:
+      >>> config = default_config()
+      >>> override(config, "train.batch_size=64")
+      >>> config.train.batch_size
+      64
+      >>> override(config, "train.batchsize=64")
+      Traceback (most recent call last):
+      ...
+      gmsop_jax.errors.ConfigError: no field config.train.batchsize; did you mean train.batch_size?
+    """
+    name, separator, text = assignment.partition("=")
+    if not separator:
+        raise ConfigError(f"--config.{name} needs a value: --config.{name}=…")
+    fields = dict(flatten(config))
+    if name not in fields:
+        raise ConfigError(f"no field config.{name}; {_suggest(name, fields)}")
+    section, _, leaf = name.rpartition(".")
+    parent = config[section] if section else config
+    value = _parse(name, text, fields[name])
+    reference = parent.get_oneway_ref(leaf) if leaf == "compute_dtype" else None
+    if isinstance(reference, FieldReference) and section:  # both names are one field
+        config.compute_dtype = value
+    else:
+        parent[leaf] = value
+
+
+def _suggest(name: str, fields: Mapping[str, Any]) -> str:
+    by_leaf = [f for f in fields if f.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = by_leaf or difflib.get_close_matches(name, fields, 1, 0.6)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(fields)}"
+
+
+def _parse(name: str, text: str, current: Any) -> Any:
+    if isinstance(current, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(current, float) and type(value) is int:
+        value = float(value)
+    if isinstance(current, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not type(current):
+        expected = type(current).__name__
+        raise ConfigError(
+            f"config.{name} is of type {expected} (now {current!r}); {text!r} is none"
+        )
+    return value
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every field."""
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field against its type, its range and the others.
+
+    Raises:
+      ConfigError: naming the field, the value and what would be right.
+    """
+    known = dict(flatten(default_config()))
+    fields = dict(flatten(config))
+    for name, value in fields.items():
+        if name not in known:
+            raise ConfigError(f"no field config.{name}; {_suggest(name, known)}")
+        _parse(name, value if isinstance(value, str) else repr(value), known[name])
+    missing = [name for name in known if name not in fields]
+    if missing:
+        raise ConfigError(f"config.{missing[0]} is missing; start from default_config()")
+    _validate_model(config.model)
+    for name, least in _LEAST.items():
+        if fields[name] < least:
+            raise ConfigError(f"config.{name} must be at least {least}, got {fields[name]}")
+    _validate_schedule(config.train.learning_rates)
+    if not 0 <= config.train.momentum < 1:
+        raise ConfigError(f"config.train.momentum must be in [0, 1), got {config.train.momentum}")
+
+
+_LEAST = {
+    "seed": 0,
+    "data.image_size": 0,
+    "data.num_threads": 1,
+    "train.batch_size": 1,
+    "train.num_epochs": 1,
+    "train.weight_decay": 0.0,
+    "train.balance_weight": 0.0,
+    "train.log_every_steps": 1,
+    "eval.batch_size": 1,
+    "checkpoint.keep": 1,
+    "checkpoint.every_steps": 0,
+    "model.num_classes": 0,
+    "model.blocks_per_stage": 1,
+    "model.width_factor": 1,
+    "model.stem_width": 1,
+    "model.num_candidates": 1,
+    "model.num_selected": 1,
+    "model.num_iters": 1,
+}
+
+
+def _validate_model(m: ConfigDict) -> None:
+    _one_of("model.head", m.head, HEADS)
+    _one_of("model.gate_gradient", m.gate_gradient, ("straight_through", "masked"))
+    _one_of("model.compute_dtype", m.compute_dtype, ("", "float32", "bfloat16", "float64"))
+    if m.num_selected > m.num_candidates:
+        raise ConfigError(
+            f"config.model.num_selected (K = {m.num_selected}) exceeds config.model.num_candidates"
+            f" (N = {m.num_candidates}); lower K or raise N"
+        )
+    for name in ("stage_widths", "stage_strides", "candidate_widths", "gate_widths"):
+        if not m[name] or any(type(v) is not int or v < 1 for v in m[name]):
+            raise ConfigError(
+                f"config.model.{name} must be positive integers, like {model_defaults()[name]};"
+                f" got {m[name]}"
+            )
+    if len(m.stage_widths) != len(m.stage_strides):
+        raise ConfigError(
+            f"config.model.stage_widths {m.stage_widths} and stage_strides {m.stage_strides}"
+            " need one entry for each stage"
+        )
+    if not m.pixel_scale > 0:
+        raise ConfigError(f"config.model.pixel_scale must be positive, got {m.pixel_scale}")
+    if not 0 <= m.dropout_rate < 1:
+        raise ConfigError(f"config.model.dropout_rate must be in [0, 1), got {m.dropout_rate}")
+
+
+def _validate_schedule(rates: tuple) -> None:
+    pairs = all(isinstance(r, tuple | list) and len(r) == 2 for r in rates)
+    if not rates or not pairs or any(r <= 0 or type(e) is not int or e < 1 for r, e in rates):
+        raise ConfigError(
+            "config.train.learning_rates must be pairs (rate > 0, epochs ≥ 1), like"
+            f" ((0.1, 40), (0.01, 10)); got {rates}"
+        )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        close = difflib.get_close_matches(value, allowed, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"config.{name} must be one of {allowed}, got {value!r}{hint}")
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved configuration as JSON text."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str) -> ConfigDict:
+    """Inverse of `to_json`: tuples, which JSON writes as lists, are tuples again."""
+    config = default_config()
+    stored = json.loads(text)
+    for name, value in flatten(stored):
+        section, _, leaf = name.rpartition(".")
+        if name in dict(flatten(config)) and name != "model.compute_dtype":
+            parent = config[section] if section else config
+            parent[leaf] = _as_tuple(value)
+    return config
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(v) for v in value) if isinstance(value, list) else value
+
+
+def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
+    """Lines `field: a → b` for the fields that make two runs different computations."""
+    a, b = dict(flatten(config)), dict(flatten(other))
+    names = [n for n in a if n not in _MAY_DIFFER and a[n] != b.get(n)]
+    return [f"config.{n}: {a[n]!r} → {b.get(n)!r}" for n in names]

@@ -1,0 +1,65 @@
+"""Layers that the backbones and heads share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# N(0, 2/fan_in), as the authors initialise every convolution and the classifier
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with MatConvNet's running moments.
+
+    y = scale · (x − μ)/σ + bias,  σ = √(var + ε), biased variance.
+
+    The collection `batch_stats` holds running means of μ and of σ itself (`mean`, `sigma`), not of the
+    variance; at test time x is divided by the running σ, with no ε added again. They start at 0 and 1
+    (MatConvNet: 0 and 0), so that a network which never trained can be evaluated.
+
+    Attributes:
+      running_rate: share of the batch in the running moments: r ← (1 − rate)·r + rate·batch.
+      epsilon: ε.
+      axis_name: pmap or shard_map axis whose devices share one batch; None keeps the moments per
+        device (under jit the batch is the global one anyway).
+      dtype: of the result; None follows x and the parameters. Moments are never below float32.
+    """
+
+    running_rate: float = 0.3
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... c"], *, train: bool) -> Float[Array, "... c"]:
+        """Normalises x, by the batch's moments in training and the running ones otherwise."""
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        running_mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(c, scale.dtype))
+        running_sigma = self.variable("batch_stats", "sigma", lambda: jnp.ones(c, scale.dtype))
+        if train:
+            mean, sigma = self._batch_moments(x)
+            if not self.is_initializing():
+                self._update(running_mean, mean)
+                self._update(running_sigma, sigma)
+        else:
+            mean, sigma = running_mean.value, running_sigma.value
+        dtype = self.dtype or jnp.result_type(x, scale)
+        factor = scale / sigma
+        y = x.astype(factor.dtype) * factor + (bias - mean * factor)
+        return y.astype(dtype)
+
+    def _batch_moments(self, x: Array) -> tuple[Array, Array]:
+        axes = tuple(range(x.ndim - 1))
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean, square = jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)
+        if self.axis_name is not None and not self.is_initializing():
+            mean, square = jax.lax.pmean((mean, square), self.axis_name)
+        variance = jnp.maximum(square - jnp.square(mean), 0)
+        return mean, jnp.sqrt(variance + self.epsilon)
+
+    def _update(self, running: nn.Variable, batch: Array) -> None:
+        old = running.value
+        running.value = (old + self.running_rate * (batch - old)).astype(old.dtype)

@@ -1,0 +1,24 @@
+"""Pure array functions; they import nothing but jax and numpy.
+
+Axes: b batch, p positions (height × width), c channels, d width of a matrix, n candidates, k selected.
+"""
+
+from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool
+from gmsop_jax.ops.dispatch import apply_candidates
+from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
+from gmsop_jax.ops.top_k import balance_loss, select_top_k, selection_weights, top_k_gate
+from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
+
+__all__ = [
+    "apply_candidates",
+    "average_pool",
+    "balance_loss",
+    "covariance_pool",
+    "newton_schulz_sqrt",
+    "second_order_pool",
+    "select_top_k",
+    "selection_weights",
+    "top_k_gate",
+    "triangle_matrix",
+    "triangle_vector",
+]

@@ -1,0 +1,117 @@
+"""The gate's arithmetic: which candidates an image selects, with what weights, and the balance loss."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Gradient = Literal["straight_through", "masked"]
+
+
+def top_k_gate(
+    logits: Float[Array, "b n"],
+    k: int,
+    gradient: Gradient = "straight_through",
+    rng: Array | None = None,
+) -> tuple[Float[Array, "b n"], Int[Array, "b k"]]:
+    """Selects the k largest logits of each image and weighs them by their softmax.
+
+    w = softmax(h restricted to TopK(h)), 0 elsewhere   (GM-SOP, eq. 4–5)
+
+    Args:
+      logits: h; half precision is widened to float32.
+      k: how many are selected, 1 ≤ k ≤ n.
+      gradient: `straight_through` passes the gradient of softmax(h) over all n; `masked` that of the
+        softmax over the selected, as the authors' code.
+      rng: key for the draw of k candidates when all logits tie (see `select_top_k`).
+
+    Returns: (weights with k non-zeros a row that sum to 1, indices of the selected).
+
+    Raises:
+      ValueError: if k is out of range or `gradient` unknown.
+
+    Example:
+      >>> weights, indices = top_k_gate(jnp.array([[0.0, 2.0, 2.0, 1.0]]), 2)
+      >>> weights, indices
+      (Array([[0. , 0.5, 0.5, 0. ]], dtype=float32), Array([[1, 2]], dtype=int32))
+    """
+    indices = select_top_k(logits, k, rng)
+    return selection_weights(logits, indices, gradient), indices
+
+
+def select_top_k(
+    logits: Float[Array, "b n"], k: int, rng: Array | None = None
+) -> Int[Array, "b k"]:
+    """Indices of the k largest logits of each image; of equal ones the lower index goes first.
+
+    If every logit of every image ties (to 16 units of rounding: equal columns of a matrix product need
+    not come out equal in bits), as at the gate's constant start, and `rng` is given, k candidates are
+    drawn at random for each image instead, so that all of them begin to learn.
+
+    Args:
+      logits: [b, n].
+      k: how many, 1 ≤ k ≤ n.
+      rng: key of the draw; without it ties go to the lower index.
+
+    Returns: indices, the largest logit's first.
+
+    Raises:
+      ValueError: if k is out of range.
+    """
+    n = logits.shape[-1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and the number of candidates {n}, got {k}")
+    logits = jax.lax.stop_gradient(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    if rng is not None and k < n:
+        logits = jnp.where(_all_tie(logits), jax.random.uniform(rng, logits.shape), logits)
+    return jax.lax.top_k(logits, k)[1]
+
+
+def _all_tie(logits: Array) -> Array:
+    spread = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
+    rounding = 16 * jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(logits), axis=-1)
+    return jnp.all(spread <= rounding)
+
+
+def selection_weights(
+    logits: Float[Array, "b n"],
+    indices: Int[Array, "b k"],
+    gradient: Gradient = "straight_through",
+) -> Float[Array, "b n"]:
+    """Softmax over the selected logits, 0 elsewhere; `gradient` as in `top_k_gate`.
+
+    Raises:
+      ValueError: if `gradient` is unknown.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    selected = jnp.any(indices[..., None] == jnp.arange(logits.shape[-1]), axis=-2)
+    hard = jax.nn.softmax(jnp.where(selected, logits, -jnp.inf), axis=-1)
+    if gradient == "masked":
+        return hard
+    if gradient == "straight_through":
+        soft = jax.nn.softmax(logits, axis=-1)
+        return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))
+    raise ValueError(f"gradient must be 'straight_through' or 'masked', got {gradient!r}")
+
+
+def balance_loss(
+    weights: Float[Array, "b n"], axis_name: str | None = None
+) -> Float[Array, ""]:
+    """How unevenly a batch uses the candidates: 0 when all carry the same weight.
+
+    L = (std(s)/mean(s))², sᵢ = Σ_batch wᵢ, std with n − 1   (GM-SOP, eq. 6, without its factor α)
+
+    Args:
+      weights: gate weights.
+      axis_name: pmap or shard_map axis over which the batch is split; s is summed over it first, since
+        the loss of the whole batch is not the mean of its parts'.
+
+    Returns: a scalar; 0 for a single candidate.
+    """
+    usage = jnp.sum(weights, axis=0)
+    if axis_name is not None:
+        usage = jax.lax.psum(usage, axis_name)
+    if usage.shape[0] == 1:
+        return jnp.zeros((), usage.dtype)
+    return jnp.var(usage, ddof=1) / jnp.mean(usage) ** 2

@@ -1,0 +1,104 @@
+"""Symmetric matrices as vectors: the upper triangle with its diagonal, in the order of `numpy.triu_indices`."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+
+@functools.cache
+def _positions(d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions of the triangle's entries in the matrix, and of the matrix's in the triangle."""
+    rows, cols = np.triu_indices(d)
+    to_vector = rows * d + cols
+    to_matrix = np.zeros((d, d), np.int32)
+    to_matrix[rows, cols] = to_matrix[cols, rows] = np.arange(rows.size)
+    return to_vector.astype(np.int32), to_matrix.reshape(-1)
+
+
+def _take(x: Array, positions: np.ndarray) -> Array:
+    return jnp.take(x, positions, axis=-1, mode="clip", unique_indices=False)
+
+
+# The adjoint of a gather is a scatter, slow to compile and to run; here either function's adjoint is
+# the other's gather with the entries off the diagonal weighted, so both directions stay gathers.
+
+
+@jax.custom_vjp
+def triangle_vector(m: Shaped[Array, "*b d d"]) -> Shaped[Array, "*b t"]:
+    """Upper triangles with the diagonal, row by row: t = d(d + 1)/2, off-diagonals unscaled.
+
+    v = m[triu_indices(d)]   (GM-SOP, section 2.2; MATLAB's column order is another)
+
+    Args:
+      m: square matrices; only the upper triangle is read.
+
+    Returns: vectors of the same dtype; 8256 entries for d = 128.
+
+    Raises:
+      ValueError: if the last two axes differ.
+
+    Example:
+      >>> triangle_vector(jnp.array([[1, 2], [2, 5]]))
+      Array([1, 2, 5], dtype=int32)
+    """
+    if m.ndim < 2 or m.shape[-1] != m.shape[-2]:
+        raise ValueError(f"triangle_vector needs square matrices [..., d, d], got shape {m.shape}")
+    d = m.shape[-1]
+    return _take(m.reshape(*m.shape[:-2], d * d), _positions(d)[0])
+
+
+@jax.custom_vjp
+def triangle_matrix(v: Shaped[Array, "*b t"]) -> Shaped[Array, "*b d d"]:
+    """Symmetric matrices from their upper triangles: the inverse of `triangle_vector`.
+
+    Args:
+      v: vectors of t = d(d + 1)/2 entries.
+
+    Returns: symmetric matrices of the same dtype.
+
+    Raises:
+      ValueError: if t is no triangular number.
+
+    Example:
+      >>> triangle_matrix(jnp.array([1, 2, 5]))
+      Array([[1, 2],
+             [2, 5]], dtype=int32)
+    """
+    d = triangle_side(v.shape[-1])
+    return _take(v, _positions(d)[1]).reshape(*v.shape[:-1], d, d)
+
+
+def triangle_side(t: int) -> int:
+    """The d whose triangle has t = d(d + 1)/2 entries.
+
+    Raises:
+      ValueError: if t is no triangular number.
+    """
+    d = (math.isqrt(8 * t + 1) - 1) // 2
+    if t < 1 or d * (d + 1) // 2 != t:
+        raise ValueError(f"a triangle has d(d + 1)/2 entries (1, 3, 6, 10, …); {t} is none of these")
+    return d
+
+
+def _vector_forward(m):
+    return triangle_vector(m), None
+
+
+def _vector_backward(_, g):
+    return (jnp.triu(triangle_matrix(g)),)
+
+
+def _matrix_forward(v):
+    return triangle_matrix(v), None
+
+
+def _matrix_backward(_, g):
+    return (triangle_vector(g + jnp.swapaxes(jnp.tril(g, -1), -1, -2)),)
+
+
+triangle_vector.defvjp(_vector_forward, _vector_backward)
+triangle_matrix.defvjp(_matrix_forward, _matrix_backward)
