@@ -1,0 +1,1 @@
+"""Data: foreign data sets → verified ArrayRecord shards → batches. Imports no JAX."""

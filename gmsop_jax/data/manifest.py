@@ -1,0 +1,230 @@
+"""dataset.json: what a data set directory holds, and the checks that it still does."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gmsop_jax.errors import DataError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "dataset.json"
+JOB_DIR = ".convert"  # a conversion's own folder while it is unfinished
+
+_CONVERT = "make it with `python tools/convert.py SOURCE --output DIR`"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file, relative to the data set's directory."""
+
+    file: str
+    num_records: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The images of one split.
+
+    `image_size` is (height, width), or None if the images differ; `class_counts` has one count per
+    class.
+    """
+
+    num_images: int
+    image_size: tuple[int, int] | None
+    class_counts: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The contents of dataset.json.
+
+    `mean_rgb` [3] and `covariance_rgb` [3, 3] are exact over all pixels of the training split, in
+    0…255 units;
+    `provenance` says how the set was made: source, files with their sums, options, seed, tool
+    version.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mean_rgb: tuple[float, float, float]
+    covariance_rgb: tuple[tuple[float, float, float], ...]
+    splits: Mapping[str, Split]
+    provenance: Mapping[str, Any]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; labels are 0…num_classes − 1."""
+        return len(self.classes)
+
+    def split(self, name: str) -> Split:
+        """The split of that name; DataError names the ones there are."""
+        if name not in self.splits:
+            raise DataError(
+                f"data set {self.name!r} has no split {name!r}; it has "
+                f"{', '.join(sorted(self.splits))}"
+            )
+        return self.splits[name]
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes dataset.json, whole or not at all."""
+        write_json(Path(directory) / FILE_NAME, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], verify_checksums: bool = False) -> "Manifest":
+        """Reads dataset.json and checks it against the files beside it.
+
+        Shard sizes are always compared; their sha256 sums (which read every byte) only where
+        `verify_checksums`.
+
+        Raises: DataError if the directory is missing, empty, foreign or half-written, if its
+          schema is another, or if a
+          shard is missing, changed or named outside the directory.
+        """
+        path = Path(directory)
+        manifest = _parse(_read(path), path / FILE_NAME)
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                check_shard(path, shard, verify_checksums)
+        return manifest
+
+
+def check_shard(directory: Path, shard: Shard, verify_checksum: bool) -> None:
+    """Raises DataError unless the shard is there with its size (and its sha256 sum, if asked)."""
+    path = directory / shard.file
+    redo = "convert the data set again"
+    if not path.is_file():
+        raise DataError(f"shard {path} is missing; {redo}")
+    if (size := path.stat().st_size) != shard.bytes:
+        raise DataError(f"shard {path} has {size} bytes instead of {shard.bytes}; {redo}")
+    if verify_checksum and (found := sha256(path)) != shard.sha256:
+        raise DataError(
+            f"shard {path} has sha256 {found} instead of {shard.sha256}: its bytes changed; {redo}"
+        )
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name and renames it."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        raise DataError(f"no data set at {path.absolute()}: there is no such folder; {_CONVERT}")
+    if not path.is_dir():
+        raise DataError(f"no data set at {path.absolute()}: it is a file, not a folder; {_CONVERT}")
+    file = path / FILE_NAME
+    if not file.exists():
+        if (path / JOB_DIR).is_dir():
+            raise DataError(
+                f"the data set at {path.absolute()} is half-written: run the same tools/convert.py "
+                "command again to "
+                "finish it (after --shard-range, tools/merge_manifests.py)"
+            )
+        empty = next(path.iterdir(), None) is None
+        held = (
+            "the folder is empty" if empty else f"the folder holds other files and no {FILE_NAME}"
+        )
+        raise DataError(f"no data set at {path.absolute()}: {held}; {_CONVERT}")
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file} can't be read as JSON ({error}); convert the data set again"
+        ) from error
+
+
+def _parse(value: Any, file: Path) -> Manifest:
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if version is None:
+        raise DataError(
+            f"{file} isn't a manifest of this project: it has no schema_version; {_CONVERT}"
+        )
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{file} has schema_version {version}; this release reads {SCHEMA_VERSION}: convert "
+            "the data set again"
+        )
+    try:
+        manifest = Manifest(
+            name=str(value["name"]),
+            classes=tuple(str(name) for name in value["classes"]),
+            mean_rgb=_vector(value["mean_rgb"]),
+            covariance_rgb=tuple(_vector(row) for row in value["covariance_rgb"]),
+            splits={str(name): _parse_split(split) for name, split in value["splits"].items()},
+            provenance=dict(value["provenance"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{file} is damaged ({type(error).__name__}: {error}); convert the data set again"
+        ) from error
+    _check(manifest, file)
+    return manifest
+
+
+def _vector(value: Any) -> tuple[float, float, float]:
+    red, green, blue = value
+    return float(red), float(green), float(blue)
+
+
+def _parse_split(value: Any) -> Split:
+    size = value["image_size"]
+    return Split(
+        num_images=int(value["num_images"]),
+        image_size=None if size is None else (int(size[0]), int(size[1])),
+        class_counts=tuple(int(count) for count in value["class_counts"]),
+        shards=tuple(
+            Shard(
+                str(shard["file"]),
+                int(shard["num_records"]),
+                int(shard["bytes"]),
+                str(shard["sha256"]),
+            )
+            for shard in value["shards"]
+        ),
+    )
+
+
+def _check(manifest: Manifest, file: Path) -> None:
+    if not manifest.classes or not manifest.splits:
+        raise DataError(f"{file} names no classes or no splits; convert the data set again")
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            parts = PurePosixPath(shard.file).parts
+            if len(parts) != 1 or parts[0] in ("..", ".", "/") or "\\" in shard.file:
+                raise DataError(
+                    f"{file} names a shard outside its folder: {shard.file!r}; don't trust this "
+                    "data set"
+                )
+        records = sum(shard.num_records for shard in split.shards)
+        if len(split.class_counts) != manifest.num_classes:
+            raise DataError(
+                f"{file}: split {name!r} counts {len(split.class_counts)} classes and the data set "
+                "has "
+                f"{manifest.num_classes}: labels would be out of range; convert the data set again"
+            )
+        if split.num_images != records or split.num_images != sum(split.class_counts):
+            raise DataError(
+                f"{file}: split {name!r} says {split.num_images} images, its shards {records}, its "
+                "classes "
+                f"{sum(split.class_counts)}; convert the data set again"
+            )

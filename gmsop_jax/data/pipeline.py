@@ -1,0 +1,308 @@
+"""Shards → batches: Grain over the steps of training, and one vectorised read per step.
+
+A step's batch is a function of (seed, step) alone:
+
+    step → (epoch, row of the epoch) → indices of the global batch in the epoch's permutation →
+    this process's rows
+         → one read of many records → decode → flip
+
+so any step can be made at once, on any number of processes, and the position in the data is one
+number: the step, which
+is also Grain's iterator state.
+
+Copies of a pixel on its way from the page cache to the batch: one by ArrayRecord into its chunk,
+one into the record's
+`bytes`, one that joins the records of a batch, one into the batch, plus one more for the half that
+is flipped.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+import threading
+from pathlib import Path
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from gmsop_jax.data.manifest import Manifest, Split
+from gmsop_jax.data.order import coin_flips, permutation
+from gmsop_jax.data.reading import ShardReader
+from gmsop_jax.data.records import decode_batch
+from gmsop_jax.errors import DataError
+
+Directory = str | os.PathLike[str]
+Size = int | tuple[int, int] | None
+Batch = dict[str, np.ndarray]
+
+_ORDER, _FLIP = 0, 1  # what a draw is for: keeps the two streams of one seed apart
+
+
+def steps_per_epoch(num_images: int, batch_size: int, drop_remainder: bool = True) -> int:
+    """How many batches one epoch has.
+
+    Raises: DataError if that is none.
+
+    >>> steps_per_epoch(10, 4), steps_per_epoch(10, 4, drop_remainder=False)
+    (2, 3)
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; it must be at least 1")
+    steps = num_images // batch_size if drop_remainder else -(-num_images // batch_size)
+    if steps < 1:
+        raise DataError(
+            f"{num_images} images make no batch of {batch_size}: use a smaller batch_size or more "
+            "images"
+        )
+    return steps
+
+
+def train_batches(
+    directory: Directory,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    flip: bool = True,
+    image_size: Size = None,
+    drop_remainder: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    num_workers: int = 0,
+) -> grain.DatasetIterator[Batch]:
+    """Batches of the training split for ever, shuffled anew each epoch.
+
+    Args:
+      directory: a data set's folder.
+      batch_size: of the global batch, over all processes; each gets its contiguous share of the
+        rows.
+      seed: non-negative; with the step it decides everything.
+      start_step: the first step to give: what an uninterrupted run would have seen there.
+      flip: mirror each image left to right with probability ½.
+      image_size: side, or (height, width), to resize to; needed where the split's images differ in
+        size.
+      drop_remainder: leave out an epoch's smaller last batch; otherwise it comes as it is.
+      process_index, process_count: this process among those that share the global batch.
+      num_threads: read ahead in this many threads.
+      num_workers: read in this many processes instead (for slow resizing; close the iterator when
+        done).
+    Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b]}. Its get_state()
+      is the next step (with
+      workers: their positions since start_step), and set_state goes there.
+    Raises: DataError if the data set is missing or damaged, or the arguments don't fit it.
+    """
+    split, rows = _open(directory, "train", image_size, process_index, process_count)
+    if seed < 0 or start_step < 0:
+        raise DataError(f"seed {seed} and start_step {start_step} must not be negative")
+    _check_share(batch_size, process_count)
+    steps_per_epoch(split.num_images, batch_size, drop_remainder)
+    order = _Shuffled(split.num_images, batch_size, seed, drop_remainder)
+    read = functools.partial(_train_batch, rows=rows, seed=seed, flip=flip)
+    return _iterate(order, read, num_threads, num_workers, start_step)
+
+
+def eval_batches(
+    directory: Directory,
+    split: str,
+    *,
+    batch_size: int,
+    image_size: Size = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    num_workers: int = 0,
+) -> grain.DatasetIterator[Batch]:
+    """One pass over a split, in its order; the last batch is padded to full size.
+
+    Args: as in `train_batches`.
+    Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'mask': bool
+      [b]}; the mask is False
+      on padding (black images with label 0).
+    Raises: DataError as `train_batches`.
+    """
+    images, rows = _open(directory, split, image_size, process_index, process_count)
+    _check_share(batch_size, process_count)
+    steps_per_epoch(images.num_images, batch_size, drop_remainder=False)
+    read = functools.partial(_eval_batch, rows=rows)
+    return _iterate(_InOrder(images.num_images, batch_size), read, num_threads, num_workers)
+
+
+@dataclasses.dataclass
+class _Shuffled:
+    """For each step of endless training, the indices of its global batch."""
+
+    num_images: int
+    batch_size: int
+    seed: int
+    drop_remainder: bool
+
+    def __post_init__(self) -> None:
+        self._steps = steps_per_epoch(self.num_images, self.batch_size, self.drop_remainder)
+        self._epochs: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        epoch, row = divmod(int(index), self._steps)
+        return self._epoch(epoch)[row * self.batch_size : (row + 1) * self.batch_size]
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._epochs:
+                # Threads that read ahead may still need the epoch before, none an older one.
+                self._epochs = {at: order for at, order in self._epochs.items() if at == epoch - 1}
+                self._epochs[epoch] = permutation(self.num_images, self.seed, _ORDER, epoch)
+            return self._epochs[epoch]
+
+    def __reduce__(self) -> tuple[type["_Shuffled"], tuple[int, int, int, bool]]:
+        return _Shuffled, (self.num_images, self.batch_size, self.seed, self.drop_remainder)
+
+
+@dataclasses.dataclass
+class _InOrder:
+    """For each step of one pass, the indices of its global batch; −1 is padding."""
+
+    num_images: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return steps_per_epoch(self.num_images, self.batch_size, drop_remainder=False)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        indices = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        return np.where(indices < self.num_images, indices, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """This process's rows of a global batch, and how to read them."""
+
+    reader: ShardReader
+    size: tuple[int, int]
+    num_classes: int
+    process_index: int
+    process_count: int
+
+    def mine(self, values: np.ndarray) -> np.ndarray:
+        """This process's contiguous share of one value per row of the global batch."""
+        start, stop = (
+            len(values) * p // self.process_count
+            for p in (self.process_index, self.process_index + 1)
+        )
+        return values[start:stop]
+
+    def read(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+        """The images at `indices` [n], those with True in `flips` [n] mirrored."""
+        image = np.empty((len(indices), *self.size, 3), np.uint8)
+        if not len(indices):
+            return {"image": image, "label": np.zeros(0, np.int32)}
+        pixels, label = decode_batch(self.reader.read(indices))
+        if label.max() >= self.num_classes:
+            raise DataError(
+                f"a record has label {label.max()}; labels of {self.num_classes} classes go from 0 "
+                "to "
+                f"{self.num_classes - 1}: run tools/verify_dataset.py and convert the data set "
+                "again"
+            )
+        _fill(image, _resize(pixels, self.size), flips)
+        return {"image": image, "label": label}
+
+
+def _train_batch(step: int, indices: np.ndarray, *, rows: _Rows, seed: int, flip: bool) -> Batch:
+    flips = coin_flips(len(indices), seed, _FLIP, step) if flip else np.zeros(len(indices), bool)
+    return rows.read(rows.mine(indices), rows.mine(flips))
+
+
+def _eval_batch(step: int, indices: np.ndarray, *, rows: _Rows) -> Batch:
+    del step
+    indices = rows.mine(indices)
+    mask = indices >= 0
+    batch = rows.read(indices[mask], np.zeros(mask.sum(), bool))
+    missing = len(mask) - mask.sum()
+    padded = {
+        key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
+        for key, value in batch.items()
+    }
+    return {**(padded if missing else batch), "mask": mask}
+
+
+def _fill(out: np.ndarray, pixels: np.ndarray | list[np.ndarray], flips: np.ndarray) -> None:
+    """Copies images into `out` [n, h, w, 3]; NumPy mirrors fastest channel by channel."""
+    if isinstance(pixels, np.ndarray):
+        out[...] = pixels
+    else:
+        for row, image in enumerate(pixels):
+            out[row] = image
+    for row in np.flatnonzero(flips):
+        for channel in range(3):
+            out[row, :, :, channel] = pixels[row][:, ::-1, channel % pixels[row].shape[2]]
+
+
+def _resize(
+    pixels: np.ndarray | list[np.ndarray], size: tuple[int, int]
+) -> np.ndarray | list[np.ndarray]:
+    if isinstance(pixels, np.ndarray) and pixels.shape[1:3] == size:
+        return pixels
+    return [image if image.shape[:2] == size else _resize_one(image, size) for image in pixels]
+
+
+def _resize_one(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    source = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    resized = np.asarray(source.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return resized.reshape(*size, image.shape[2])
+
+
+def _open(
+    directory: Directory, name: str, image_size: Size, process_index: int, process_count: int
+) -> tuple[Split, _Rows]:
+    manifest = Manifest.load(directory)
+    split = manifest.split(name)
+    size = (
+        (image_size, image_size) if isinstance(image_size, int) else image_size or split.image_size
+    )
+    if size is None:
+        raise DataError(
+            f"the images of split {name!r} in {directory} differ in size: give an image_size to "
+            "resize to"
+        )
+    if min(size) < 1:
+        raise DataError(f"image_size is {image_size}; sides must be at least 1")
+    if not 0 <= process_index < process_count:
+        raise DataError(
+            f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)"
+        )
+    reader = ShardReader(Path(directory), split.shards)
+    return split, _Rows(reader, size, manifest.num_classes, process_index, process_count)
+
+
+def _check_share(batch_size: int, process_count: int) -> None:
+    if batch_size % process_count:
+        raise DataError(
+            f"batch_size {batch_size} doesn't divide over {process_count} processes; use a multiple"
+        )
+
+
+def _iterate(
+    order: _Shuffled | _InOrder,
+    read: functools.partial[Batch],
+    num_threads: int,
+    num_workers: int,
+    start: int = 0,
+) -> grain.DatasetIterator[Batch]:
+    batches = grain.MapDataset.source(order).map_with_index(read)
+    # As many batches ahead as threads, and as many again so that none waits.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    if not num_workers:
+        iterator = iter(batches.to_iter_dataset(options))
+        grain.experimental.set_next_index(iterator, start)
+        return iterator
+    if not flags.FLAGS.is_parsed():  # Grain's processes ask for it; nobody does outside absl.app
+        flags.FLAGS.mark_as_parsed()
+    workers = grain.MultiprocessingOptions(num_workers=num_workers)
+    return iter(batches[start:].to_iter_dataset(options).mp_prefetch(workers))

@@ -1,0 +1,146 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.errors import DataError
+
+
+@pytest.fixture
+def copy(fashion: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fashion, tmp_path / "copy"))
+
+
+def edit(directory: Path, **changes) -> None:
+    file = directory / "dataset.json"
+    value = json.loads(file.read_text())
+    file.write_text(json.dumps({**value, **changes}))
+
+
+def test_contents(fashion: Path):
+    manifest = Manifest.load(fashion, verify_checksums=True)
+    assert manifest.name == "fashion-mnist"
+    assert manifest.num_classes == 10
+    assert manifest.classes[9] == "ankle boot"
+    assert manifest.splits["train"].num_images == 5000
+    assert manifest.splits["train"].image_size == (28, 28)
+    assert manifest.splits["train"].class_counts == (500,) * 10
+    assert manifest.splits["val"].class_counts == (100,) * 10
+    assert [shard.file for shard in manifest.splits["train"].shards] == [
+        f"train-0000{at}-of-00003.arrayrecord" for at in range(3)
+    ]
+
+
+def test_top_level_of_the_file(fashion: Path):
+    value = json.loads((fashion / "dataset.json").read_text())
+    assert value["schema_version"] == 1
+    assert {"name", "classes", "mean_rgb", "covariance_rgb", "splits", "provenance"} < value.keys()
+    assert value["provenance"]["files"][0]["name"] == "sample.npz"
+    assert len(value["provenance"]["files"][0]["sha256"]) == 64
+
+
+def test_save_and_load(fashion: Path, copy: Path):
+    manifest = Manifest.load(fashion)
+    manifest.save(copy)
+    assert Manifest.load(copy) == manifest
+
+
+def test_missing_empty_foreign_or_a_file(tmp_path: Path):
+    with pytest.raises(DataError, match="there is no such folder"):
+        Manifest.load(tmp_path / "none")
+    with pytest.raises(DataError, match="the folder is empty"):
+        Manifest.load(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds other files"):
+        Manifest.load(tmp_path)
+    with pytest.raises(DataError, match="it is a file"):
+        Manifest.load(tmp_path / "notes.txt")
+
+
+def test_half_written(tmp_path: Path):
+    (tmp_path / ".convert").mkdir()
+    with pytest.raises(DataError, match="half-written: run the same"):
+        Manifest.load(tmp_path)
+
+
+def test_not_json(copy: Path):
+    (copy / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match="can't be read as JSON"):
+        Manifest.load(copy)
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", "null", '{"classes": []}'])
+def test_foreign_json(copy: Path, value: str):
+    (copy / "dataset.json").write_text(value)
+    with pytest.raises(DataError, match="isn't a manifest of this project"):
+        Manifest.load(copy)
+
+
+def test_other_schema(copy: Path):
+    edit(copy, schema_version=99)
+    with pytest.raises(DataError, match="schema_version 99; this release reads 1"):
+        Manifest.load(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mean_rgb": [1, 2]},
+        {"splits": {"train": {}}},
+        {"splits": 3},
+        {"provenance": None},
+        {"classes": 7},
+    ],
+)
+def test_damaged_fields(copy: Path, changes: dict):
+    edit(copy, **changes)
+    with pytest.raises(DataError, match="is damaged"):
+        Manifest.load(copy)
+
+
+def test_labels_out_of_range(copy: Path):
+    edit(copy, classes=["one", "two"])
+    with pytest.raises(DataError, match="labels would be out of range"):
+        Manifest.load(copy)
+
+
+def test_missing_shard(copy: Path):
+    (copy / "train-00001-of-00003.arrayrecord").unlink()
+    with pytest.raises(DataError, match=r"train-00001-of-00003.arrayrecord is missing"):
+        Manifest.load(copy)
+
+
+def test_truncated_shard(copy: Path):
+    shard = copy / "train-00001-of-00003.arrayrecord"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match="bytes instead of"):
+        Manifest.load(copy)
+
+
+def test_changed_shard(copy: Path):
+    shard = copy / "train-00001-of-00003.arrayrecord"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    Manifest.load(copy)  # its size is right; only the sum tells
+    with pytest.raises(DataError, match="its bytes changed"):
+        Manifest.load(copy, verify_checksums=True)
+
+
+@pytest.mark.parametrize("name", ["../train.arrayrecord", "/etc/passwd", "a/b", "..", "a\\b", ""])
+def test_paths_that_leave_the_folder(copy: Path, name: str):
+    value = json.loads((copy / "dataset.json").read_text())
+    value["splits"]["train"]["shards"][0]["file"] = name
+    edit(copy, splits=value["splits"])
+    with pytest.raises(DataError, match="outside its folder"):
+        Manifest.load(copy)
+
+
+def test_counts_that_disagree(copy: Path):
+    value = json.loads((copy / "dataset.json").read_text())
+    value["splits"]["train"]["num_images"] = 4999
+    edit(copy, splits=value["splits"])
+    with pytest.raises(DataError, match="says 4999 images, its shards 5000"):
+        Manifest.load(copy)

@@ -1,0 +1,83 @@
+"""Converts a foreign data set to shards.
+
+python tools/convert.py fashion-mnist --output data/fashion-mnist
+"""
+
+import argparse
+import sys
+
+from gmsop_jax.data import cli
+from gmsop_jax.data.convert import convert
+from gmsop_jax.data.records import CODECS
+from gmsop_jax.data.sources import NAMES, Options
+from gmsop_jax.errors import ConfigError
+
+
+def main() -> int | None:
+    """Parses the command line and converts."""
+    parser = argparse.ArgumentParser(
+        description="Converts a foreign data set to shards; run again to resume."
+    )
+    parser.add_argument("source", choices=NAMES)
+    parser.add_argument(
+        "--input", help="what was downloaded; fashion-mnist has a sample of its own"
+    )
+    parser.add_argument(
+        "--output", required=True, help="a new folder, or that of an unfinished conversion"
+    )
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--shards", type=int, help="training shards (default: some 128 MiB each)")
+    parser.add_argument("--limit", type=int, help="keep a random subset of each split")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of training (default: 0)")
+    parser.add_argument(
+        "--codec", choices=CODECS, default="raw", help="of the records (default: raw)"
+    )
+    parser.add_argument(
+        "--size", type=int, help="side of the images (places365: 100; image-folder: required)"
+    )
+    parser.add_argument(
+        "--resize", choices=("matlab", "pillow"), help="bicubic as MATLAB's imresize, or Pillow's"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, help="image-folder: share of one folder to validate on"
+    )
+    parser.add_argument(
+        "--max-unreadable", type=float, default=0.01, help="allowed share (default: 0.01)"
+    )
+    parser.add_argument(
+        "--shard-range", default="0/1", help="i/n: make every n-th shard from the i-th, i from 0"
+    )
+    args = parser.parse_args()
+    manifest = convert(
+        args.source,
+        args.input,
+        args.output,
+        workers=args.workers,
+        shards=args.shards,
+        limit=args.limit,
+        seed=args.seed,
+        codec=args.codec,
+        options=Options(args.size, args.resize, args.val_fraction),
+        shard_range=_range(args.shard_range),
+        max_unreadable=args.max_unreadable,
+    )
+    if manifest is None:
+        print(
+            f"{args.output}: part {args.shard_range} is done; tools/merge_manifests.py joins them "
+            "when all are"
+        )
+        return
+    for name, split in manifest.splits.items():
+        print(f"{args.output}: {name}: {split.num_images:,} images in {len(split.shards)} shards")
+
+
+def _range(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ConfigError(f"--shard-range {text!r} is not i/n, such as 0/4") from None
+    return index, count
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
