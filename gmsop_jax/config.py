@@ -15,8 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from gmsop_jax.errors import ConfigError
-
-HEADS = ("gap", "srsop", "gmgap", "gmsop")
+from gmsop_jax.models.network import HEADS
 
 
 def model_defaults() -> ConfigDict:

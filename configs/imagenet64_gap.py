@@ -1,0 +1,19 @@
+"""ResNet-18 with global average pooling on 64×64 ImageNet-1K: the baseline.
+
+    python -m gmsop_jax.main --config configs/imagenet64_gap.py
+
+Published: 52.17 % top-1, 27.09 % top-5 error; 0.83M parameters, 128 dimensions.
+"""
+
+from ml_collections import ConfigDict
+
+from gmsop_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    c = default_config()
+    c.model.head = "gap"
+    c.model.stage_strides = (1, 2, 2, 2)  # 8×8 map
+    c.train.learning_rates = ((0.075, 50), (0.0075, 15), (0.00075, 10))
+    c.train.num_epochs = 75
+    return c

@@ -1,0 +1,14 @@
+"""GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet-1K.
+
+    python -m gmsop_jax.main --config configs/imagenet64_gmsop.py
+
+Published: 38.48 % top-1, 17.38 % top-5 error; 10.35M parameters, 8256 dimensions.
+"""
+
+from ml_collections import ConfigDict
+
+from gmsop_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    return default_config()  # the defaults are this row

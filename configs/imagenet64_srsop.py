@@ -1,0 +1,18 @@
+"""ResNet-18 with SR-SOP (iSQRT-COV, 3 iterations) on 64×64 ImageNet-1K.
+
+    python -m gmsop_jax.main --config configs/imagenet64_srsop.py
+
+Published: 40.56 % top-1, 19.08 % top-5 error; 8.96M parameters, 8256 dimensions.
+"""
+
+from ml_collections import ConfigDict
+
+from gmsop_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    c = default_config()
+    c.model.head = "srsop"
+    c.train.learning_rates = ((0.15, 40), (0.015, 10), (0.0015, 5), (0.00015, 5))
+    c.train.num_epochs = 60
+    return c

@@ -1,0 +1,113 @@
+"""Evaluation: a whole split through the network, and the restoring of what is evaluated."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from gmsop_jax import checkpoint, parallel
+from gmsop_jax.data import pipeline
+from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.errors import ConfigError
+from gmsop_jax.metrics import summarize
+from gmsop_jax.models import create_model
+from gmsop_jax.train_step import make_eval_step
+from gmsop_jax.writer import write_atomic
+
+
+def evaluate_split(
+    eval_step: Callable, variables: Mapping[str, Any], config: ConfigDict, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+    """Loss and errors on all images of `config.eval.split`.
+
+    Args:
+      eval_step: compiled, from `train_step.make_eval_step`.
+      variables: parameters and moments.
+      config: its `data` and `eval` parts.
+      mesh: where the batches go.
+
+    Returns: `loss` (nats), `top1_error`, `top5_error` (percent).
+    """
+    batches = pipeline.eval_batches(
+        config.data.dir,
+        config.eval.split,
+        batch_size=config.eval.batch_size,
+        image_size=config.data.image_size or None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+    )
+    sums = [eval_step(variables, parallel.place_batch(batch, mesh)) for batch in batches]
+    return summarize(jax.device_get(sums))
+
+
+def resolve(config: ConfigDict, manifest: Manifest) -> ConfigDict:
+    """A copy of the configuration with the data set's number of classes filled in.
+
+    Raises:
+      ConfigError: if the configuration names another number.
+    """
+    config = config.copy_and_resolve_references()
+    given = config.model.num_classes
+    if given not in (0, manifest.num_classes):
+        raise ConfigError(
+            f"config.model.num_classes = {given}, but the data set {config.data.dir} has"
+            f" {manifest.num_classes} classes; 0 takes the data set's number"
+        )
+    config.model.num_classes = manifest.num_classes
+    return config
+
+
+def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
+    """Height, width and channels of the images that the network gets."""
+    if config.data.image_size:
+        return config.data.image_size, config.data.image_size, 3
+    size = manifest.split(config.eval.split).image_size
+    if size is None:
+        raise ConfigError(
+            f"the images of {config.data.dir} differ in size; set --config.data.image_size=…"
+        )
+    return (*size, 3)
+
+
+def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, float]:
+    """Evaluates a checkpoint on `config.eval.split` and writes `evaluation-<split>.json` beside it.
+
+    The training split's shards need not be there.
+
+    Args:
+      config: of the run; its model must fit the checkpoint.
+      path: a working directory (its best checkpoint is taken, or the last if none was evaluated), or
+        one step's folder in it.
+
+    Returns: `step`, `loss` (nats), `top1_error`, `top5_error` (percent).
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or it doesn't fit the model.
+      DataError: if the data set is missing or damaged.
+    """
+    folder, step = checkpoint.locate(path)
+    split = config.eval.split
+    manifest = Manifest.load(config.data.dir, config.data.verify, splits=[split])
+    config = resolve(config, manifest)
+    mesh = parallel.create_mesh()
+    parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    model = create_model(config.model)
+    images = jax.ShapeDtypeStruct((1, *image_shape(config, manifest)), "float32")
+    like = jax.eval_shape(model.init, jax.random.key(0), images)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+        if step is None:
+            best = checkpoints.best_step
+            step = best if best is not None else checkpoints.latest_step
+        assert step is not None  # locate found one
+        variables, _ = checkpoints.restore_variables({"batch_stats": {}, **like}, step)
+    eval_step = parallel.jit_eval_step(make_eval_step(model, mean_rgb=manifest.mean_rgb), mesh)
+    result = {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
+    if jax.process_index() == 0:
+        write_atomic(folder.parent / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")
+    return result

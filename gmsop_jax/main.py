@@ -1,0 +1,115 @@
+"""Command line: `python -m gmsop_jax.main --config FILE [--mode train|evaluate] [--config.field=value …]`."""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from gmsop_jax import config as configs
+from gmsop_jax.errors import DataError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status.
+
+    0: done; 2: an error that the user can mend, told in a line; 130: stopped by Ctrl-C and 75: by
+    SIGTERM, both with the state saved.
+    """
+    try:
+        return _run(_parse(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "status", 2)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gmsop_jax.main",
+        description="Trains or evaluates a network with second-order pooling.",
+        epilog="--config.field=value sets a field of the configuration, as in --config.train.batch_size=64",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="configuration, like configs/quickstart.py")
+    parser.add_argument("--workdir", metavar="DIR", help="results; runs/<config name> by default")
+    parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="working directory or step to evaluate; the best by default"
+    )
+    options, rest = parser.parse_known_args(arguments)
+    options.overrides = []
+    for item in rest:
+        if not item.startswith("--config."):
+            parser.error(f"unrecognized argument {item}")
+        options.overrides.append(item.removeprefix("--config."))
+    if not (options.config or options.mode == "evaluate" and (options.checkpoint or options.workdir)):
+        parser.error("--config is needed; start with --config configs/quickstart.py")
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = _load_config(options)
+    workdir = options.workdir or f"runs/{pathlib.Path(options.config or 'run').stem}"
+    _prepare_data(config)
+    _use_compilation_cache()
+    if options.mode == "evaluate":
+        from gmsop_jax.evaluate import evaluate_checkpoint
+
+        result = evaluate_checkpoint(config, options.checkpoint or workdir)
+        print(
+            f"step {result['step']}, {config.eval.split}: top-1 error {result['top1_error']:.2f} %,"
+            f" top-5 error {result['top5_error']:.2f} %, loss {result['loss']:.4f}"
+        )
+        return 0
+    from gmsop_jax.train import train_and_evaluate
+
+    result = train_and_evaluate(config, workdir)
+    print(
+        f"top-1 error {result['top1_error']:.2f} %, top-5 error {result['top5_error']:.2f} % (step"
+        f" {result['best_step']}, the best; last {result['last_top1_error']:.2f} %) after"
+        f" {result['wall_seconds']:.0f} s; results in {workdir}"
+    )
+    return 0
+
+
+def _load_config(options: argparse.Namespace):
+    if options.config:
+        return configs.load(options.config, options.overrides)
+    from gmsop_jax.checkpoint import read_config
+
+    config = configs.from_json(read_config(options.checkpoint or options.workdir))
+    for item in options.overrides:
+        configs.override(config, item)
+    configs.validate(config)
+    return config
+
+
+def _prepare_data(config) -> None:
+    """Converts the embedded sample if the configuration asks for it; says how to get data otherwise."""
+    directory = pathlib.Path(config.data.dir)
+    if (directory / "dataset.json").exists():
+        return
+    if config.data.auto_convert:
+        from gmsop_jax.data.convert import convert
+
+        convert(config.data.source, None, directory)
+    elif not directory.exists():
+        raise DataError(
+            f"no data set at {directory.absolute()} (config.data.dir). Make it with\n"
+            f"  python tools/convert.py {config.data.source} --input DOWNLOADS --output {directory}\n"
+            "or name another with --config.data.dir=DIR. Without any data, try\n"
+            "  python -m gmsop_jax.main --config configs/quickstart.py"
+        )
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs for the next start, where JAX_COMPILATION_CACHE_DIR says if it is set."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "gmsop_jax"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

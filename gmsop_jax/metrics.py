@@ -1,0 +1,56 @@
+"""Metrics as sums and counts, which add up over steps and devices; ratios are made on the host."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+def count_errors(
+    logits: Float[Array, "b classes"],
+    labels: Int[Array, "b"],
+    mask: Bool[Array, "b"] | None = None,
+) -> dict[str, Int[Array, ""]]:
+    """How many images of a batch have their label outside the first and the first five guesses.
+
+    Of equal logits the lower class goes first; with fewer than five classes all are among the guesses.
+
+    Returns: `top1_errors`, `top5_errors`, `count`, leaving out what `mask` says is padding.
+
+    Example:
+      >>> count_errors(jnp.array([[0.0, 1.0], [0.0, 1.0]]), jnp.array([1, 0]))["top1_errors"]
+      Array(1, dtype=int32)
+    """
+    mask = jnp.ones(labels.shape, bool) if mask is None else mask
+    _, guesses = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = (guesses == labels[:, None]) & jnp.isfinite(logits).all(-1, keepdims=True)
+    return {
+        "top1_errors": jnp.sum(mask & ~hits[:, 0]),
+        "top5_errors": jnp.sum(mask & ~hits.any(-1)),
+        "count": jnp.sum(mask),
+    }
+
+
+def summarize(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Ratios from the sums of some steps.
+
+    Args:
+      sums: of each step: `loss_sum`, `top1_errors`, `top5_errors`, `count`; anything else is averaged
+        over the steps.
+
+    Returns: `loss` (nats per image), `top1_error` and `top5_error` (percent), and the averages.
+
+    Raises:
+      ValueError: if there is no step or no image.
+    """
+    steps = list(sums)
+    total = {key: float(np.sum([step[key] for step in steps])) for key in (steps[0] if steps else ())}
+    if not total.get("count"):
+        raise ValueError("there are no images to make ratios of")
+    count = total.pop("count")
+    ratios = {"loss": total.pop("loss_sum") / count}
+    ratios["top1_error"] = 100 * total.pop("top1_errors") / count
+    ratios["top5_error"] = 100 * total.pop("top5_errors") / count
+    return ratios | {key: value / len(steps) for key, value in total.items()}

@@ -1,0 +1,136 @@
+"""What a run tells: a progress line, `metrics.jsonl`, TensorBoard events, `result.json`, `curves.png`."""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file under a temporary name, then renames it: a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Records of `metrics.jsonl`; a last line cut off by a kill is left out."""
+    file = workdir / METRICS
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Writer:
+    """Tells how a run goes; silent in all processes but the first.
+
+    Args:
+      workdir: where the files go.
+      total_steps: of the whole run.
+      start_step: where this start goes on; records of later steps, written before an interruption and
+        done again now, are dropped.
+      enabled: whether this process tells anything.
+    """
+
+    def __init__(
+        self, workdir: pathlib.Path, *, total_steps: int, start_step: int = 0, enabled: bool = True
+    ):
+        self._enabled = enabled
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=not enabled,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}",
+        )
+        if not enabled:
+            return
+        kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
+        write_atomic(workdir / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
+        self._jsonl = (workdir / METRICS).open("a")
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        if self._enabled:
+            self._jsonl.close()
+            self._events.close()
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def record(self, kind: str, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Writes one record, of kind `train` or `eval`, to the files."""
+        if not self._enabled:
+            return
+        line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Puts loss, error and speed on the progress line."""
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, error {values['top1_error']:.1f} %,"
+            f" {values['images_per_second']:.0f} images/s",
+            refresh=False,
+        )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line."""
+        if self._enabled:
+            tqdm.write(text, file=sys.stderr)
+
+
+def plot_curves(workdir: pathlib.Path) -> None:
+    """Draws loss, error, learning rate and balance loss over the epochs into `curves.png`."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    records = read_metrics(workdir)
+    panels = {
+        "loss": "cross entropy [nats]",
+        "top1_error": "top-1 error [%]",
+        "learning_rate": "learning rate",
+        "balance_loss": "balance loss",
+    }
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for kind, label in (("train", "training"), ("eval", "evaluation")):
+            points = [(r["epoch"], r[name]) for r in records if r["kind"] == kind and name in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if name in ("learning_rate", "balance_loss"):
+            axes.set_yscale("symlog" if name == "balance_loss" else "log")
+        else:
+            axes.set_ylim(bottom=0)
+            axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomic(workdir / "curves.png", buffer.getvalue())
