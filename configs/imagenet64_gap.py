@@ -5,9 +5,7 @@
 Published: 52.17 % top-1, 27.09 % top-5 error; 0.83M parameters, 128 dimensions.
 """
 
-from ml_collections import ConfigDict
-
-from gmsop_jax.config import default_config
+from gmsop_jax.config import ConfigDict, default_config
 
 
 def get_config() -> ConfigDict:

@@ -5,9 +5,7 @@
 Published: 42.25 % top-1, 19.46 % top-5 error; 2.33M parameters, 512 dimensions.
 """
 
-from ml_collections import ConfigDict
-
-from gmsop_jax.config import default_config
+from gmsop_jax.config import ConfigDict, default_config
 
 
 def get_config() -> ConfigDict:

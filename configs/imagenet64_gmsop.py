@@ -5,9 +5,7 @@
 Published: 38.48 % top-1, 17.38 % top-5 error; 10.35M parameters, 8256 dimensions.
 """
 
-from ml_collections import ConfigDict
-
-from gmsop_jax.config import default_config
+from gmsop_jax.config import ConfigDict, default_config
 
 
 def get_config() -> ConfigDict:

@@ -5,9 +5,7 @@
 Published: 40.56 % top-1, 19.08 % top-5 error; 8.96M parameters, 8256 dimensions.
 """
 
-from ml_collections import ConfigDict
-
-from gmsop_jax.config import default_config
+from gmsop_jax.config import ConfigDict, default_config
 
 
 def get_config() -> ConfigDict:

@@ -5,9 +5,7 @@
 Published: 35.98 % top-1, 14.62 % top-5 error; 8.69M parameters, 512 dimensions.
 """
 
-from ml_collections import ConfigDict
-
-from gmsop_jax.config import default_config
+from gmsop_jax.config import ConfigDict, default_config
 
 
 def get_config() -> ConfigDict:

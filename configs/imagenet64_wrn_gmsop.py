@@ -6,9 +6,7 @@ Published: 32.71 % top-1, 12.44 % top-5 error; 8256 dimensions. The published ta
 parameters; this network, the one that the authors' script builds, has 17.81M.
 """
 
-from ml_collections import ConfigDict
-
-from gmsop_jax.config import default_config
+from gmsop_jax.config import ConfigDict, default_config
 
 
 def get_config() -> ConfigDict:

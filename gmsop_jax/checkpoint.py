@@ -43,7 +43,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | pathlib.Path, *, keep: int = 3, read_only: bool = False):
         """Opens the folder, which is made unless read_only."""
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells its every step there
         keep_policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
@@ -52,7 +52,7 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=_rank,  # without it Orbax writes no metrics
+            best_fn=lambda metrics: -_rank(metrics)[0],  # without one Orbax writes no metrics
             preservation_policy=keep_policy,
             read_only=read_only,
             create=not read_only,
@@ -90,13 +90,11 @@ class Checkpoints:
         """What was measured at a step; None if it was not evaluated."""
         return self._manager.metrics(step)
 
-    def save(
-        self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None
-    ) -> None:
+    def save(self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None) -> None:
         """Starts saving; `wait` returns once it is on disk. A step that is there already is kept."""
         if progress.step in self._manager.all_steps():
             return
-        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
         items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
         ranked = {**metrics, "step": progress.step} if metrics else None
         self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=ranked)
@@ -111,9 +109,7 @@ class Checkpoints:
         items, progress = self._restore(trees, step)
         return like.replace(step=_like(like.step, progress.step), **items), progress
 
-    def restore_variables(
-        self, like: Mapping[str, Any], step: int
-    ) -> tuple[dict[str, Any], Progress]:
+    def restore_variables(self, like: Mapping[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
         """Parameters and moments alone, as `model.apply` takes them; errors as `restore`."""
         return self._restore(dict(like), step)
 
@@ -122,9 +118,7 @@ class Checkpoints:
         self._check_shapes(abstract, step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore())
-            )
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()))
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} can't be read ({_first_line(error)});"
@@ -140,8 +134,7 @@ class Checkpoints:
             stored = stored_items[name]
             if stored is None:
                 raise CheckpointError(
-                    f"{self.directory / str(step)} has no {name}: it is no checkpoint of gmsop_jax,"
-                    " or damaged"
+                    f"{self.directory / str(step)} has no {name}: it is no checkpoint of gmsop_jax, or damaged"
                 )
             theirs, ours = dict(_shapes(stored)), dict(_shapes(tree))
             for path in sorted(theirs.keys() | ours.keys()):
@@ -203,9 +196,7 @@ def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     steps = [p.name for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
     if not steps or (step is not None and str(step) not in steps):
         there = f"; there are steps {', '.join(sorted(steps, key=int))}" if steps else ""
-        raise CheckpointError(
-            f"no checkpoint at {path}{there}; name a working directory that a training run made"
-        )
+        raise CheckpointError(f"no checkpoint at {path}{there}; name a working directory that a training run made")
     return folder, step
 
 

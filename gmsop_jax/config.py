@@ -10,12 +10,23 @@ import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ml_collections import ConfigDict, FieldReference
+import ml_collections
 
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.models.network import HEADS
+
+if TYPE_CHECKING:
+
+    class ConfigDict(ml_collections.ConfigDict):
+        """ml_collections' own, whose fields a type checker can't know."""
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __getitem__(self, key: str) -> Any: ...
+
+else:
+    ConfigDict = ml_collections.ConfigDict
 
 
 def model_defaults() -> ConfigDict:
@@ -139,11 +150,7 @@ def override(config: ConfigDict, assignment: str) -> None:
     section, _, leaf = name.rpartition(".")
     parent = config[section] if section else config
     value = _parse(name, text, fields[name])
-    reference = parent.get_oneway_ref(leaf) if leaf == "compute_dtype" else None
-    if isinstance(reference, FieldReference) and section:  # both names are one field
-        config.compute_dtype = value
-    else:
-        parent[leaf] = value
+    parent[leaf] = value
 
 
 def _suggest(name: str, fields: Mapping[str, Any]) -> str:
@@ -165,13 +172,11 @@ def _parse(name: str, text: str, current: Any) -> Any:
         value = tuple(value)
     if type(value) is not type(current):
         expected = type(current).__name__
-        raise ConfigError(
-            f"config.{name} is of type {expected} (now {current!r}); {text!r} is none"
-        )
+        raise ConfigError(f"config.{name} is of type {expected} (now {current!r}); {text!r} is none")
     return value
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, value) of every field."""
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
@@ -238,8 +243,7 @@ def _validate_model(m: ConfigDict) -> None:
     for name in ("stage_widths", "stage_strides", "candidate_widths", "gate_widths"):
         if not m[name] or any(type(v) is not int or v < 1 for v in m[name]):
             raise ConfigError(
-                f"config.model.{name} must be positive integers, like {model_defaults()[name]};"
-                f" got {m[name]}"
+                f"config.model.{name} must be positive integers, like {model_defaults()[name]}; got {m[name]}"
             )
     if len(m.stage_widths) != len(m.stage_strides):
         raise ConfigError(

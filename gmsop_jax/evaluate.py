@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from gmsop_jax import checkpoint, parallel
+from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
@@ -50,7 +50,7 @@ def resolve(config: ConfigDict, manifest: Manifest) -> ConfigDict:
     Raises:
       ConfigError: if the configuration names another number.
     """
-    config = config.copy_and_resolve_references()
+    config = ConfigDict(config.to_dict())
     given = config.model.num_classes
     if given not in (0, manifest.num_classes):
         raise ConfigError(
@@ -67,9 +67,7 @@ def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
         return config.data.image_size, config.data.image_size, 3
     size = manifest.split(config.eval.split).image_size
     if size is None:
-        raise ConfigError(
-            f"the images of {config.data.dir} differ in size; set --config.data.image_size=…"
-        )
+        raise ConfigError(f"the images of {config.data.dir} differ in size; set --config.data.image_size=…")
     return (*size, 3)
 
 

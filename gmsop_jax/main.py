@@ -34,7 +34,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", metavar="DIR", help="results; runs/<config name> by default")
     parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
     parser.add_argument(
-        "--checkpoint", metavar="DIR", help="working directory or step to evaluate; the best by default"
+        "--checkpoint",
+        metavar="DIR",
+        help="working directory or step to evaluate; the best by default",
     )
     options, rest = parser.parse_known_args(arguments)
     options.overrides = []
@@ -42,7 +44,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if not item.startswith("--config."):
             parser.error(f"unrecognized argument {item}")
         options.overrides.append(item.removeprefix("--config."))
-    if not (options.config or options.mode == "evaluate" and (options.checkpoint or options.workdir)):
+    if not (options.config or (options.mode == "evaluate" and (options.checkpoint or options.workdir))):
         parser.error("--config is needed; start with --config configs/quickstart.py")
     return options
 
@@ -106,7 +108,7 @@ def _use_compilation_cache() -> None:
     """Keeps compiled programs for the next start, where JAX_COMPILATION_CACHE_DIR says if it is set."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "gmsop_jax"))
 

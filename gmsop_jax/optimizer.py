@@ -7,9 +7,7 @@ import jax
 import optax
 
 
-def piecewise_schedule(
-    learning_rates: Sequence[tuple[float, int]], steps_per_epoch: int
-) -> optax.Schedule:
+def piecewise_schedule(learning_rates: Sequence[tuple[float, int]], steps_per_epoch: int) -> optax.Schedule:
     """Constant rates, each for its number of epochs; the last goes on after its end.
 
     Args:

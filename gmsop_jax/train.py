@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from gmsop_jax import config as configs
 from gmsop_jax import parallel
 from gmsop_jax.checkpoint import DIRECTORY, Checkpoints, Progress
+from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import CheckpointError, UserError
@@ -98,7 +98,6 @@ class _Run:
 
 def _prepare(config: ConfigDict, manifest: Manifest, mesh: jax.sharding.Mesh) -> _Run:
     model = create_model(config.model)
-    mean_rgb = np.asarray(manifest.mean_rgb)
     steps_per_epoch = pipeline.steps_per_epoch(
         manifest.split("train").num_images, config.train.batch_size, config.train.drop_last
     )
@@ -113,7 +112,7 @@ def _prepare(config: ConfigDict, manifest: Manifest, mesh: jax.sharding.Mesh) ->
     train_step = make_train_step(
         model,
         optimizer,
-        mean_rgb=mean_rgb,
+        mean_rgb=manifest.mean_rgb,
         balance_weight=config.train.balance_weight,
         seed=config.seed,
     )
@@ -125,7 +124,7 @@ def _prepare(config: ConfigDict, manifest: Manifest, mesh: jax.sharding.Mesh) ->
         mesh=mesh,
         initial_state=parallel.replicate(create_state(variables, optimizer), mesh),
         train_step=parallel.jit_train_step(train_step, mesh),
-        eval_step=parallel.jit_eval_step(make_eval_step(model, mean_rgb=mean_rgb), mesh),
+        eval_step=parallel.jit_eval_step(make_eval_step(model, mean_rgb=manifest.mean_rgb), mesh),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         feature_dimension=aux["features"].shape[-1],
@@ -291,7 +290,8 @@ def _result(run: _Run, checkpoints: Checkpoints, progress: Progress) -> dict[str
     best_step = checkpoints.best_step
     best = checkpoints.metrics(best_step) if best_step is not None else None
     last = checkpoints.metrics(progress.step)
-    assert best is not None and last is not None  # the last epoch was evaluated and kept
+    assert best  # the last epoch was evaluated
+    assert last  # and kept
     return {
         "top1_error": best["top1_error"],
         "top5_error": best["top5_error"],

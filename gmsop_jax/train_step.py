@@ -7,9 +7,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
+from numpy.typing import ArrayLike
 
 from gmsop_jax.losses import cross_entropy
 from gmsop_jax.metrics import count_errors
@@ -39,16 +39,14 @@ class TrainState(flax.struct.PyTreeNode):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create_state(
-    variables: Mapping[str, Any], optimizer: optax.GradientTransformation
-) -> TrainState:
+def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, from what `model.init` gave."""
     params = variables["params"]
     batch_stats = variables.get("batch_stats", {})
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
-def normalize(images: UInt8[Array, "b h w 3"], mean_rgb: np.ndarray) -> Float[Array, "b h w 3"]:
+def normalize(images: UInt8[Array, "b h w 3"], mean_rgb: ArrayLike) -> Float[Array, "b h w 3"]:
     """Float32 pixels with the training set's mean colour (0–255) subtracted."""
     return images.astype(jnp.float32) - jnp.asarray(mean_rgb, jnp.float32)
 
@@ -64,7 +62,7 @@ def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     *,
-    mean_rgb: np.ndarray,
+    mean_rgb: ArrayLike,
     balance_weight: float = 100.0,
     seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -80,8 +78,8 @@ def make_train_step(
       seed: of gate noise and dropout.
 
     Returns: a function for `jax.jit`. `batch` has `image` uint8 [b, h, w, 3] and `label` int32 [b],
-      and may have `gate_noise` [b] to replace the draw; metrics are `loss_sum` (cross entropy), `top1_errors`, `top5_errors`, `count`, `balance_loss` and
-      `grad_norm`.
+      and may have `gate_noise` [b] to replace the draw; metrics are `loss_sum` (cross entropy),
+      `top1_errors`, `top5_errors`, `count`, `balance_loss` and `grad_norm`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -101,9 +99,7 @@ def make_train_step(
             loss = (loss_sum + balance_weight * aux["balance_loss"]) / size
             return loss, (logits, loss_sum, aux["balance_loss"], updates["batch_stats"])
 
-        grads, (logits, loss_sum, balance, batch_stats) = jax.grad(loss_function, has_aux=True)(
-            state.params
-        )
+        grads, (logits, loss_sum, balance, batch_stats) = jax.grad(loss_function, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = count_errors(logits, batch["label"]) | {
@@ -116,9 +112,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(
-    model: nn.Module, *, mean_rgb: np.ndarray
-) -> Callable[[Mapping[str, Any], Batch], Metrics]:
+def make_eval_step(model: nn.Module, *, mean_rgb: ArrayLike) -> Callable[[Mapping[str, Any], Batch], Metrics]:
     """The evaluation step (variables, batch) → metrics.
 
     Returns: a function for `jax.jit`. `batch` has `image`, `label` and `mask` (False for padding);

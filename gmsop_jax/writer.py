@@ -47,9 +47,7 @@ class Writer:
       enabled: whether this process tells anything.
     """
 
-    def __init__(
-        self, workdir: pathlib.Path, *, total_steps: int, start_step: int = 0, enabled: bool = True
-    ):
+    def __init__(self, workdir: pathlib.Path, *, total_steps: int, start_step: int = 0, enabled: bool = True):
         self._enabled = enabled
         self._bar = tqdm(
             total=total_steps,
@@ -126,11 +124,11 @@ def plot_curves(workdir: pathlib.Path) -> None:
                 axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
-        if name in ("learning_rate", "balance_loss"):
-            axes.set_yscale("symlog" if name == "balance_loss" else "log")
+        if name == "learning_rate":
+            axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
-            axes.legend()
+    figure.axes[0].legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_atomic(workdir / "curves.png", buffer.getvalue())

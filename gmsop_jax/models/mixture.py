@@ -98,8 +98,7 @@ class GatedMixture(nn.Module):
             return None
         if rng is None:
             raise ValueError(
-                "training draws the gate's noise: pass rngs={'gating': key} (and 'dropout') to apply,"
-                " or gate_noise"
+                "training draws the gate's noise: pass rngs={'gating': key} (and 'dropout') to apply, or gate_noise"
             )
         return jax.random.normal(rng, (b,), jnp.promote_types(dtype, jnp.float32))
 
@@ -110,4 +109,5 @@ class GatedMixture(nn.Module):
         for i, width in enumerate(self.candidate_widths, 1):
             kernels.append(self.param(f"candidates{i}", init, (self.num_candidates, c, width)))
             c = width
-        return nn.dtypes.promote_dtype(*kernels, dtype=self.dtype or jnp.result_type(x, *kernels))
+        dtype = self.dtype or jnp.result_type(x, *kernels)
+        return [kernel.astype(dtype) for kernel in kernels]

@@ -104,9 +104,7 @@ class ResNet(nn.Module):
             (3, 3),
             padding=((1, 1), (1, 1)),
             dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(
-                2.0 / self.pixel_scale**2, "fan_in", "normal"
-            ),
+            kernel_init=nn.initializers.variance_scaling(2.0 / self.pixel_scale**2, "fan_in", "normal"),
             name="stem",
         )(images)
         x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="stem_bn")(x, train=train)

@@ -16,9 +16,7 @@ _ROOT = 2 + 2 * math.cosh(math.acosh(5) / 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def newton_schulz_sqrt(
-    sigma: Float[Array, "*b d d"], num_iters: int = 3
-) -> Float[Array, "*b d d"]:
+def newton_schulz_sqrt(sigma: Float[Array, "*b d d"], num_iters: int = 3) -> Float[Array, "*b d d"]:
     """Square roots of symmetric positive semi-definite matrices by coupled Newton–Schulz iteration.
 
     A = Σ/tr Σ;  Y₀ = A, Z₀ = I;  T = ½(3I − Z Y), Y ← Y T, Z ← T Z;  result √(tr Σ)·Yₙ

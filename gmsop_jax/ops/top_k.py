@@ -40,9 +40,7 @@ def top_k_gate(
     return selection_weights(logits, indices, gradient), indices
 
 
-def select_top_k(
-    logits: Float[Array, "b n"], k: int, rng: Array | None = None
-) -> Int[Array, "b k"]:
+def select_top_k(logits: Float[Array, "b n"], k: int, rng: Array | None = None) -> Int[Array, "b k"]:
     """Indices of the k largest logits of each image; of equal ones the lower index goes first.
 
     If every logit of every image ties (to 16 units of rounding: equal columns of a matrix product need
@@ -95,9 +93,7 @@ def selection_weights(
     raise ValueError(f"gradient must be 'straight_through' or 'masked', got {gradient!r}")
 
 
-def balance_loss(
-    weights: Float[Array, "b n"], axis_name: str | None = None
-) -> Float[Array, ""]:
+def balance_loss(weights: Float[Array, "b n"], axis_name: str | None = None) -> Float[Array, ""]:
     """How unevenly a batch uses the candidates: 0 when all carry the same weight.
 
     L = (std(s)/mean(s))², sᵢ = Σ_batch wᵢ, std with n − 1   (GM-SOP, eq. 6, without its factor α)
