@@ -34,8 +34,8 @@ class Progress:
     wall_seconds: float
 
 
-def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-    return metrics["top1_error"], metrics["step"]
+def _error(metrics: Mapping[str, float]) -> float:
+    return metrics["top1_error"]
 
 
 class Checkpoints:
@@ -47,12 +47,12 @@ class Checkpoints:
         keep_policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
-                # the lowest error comes last; of equal ones the earliest
-                policies.BestN(get_metric_fn=_rank, reverse=True, n=1, keep_checkpoints_without_metrics=False),
+                # the lowest error comes last; of equal ones the latest
+                policies.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: -_rank(metrics)[0],  # without one Orbax writes no metrics
+            best_fn=_error,  # without one Orbax writes no metrics
             preservation_policy=keep_policy,
             read_only=read_only,
             create=not read_only,
@@ -81,10 +81,10 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest top-1 error, the earliest of equals; None if none was evaluated."""
-        metrics = [self._manager.metrics(step) for step in self._manager.all_steps()]
-        ranks = [_rank(m) for m in metrics if m]
-        return int(min(ranks)[1]) if ranks else None
+        """The step with the lowest top-1 error, the latest of equals; None if none was evaluated."""
+        metrics = {step: self.metrics(step) for step in self._manager.all_steps()}
+        errors = [(_error(values), -step) for step, values in metrics.items() if values]
+        return -min(errors)[1] if errors else None
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """What was measured at a step; None if it was not evaluated."""
@@ -96,8 +96,7 @@ class Checkpoints:
             return
         items: dict[str, Any] = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
         items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
-        ranked = {**metrics, "step": progress.step} if metrics else None
-        self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=ranked)
+        self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics))
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Progress]:
         """The state saved at a step, placed as `like` is.
