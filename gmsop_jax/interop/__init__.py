@@ -1,0 +1,1 @@
+"""Weights of other implementations: reading, writing and the names between."""
