@@ -29,6 +29,7 @@ from gmsop_jax.data.manifest import JOB_DIR, Manifest, sha256
 from gmsop_jax.data.records import CODECS, HEADER, Codec
 from gmsop_jax.data.shards import Task, split_order, write_shard
 from gmsop_jax.data.sources import Options, Request, Source, open_source
+from gmsop_jax.data.sources.files import check_space
 from gmsop_jax.errors import ConfigError, DataError
 
 _SHARD_BYTES = 128 * 2**20  # a shard's usual size
@@ -109,17 +110,13 @@ class _Work:
     def write(self, task: Task, tick: Callable[[], None]) -> None:
         """Makes one shard and notes it."""
         if task.split not in self._orders:
-            self._orders[task.split] = split_order(
-                self.source, task.split, self.job.seed, self.job.limit
-            )
+            self._orders[task.split] = split_order(self.source, task.split, self.job.seed, self.job.limit)
         rows = self._orders[task.split][task.start : task.stop].tolist()
         codec: Codec = "png" if self.job.codec == "png" else "raw"
         try:
             notes = write_shard(self.source, task, rows, self.output, codec, tick)
         except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{task.file} can't be written ({error}); mend that and run again to resume"
-            ) from error
+            raise DataError(f"{task.file} can't be written ({error}); mend that and run again to resume") from error
         jobs.write_notes(self.output, notes)
 
     def write_sums(self) -> None:
@@ -128,9 +125,7 @@ class _Work:
         jobs.write_sums(self.output, sums)
 
 
-def _run(
-    work: _Work, tasks: list[Task], workers: int | None, images: int, advance: Callable[[int], None]
-) -> None:
+def _run(work: _Work, tasks: list[Task], workers: int | None, images: int, advance: Callable[[int], None]) -> None:
     count = min(workers or (1 if images < _SMALL else os.cpu_count() or 1), max(len(tasks), 1))
     if count > 1:
         _run_in_processes(work, tasks, count, advance)
@@ -141,12 +136,8 @@ def _run(
         work.write_sums()
 
 
-def _run_in_processes(
-    work: _Work, tasks: list[Task], workers: int, advance: Callable[[int], None]
-) -> None:
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a fork of a process with threads, such as JAX's, may hang
+def _run_in_processes(work: _Work, tasks: list[Task], workers: int, advance: Callable[[int], None]) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads, such as JAX's, may hang
     done, stop = context.Value("q", 0), context.Event()
     initial = (work, done, stop)
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, initial) as pool:
@@ -157,9 +148,7 @@ def _run_in_processes(
             waiting = set(calls)
             shown = 0
             while waiting:
-                finished, waiting = concurrent.futures.wait(
-                    waiting, 0.2, concurrent.futures.FIRST_COMPLETED
-                )
+                finished, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
                 for future in finished:
                     future.result()
                 advance(done.value - shown)
@@ -262,16 +251,11 @@ def _job(
 ) -> Job:
     counts = {split: min(count, limit or count) for split, count in source.num_images.items()}
     train = shards or max(1, math.ceil(counts["train"] * source.image_bytes / _SHARD_BYTES))
-    num_shards = {
-        split: max(1, round(train * count / counts["train"])) for split, count in counts.items()
-    }
+    num_shards = {split: max(1, round(train * count / counts["train"])) for split, count in counts.items()}
     num_shards["train"] = train
     for split, count in counts.items():
         if num_shards[split] > count:
-            raise DataError(
-                f"{num_shards[split]} shards for the {count} images of split {split!r}; use fewer "
-                "--shards"
-            )
+            raise DataError(f"{num_shards[split]} shards for the {count} images of split {split!r}; use fewer --shards")
     return Job(
         source=name,
         options=options.given(),
@@ -288,21 +272,8 @@ def _job(
 
 
 def _check_space(output: Path, source: Source, pending: list[Task]) -> None:
-    needed = sum(task.stop - task.start for task in pending) * (
-        source.image_bytes + _RECORD_OVERHEAD
-    )
+    needed = sum(task.stop - task.start for task in pending) * (source.image_bytes + _RECORD_OVERHEAD)
     check_space(output, needed)
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raises DataError unless `needed` bytes are free where `folder` is."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DataError(
-            f"{folder.absolute()} needs {needed / 2**20:,.0f} MiB and its disk has "
-            f"{free / 2**20:,.0f} free; make room, "
-            "or give another --output"
-        )
 
 
 def _check_numbers(
@@ -322,8 +293,6 @@ def _check_numbers(
     if codec not in CODECS:
         raise ConfigError(f"unknown codec {codec!r}; one of {', '.join(CODECS)}")
     if not 0 <= shard_range[0] < shard_range[1]:
-        raise ConfigError(
-            f"shard range {shard_range[0]}/{shard_range[1]} is not i/n with 0 ≤ i < n"
-        )
+        raise ConfigError(f"shard range {shard_range[0]}/{shard_range[1]} is not i/n with 0 ≤ i < n")
     if not 0 <= max_unreadable <= 1:
         raise ConfigError(f"max_unreadable is {max_unreadable}; it is a share between 0 and 1")

@@ -22,20 +22,11 @@ def describe(manifest: Manifest) -> str:
         "covariance RGB " + " | ".join(_numbers(row) for row in manifest.covariance_rgb),
     ]
     for name, split in manifest.splits.items():
-        size = (
-            "sizes differ"
-            if split.image_size is None
-            else f"{split.image_size[0]}×{split.image_size[1]}"
-        )
+        size = "sizes differ" if split.image_size is None else f"{split.image_size[0]}×{split.image_size[1]}"
         megabytes = sum(shard.bytes for shard in split.shards) / 1e6
-        lines.append(
-            f"{name}: {split.num_images:,} images, {size}, {len(split.shards)} shards, "
-            f"{megabytes:,.1f} MB"
-        )
+        lines.append(f"{name}: {split.num_images:,} images, {size}, {len(split.shards)} shards, {megabytes:,.1f} MB")
     width = max(len(name) for name in manifest.classes)
-    lines.append(
-        f"{'class':>9}  {'':{width}}  " + "".join(f"{name:>10}" for name in manifest.splits)
-    )
+    lines.append(f"{'class':>9}  {'':{width}}  " + "".join(f"{name:>10}" for name in manifest.splits))
     for label, name in enumerate(manifest.classes):
         counts = "".join(f"{split.class_counts[label]:>10,}" for split in manifest.splits.values())
         lines.append(f"{label:>9}  {name:{width}}  {counts}")
@@ -45,10 +36,7 @@ def describe(manifest: Manifest) -> str:
         f"{provenance['limit']}, "
         f"codec {provenance['codec']}, options {provenance['options']}"
     )
-    lines += [
-        f"from {file['name']}: {file['bytes']:,} bytes, sha256 {file['sha256']}"
-        for file in provenance["files"]
-    ]
+    lines += [f"from {file['name']}: {file['bytes']:,} bytes, sha256 {file['sha256']}" for file in provenance["files"]]
     if provenance["unreadable"]:
         lines.append(f"{len(provenance['unreadable'])} unreadable images, left out")
     return "\n".join(lines)
@@ -69,10 +57,7 @@ def contact_sheet(
     Raises: DataError if the data set or the output's name is wrong.
     """
     if min(rows, columns, tile) < 1:
-        raise DataError(
-            f"a sheet of {rows} rows, {columns} columns and {tile}-pixel tiles is empty; use at "
-            "least 1"
-        )
+        raise DataError(f"a sheet of {rows} rows, {columns} columns and {tile}-pixel tiles is empty; use at least 1")
     manifest = Manifest.load(directory)
     count = min(rows, manifest.num_classes)
     chosen = np.unique(np.linspace(0, manifest.num_classes - 1, count).round().astype(int)).tolist()
@@ -81,9 +66,7 @@ def contact_sheet(
     sheet = Image.new("RGB", (margin + columns * tile, len(chosen) * tile), "white")
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(chosen):
-        draw.text(
-            (4, row * tile + tile // 2 - 6), f"{label} {manifest.classes[label]}"[:17], fill="black"
-        )
+        draw.text((4, row * tile + tile // 2 - 6), f"{label} {manifest.classes[label]}"[:17], fill="black")
         for column, image in enumerate(found[label]):
             picture = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
             sheet.paste(picture, (margin + column * tile, row * tile))

@@ -22,9 +22,7 @@ from gmsop_jax.data.shards import Notes, Statistics, Task, plan
 from gmsop_jax.errors import DataError
 
 _LOG = logging.getLogger(__name__)
-_OWN = re.compile(
-    rf"{re.escape(JOB_DIR)}|{re.escape(FILE_NAME)}(\.tmp-\d+)?|\w+-\d+-of-\d+\.arrayrecord(\.tmp-\d+)?"
-)
+_OWN = re.compile(rf"{re.escape(JOB_DIR)}|{re.escape(FILE_NAME)}(\.tmp-\d+)?|\w+-\d+-of-\d+\.arrayrecord(\.tmp-\d+)?")
 _MEAN_TOLERANCE = 0.01  # of 255; rounding in the original's single precision is far below
 
 
@@ -67,8 +65,7 @@ def check_output(output: Path) -> None:
             foreign = entries
         if foreign:
             raise DataError(
-                f"--output {output.absolute()} holds other files ({foreign[0]}); give a new or "
-                "empty folder"
+                f"--output {output.absolute()} holds other files ({foreign[0]}); give a new or empty folder"
             )
     elif output.exists():
         raise DataError(f"--output {output.absolute()} is a file; give a new or empty folder")
@@ -97,10 +94,7 @@ def start(output: Path, job: Job) -> None:
     before, now = _read_json(file), job.to_json()
     differing = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if differing:
-        shown = "; ".join(
-            f"{name}: {_short(before.get(name))} then, {_short(now.get(name))} now"
-            for name in differing
-        )
+        shown = "; ".join(f"{name}: {_short(before.get(name))} then, {_short(now.get(name))} now" for name in differing)
         raise DataError(
             f"--output {output.absolute()} holds an unfinished conversion with other settings "
             f"({shown}); use the same "
@@ -112,15 +106,11 @@ def load(output: Path) -> Job:
     """The request of an unfinished conversion; DataError if there is none."""
     file = output / JOB_DIR / "job.json"
     if not file.exists():
-        raise DataError(
-            f"{output.absolute()} holds no unfinished conversion (no {JOB_DIR}/job.json)"
-        )
+        raise DataError(f"{output.absolute()} holds no unfinished conversion (no {JOB_DIR}/job.json)")
     try:
         return Job(**_read_json(file))
     except TypeError as error:
-        raise DataError(
-            f"{file} is of another release ({error}); delete {output} and convert again"
-        ) from error
+        raise DataError(f"{file} is of another release ({error}); delete {output} and convert again") from error
 
 
 def read_notes(output: Path, task: Task) -> Notes | None:
@@ -158,9 +148,7 @@ def finish(output: Path, max_unreadable: float) -> Manifest:
     notes = {task: read_notes(output, task) for task in job.tasks}
     missing = [task.file for task, note in notes.items() if note is None]
     if missing:
-        raise DataError(
-            f"{len(missing)} of {len(notes)} shards aren't converted yet, {missing[0]} the first"
-        )
+        raise DataError(f"{len(missing)} of {len(notes)} shards aren't converted yet, {missing[0]} the first")
     done = [note for note in notes.values() if note is not None]
     unreadable = [message for note in done for message in note.unreadable]
     _check_unreadable(unreadable, sum(job.num_images.values()), max_unreadable)
@@ -176,9 +164,7 @@ def finish(output: Path, max_unreadable: float) -> Manifest:
         raise DataError("the training split has no readable image")
     provenance = _provenance(job, read_sums(output), unreadable)
     _compare_mean(job, train.mean)
-    manifest = Manifest(
-        job.source, tuple(job.classes), train.mean, train.covariance, splits, provenance
-    )
+    manifest = Manifest(job.source, tuple(job.classes), train.mean, train.covariance, splits, provenance)
     manifest.save(output)
     shutil.rmtree(output / JOB_DIR)
     for leftover in output.glob("*.tmp-*"):
@@ -238,9 +224,7 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file} can't be read ({error}); delete {file.parent.parent} and convert again"
-        ) from error
+        raise DataError(f"{file} can't be read ({error}); delete {file.parent.parent} and convert again") from error
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,10 +67,7 @@ class Manifest:
     def split(self, name: str) -> Split:
         """The split of that name; DataError names the ones there are."""
         if name not in self.splits:
-            raise DataError(
-                f"data set {self.name!r} has no split {name!r}; it has "
-                f"{', '.join(sorted(self.splits))}"
-            )
+            raise DataError(f"data set {self.name!r} has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -78,8 +75,15 @@ class Manifest:
         write_json(Path(directory) / FILE_NAME, dataclasses.asdict(self))
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], verify_checksums: bool = False) -> "Manifest":
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        verify_checksums: bool = False,
+        splits: Collection[str] | None = None,
+    ) -> "Manifest":
         """Reads dataset.json and checks it against the files beside it.
+
+        Only the shards of `splits` need be there and are checked; of all splits where it is None.
 
         Shard sizes are always compared; their sha256 sums (which read every byte) only where
         `verify_checksums`.
@@ -90,8 +94,8 @@ class Manifest:
         """
         path = Path(directory)
         manifest = _parse(_read(path), path / FILE_NAME)
-        for split in manifest.splits.values():
-            for shard in split.shards:
+        for name in manifest.splits if splits is None else splits:
+            for shard in manifest.split(name).shards:
                 check_shard(path, shard, verify_checksums)
         return manifest
 
@@ -105,9 +109,7 @@ def check_shard(directory: Path, shard: Shard, verify_checksum: bool) -> None:
     if (size := path.stat().st_size) != shard.bytes:
         raise DataError(f"shard {path} has {size} bytes instead of {shard.bytes}; {redo}")
     if verify_checksum and (found := sha256(path)) != shard.sha256:
-        raise DataError(
-            f"shard {path} has sha256 {found} instead of {shard.sha256}: its bytes changed; {redo}"
-        )
+        raise DataError(f"shard {path} has sha256 {found} instead of {shard.sha256}: its bytes changed; {redo}")
 
 
 def sha256(path: Path) -> str:
@@ -141,28 +143,21 @@ def _read(path: Path) -> Any:
                 "finish it (after --shard-range, tools/merge_manifests.py)"
             )
         empty = next(path.iterdir(), None) is None
-        held = (
-            "the folder is empty" if empty else f"the folder holds other files and no {FILE_NAME}"
-        )
+        held = "the folder is empty" if empty else f"the folder holds other files and no {FILE_NAME}"
         raise DataError(f"no data set at {path.absolute()}: {held}; {_CONVERT}")
     try:
         return json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file} can't be read as JSON ({error}); convert the data set again"
-        ) from error
+        raise DataError(f"{file} can't be read as JSON ({error}); convert the data set again") from error
 
 
 def _parse(value: Any, file: Path) -> Manifest:
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version is None:
-        raise DataError(
-            f"{file} isn't a manifest of this project: it has no schema_version; {_CONVERT}"
-        )
+        raise DataError(f"{file} isn't a manifest of this project: it has no schema_version; {_CONVERT}")
     if version != SCHEMA_VERSION:
         raise DataError(
-            f"{file} has schema_version {version}; this release reads {SCHEMA_VERSION}: convert "
-            "the data set again"
+            f"{file} has schema_version {version}; this release reads {SCHEMA_VERSION}: convert the data set again"
         )
     try:
         manifest = Manifest(
@@ -174,9 +169,7 @@ def _parse(value: Any, file: Path) -> Manifest:
             provenance=dict(value["provenance"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{file} is damaged ({type(error).__name__}: {error}); convert the data set again"
-        ) from error
+        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); convert the data set again") from error
     _check(manifest, file)
     return manifest
 
@@ -211,10 +204,7 @@ def _check(manifest: Manifest, file: Path) -> None:
         for shard in split.shards:
             parts = PurePosixPath(shard.file).parts
             if len(parts) != 1 or parts[0] in ("..", ".", "/") or "\\" in shard.file:
-                raise DataError(
-                    f"{file} names a shard outside its folder: {shard.file!r}; don't trust this "
-                    "data set"
-                )
+                raise DataError(f"{file} names a shard outside its folder: {shard.file!r}; don't trust this data set")
         records = sum(shard.num_records for shard in split.shards)
         if len(split.class_counts) != manifest.num_classes:
             raise DataError(

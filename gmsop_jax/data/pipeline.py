@@ -26,12 +26,12 @@ from pathlib import Path
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from gmsop_jax.data.manifest import Manifest, Split
 from gmsop_jax.data.order import coin_flips, permutation
 from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import decode_batch
+from gmsop_jax.data.resize import resize
 from gmsop_jax.errors import DataError
 
 Directory = str | os.PathLike[str]
@@ -53,10 +53,7 @@ def steps_per_epoch(num_images: int, batch_size: int, drop_remainder: bool = Tru
         raise DataError(f"batch_size is {batch_size}; it must be at least 1")
     steps = num_images // batch_size if drop_remainder else -(-num_images // batch_size)
     if steps < 1:
-        raise DataError(
-            f"{num_images} images make no batch of {batch_size}: use a smaller batch_size or more "
-            "images"
-        )
+        raise DataError(f"{num_images} images make no batch of {batch_size}: use a smaller batch_size or more images")
     return steps
 
 
@@ -191,10 +188,7 @@ class _Rows:
 
     def mine(self, values: np.ndarray) -> np.ndarray:
         """This process's contiguous share of one value per row of the global batch."""
-        start, stop = (
-            len(values) * p // self.process_count
-            for p in (self.process_index, self.process_index + 1)
-        )
+        start, stop = (len(values) * p // self.process_count for p in (self.process_index, self.process_index + 1))
         return values[start:stop]
 
     def read(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
@@ -225,10 +219,7 @@ def _eval_batch(step: int, indices: np.ndarray, *, rows: _Rows) -> Batch:
     mask = indices >= 0
     batch = rows.read(indices[mask], np.zeros(mask.sum(), bool))
     missing = len(mask) - mask.sum()
-    padded = {
-        key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
-        for key, value in batch.items()
-    }
+    padded = {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
     return {**(padded if missing else batch), "mask": mask}
 
 
@@ -244,48 +235,31 @@ def _fill(out: np.ndarray, pixels: np.ndarray | list[np.ndarray], flips: np.ndar
             out[row, :, :, channel] = pixels[row][:, ::-1, channel % pixels[row].shape[2]]
 
 
-def _resize(
-    pixels: np.ndarray | list[np.ndarray], size: tuple[int, int]
-) -> np.ndarray | list[np.ndarray]:
+def _resize(pixels: np.ndarray | list[np.ndarray], size: tuple[int, int]) -> np.ndarray | list[np.ndarray]:
     if isinstance(pixels, np.ndarray) and pixels.shape[1:3] == size:
         return pixels
-    return [image if image.shape[:2] == size else _resize_one(image, size) for image in pixels]
-
-
-def _resize_one(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    source = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    resized = np.asarray(source.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return resized.reshape(*size, image.shape[2])
+    return [resize(image, size, "pillow") for image in pixels]
 
 
 def _open(
     directory: Directory, name: str, image_size: Size, process_index: int, process_count: int
 ) -> tuple[Split, _Rows]:
-    manifest = Manifest.load(directory)
+    manifest = Manifest.load(directory, splits=[name])
     split = manifest.split(name)
-    size = (
-        (image_size, image_size) if isinstance(image_size, int) else image_size or split.image_size
-    )
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size or split.image_size
     if size is None:
-        raise DataError(
-            f"the images of split {name!r} in {directory} differ in size: give an image_size to "
-            "resize to"
-        )
+        raise DataError(f"the images of split {name!r} in {directory} differ in size: give an image_size to resize to")
     if min(size) < 1:
         raise DataError(f"image_size is {image_size}; sides must be at least 1")
     if not 0 <= process_index < process_count:
-        raise DataError(
-            f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)"
-        )
+        raise DataError(f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)")
     reader = ShardReader(Path(directory), split.shards)
     return split, _Rows(reader, size, manifest.num_classes, process_index, process_count)
 
 
 def _check_share(batch_size: int, process_count: int) -> None:
     if batch_size % process_count:
-        raise DataError(
-            f"batch_size {batch_size} doesn't divide over {process_count} processes; use a multiple"
-        )
+        raise DataError(f"batch_size {batch_size} doesn't divide over {process_count} processes; use a multiple")
 
 
 def _iterate(

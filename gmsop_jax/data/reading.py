@@ -50,9 +50,7 @@ class ShardReader:
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(
-                f"shard {self._paths[shard]} is damaged ({error}); convert the data set again"
-            ) from error
+            raise DataError(f"shard {self._paths[shard]} is damaged ({error}); convert the data set again") from error
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
@@ -65,11 +63,7 @@ class ShardReader:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_readers", "_lock")
-        }
+        return {name: value for name, value in self.__dict__.items() if name not in ("_readers", "_lock")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -82,11 +76,7 @@ def open_reader(path: Path, num_records: int, options: str = _RANDOM_ACCESS) -> 
         reader = ArrayRecordReader(str(path), options)
         found = reader.num_records()
     except (RuntimeError, ValueError) as error:
-        raise DataError(
-            f"shard {path} can't be opened ({error}); convert the data set again"
-        ) from error
+        raise DataError(f"shard {path} can't be opened ({error}); convert the data set again") from error
     if found != num_records:
-        raise DataError(
-            f"shard {path} holds {found} records; the manifest says {num_records}: convert again"
-        )
+        raise DataError(f"shard {path} holds {found} records; the manifest says {num_records}: convert again")
     return reader

@@ -66,9 +66,7 @@ def encode(image: np.ndarray, label: int, *, codec: Codec = "raw") -> bytes:
         pixels = pixels[..., None]
     _check_image(pixels)
     if not 0 <= int(label) <= _MAX_LABEL:
-        raise DataError(
-            f"label {label} is outside 0…{_MAX_LABEL}; labels are 0-based class numbers"
-        )
+        raise DataError(f"label {label} is outside 0…{_MAX_LABEL}; labels are 0-based class numbers")
     if codec not in CODECS:
         raise DataError(f"unknown record codec {codec!r}; one of {', '.join(CODECS)}")
     height, width, channels = pixels.shape
@@ -113,9 +111,7 @@ def decode_batch(records: Sequence[bytes]) -> tuple[np.ndarray | list[np.ndarray
         described = [name for name in HEADER.names or () if name not in ("label", "crc")]
         if (headers[described] == first[described]).all():
             shape = _raw_shape(records[0], first)
-            return table[:, HEADER.itemsize :].reshape(len(records), *shape), headers[
-                "label"
-            ].astype(np.int32)
+            return table[:, HEADER.itemsize :].reshape(len(records), *shape), headers["label"].astype(np.int32)
     headers = [_header(record) for record in records]
     pixels = [_pixels(record, header) for record, header in zip(records, headers, strict=True)]
     labels = np.array([header["label"] for header in headers], np.int32)
@@ -128,21 +124,15 @@ def _check_image(pixels: np.ndarray) -> None:
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         raise DataError(f"image has shape {pixels.shape}; expected [h, w], [h, w, 1] or [h, w, 3]")
     if not all(1 <= side <= _MAX_SIDE for side in pixels.shape[:2]):
-        raise DataError(
-            f"image is {pixels.shape[0]}×{pixels.shape[1]}; sides go from 1 to {_MAX_SIDE}"
-        )
+        raise DataError(f"image is {pixels.shape[0]}×{pixels.shape[1]}; sides go from 1 to {_MAX_SIDE}")
 
 
 def _header(record: bytes) -> np.void:
     if len(record) < HEADER.itemsize:
-        raise DataError(
-            f"damaged record: {len(record)} bytes, less than the header's {HEADER.itemsize}"
-        )
+        raise DataError(f"damaged record: {len(record)} bytes, less than the header's {HEADER.itemsize}")
     header = np.frombuffer(record, HEADER, count=1)[0]
     if header["magic"] != b"GSOP":
-        raise DataError(
-            f"not a record of this project: it begins with {bytes(record[:4])!r}, not b'GSOP'"
-        )
+        raise DataError(f"not a record of this project: it begins with {bytes(record[:4])!r}, not b'GSOP'")
     if header["version"] != VERSION:
         raise DataError(f"record version {header['version']}; this release reads version {VERSION}")
     if header["codec"] >= len(CODECS) or header["channels"] not in (1, 3) or header["label"] < 0:
@@ -154,9 +144,7 @@ def _raw_shape(record: bytes, header: np.void) -> tuple[int, int, int]:
     shape = (int(header["height"]), int(header["width"]), int(header["channels"]))
     expected = shape[0] * shape[1] * shape[2]
     if len(record) - HEADER.itemsize != expected or not expected:
-        raise DataError(
-            f"damaged record: {len(record) - HEADER.itemsize} bytes of pixels for {shape}"
-        )
+        raise DataError(f"damaged record: {len(record) - HEADER.itemsize} bytes of pixels for {shape}")
     return shape
 
 

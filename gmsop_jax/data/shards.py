@@ -42,9 +42,7 @@ def plan(num_images: dict[str, int], num_shards: dict[str, int]) -> list[Task]:
     for split, shards in num_shards.items():
         cuts = [num_images[split] * shard // shards for shard in range(shards + 1)]
         for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
-            tasks.append(
-                Task(split, f"{split}-{number:05}-of-{shards:05}.arrayrecord", start, stop)
-            )
+            tasks.append(Task(split, f"{split}-{number:05}-of-{shards:05}.arrayrecord", start, stop))
     return tasks
 
 
@@ -65,17 +63,13 @@ class Statistics:
     image_sizes: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     pixels: int = 0
     sums: list[int] = dataclasses.field(default_factory=lambda: [0] * 3)
-    products: list[list[int]] = dataclasses.field(
-        default_factory=lambda: [[0] * 3 for _ in range(3)]
-    )
+    products: list[list[int]] = dataclasses.field(default_factory=lambda: [[0] * 3 for _ in range(3)])
 
     def add(self, image: np.ndarray, label: int) -> None:
         """Counts one image, uint8 [h, w] or [h, w, 1 or 3]."""
         self.class_counts[label] += 1
         self.image_sizes.add((image.shape[0], image.shape[1]))
-        flat = image.reshape(image.shape[0] * image.shape[1], -1).astype(
-            np.float64
-        )  # exact up to 2⁵³
+        flat = image.reshape(image.shape[0] * image.shape[1], -1).astype(np.float64)  # exact up to 2⁵³
         sums, products = flat.sum(0), flat.T @ flat
         self.pixels += len(flat)
         for row in range(3):
@@ -85,9 +79,7 @@ class Statistics:
 
     def merge(self, other: "Statistics") -> None:
         """Adds another shard's sums."""
-        self.class_counts = [
-            a + b for a, b in zip(self.class_counts, other.class_counts, strict=True)
-        ]
+        self.class_counts = [a + b for a, b in zip(self.class_counts, other.class_counts, strict=True)]
         self.image_sizes |= other.image_sizes
         self.pixels += other.pixels
         self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
@@ -106,9 +98,7 @@ class Statistics:
     def covariance(self) -> tuple[tuple[float, float, float], ...]:
         """Covariance of the channels over all pixels (divided by their number), [3, 3]."""
         s, n = self.sums, self.pixels
-        rows = [
-            [(n * self.products[i][j] - s[i] * s[j]) / n**2 for j in range(3)] for i in range(3)
-        ]
+        rows = [[(n * self.products[i][j] - s[i] * s[j]) / n**2 for j in range(3)] for i in range(3)]
         return tuple((row[0], row[1], row[2]) for row in rows)
 
     def to_json(self) -> dict[str, Any]:
@@ -118,9 +108,7 @@ class Statistics:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Statistics":
         """The inverse of `to_json`."""
-        return cls(
-            **{**value, "image_sizes": {(height, width) for height, width in value["image_sizes"]}}
-        )
+        return cls(**{**value, "image_sizes": {(height, width) for height, width in value["image_sizes"]}})
 
 
 @dataclasses.dataclass(frozen=True)

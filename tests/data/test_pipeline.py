@@ -102,25 +102,17 @@ def test_processes_share_the_global_batch(fashion: Path, count: int):
         )
         for index in range(count)
     ]
-    joined = [
-        {key: np.concatenate([part[step][key] for part in parts]) for key in whole[0]}
-        for step in range(90)
-    ]
+    joined = [{key: np.concatenate([part[step][key] for part in parts]) for key in whole[0]} for step in range(90)]
     assert_same(whole, joined)
 
 
 def test_seeds_differ(fashion: Path):
-    first, second = (
-        next(train_batches(fashion, batch_size=50, seed=seed))["image"] for seed in (0, 1)
-    )
+    first, second = (next(train_batches(fashion, batch_size=50, seed=seed))["image"] for seed in (0, 1))
     assert (first != second).any()
 
 
 def test_smaller_last_batch(fashion: Path):
-    sizes = [
-        len(b["label"])
-        for b in take(train_batches(fashion, batch_size=900, seed=0, drop_remainder=False), 7)
-    ]
+    sizes = [len(b["label"]) for b in take(train_batches(fashion, batch_size=900, seed=0, drop_remainder=False), 7)]
     assert sizes == [900, 900, 900, 900, 900, 500, 900]
 
 
@@ -148,15 +140,10 @@ def test_eval_is_one_padded_pass(fashion: Path):
 
 
 def test_eval_over_processes_sees_every_image_once(fashion: Path):
-    parts = [
-        list(eval_batches(fashion, "val", batch_size=400, process_index=at, process_count=4))
-        for at in range(4)
-    ]
+    parts = [list(eval_batches(fashion, "val", batch_size=400, process_index=at, process_count=4)) for at in range(4)]
     assert sum(batch["mask"].sum() for part in parts for batch in part) == 1000
     assert {batch["image"].shape for part in parts for batch in part} == {(100, 28, 28, 3)}
-    labels = np.concatenate(
-        [b["label"][b["mask"]] for batches in zip(*parts, strict=True) for b in batches]
-    )
+    labels = np.concatenate([b["label"][b["mask"]] for batches in zip(*parts, strict=True) for b in batches])
     np.testing.assert_array_equal(labels, all_records(fashion, "val")[1])
 
 

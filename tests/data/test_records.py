@@ -80,8 +80,7 @@ def test_batch_of_mixed_records():
     shapes = [(4, 5, 3), (5, 4, 3), (4, 15, 1)]  # equal sizes in bytes, different shapes
     codecs: list[Codec] = ["raw", "raw", "png"]
     records = [
-        encode(image(*shape), at, codec=codec)
-        for at, (shape, codec) in enumerate(zip(shapes, codecs, strict=True))
+        encode(image(*shape), at, codec=codec) for at, (shape, codec) in enumerate(zip(shapes, codecs, strict=True))
     ]
     pixels, labels = decode_batch(records)
     assert [image.shape for image in pixels] == shapes

@@ -7,7 +7,6 @@ reading (order, shards, statistics, checksums, progress) is `gmsop_jax.data.conv
 
 import dataclasses
 import importlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,9 +79,7 @@ class Options:
 
     def given(self) -> dict[str, Any]:
         """The options that were set."""
-        return {
-            name: value for name, value in dataclasses.asdict(self).items() if value is not None
-        }
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,42 +115,3 @@ def open_source(name: str, request: Request) -> Source:
             raise ConfigError(f"source {name!r} takes no option {option} (given: {value!r})")
     opener: Callable[[Request], Source] = module.open_source
     return opener(request)
-
-
-@dataclasses.dataclass(frozen=True)
-class FileArray:
-    """An array of uint8 items, uncompressed in a file: read item by item, in constant memory."""
-
-    path: Path
-    offset: int
-    count: int
-    item_shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        end = self.offset + self.count * self.item_bytes
-        if (size := self.path.stat().st_size) < end:
-            raise DataError(
-                f"{self.path} is truncated: {size} bytes, and {self.count} images need {end}"
-            )
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one item."""
-        return int(np.prod(self.item_shape))
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Item `index`, uint8 of `item_shape`."""
-        data = os.pread(
-            _descriptor(self.path), self.item_bytes, self.offset + index * self.item_bytes
-        )
-        return np.frombuffer(data, np.uint8).reshape(self.item_shape)
-
-
-_descriptors: dict[Path, int] = {}
-
-
-def _descriptor(path: Path) -> int:
-    """This process's descriptor of a file; one each, kept until the process ends."""
-    if path not in _descriptors:
-        _descriptors[path] = os.open(path, os.O_RDONLY)
-    return _descriptors[path]

@@ -91,15 +91,11 @@ def read_idx(path: Path, num_dims: int) -> np.ndarray:
     header = 4 + 4 * num_dims
     if len(data) < header or data[:4] != bytes([0, 0, 8, num_dims]):
         raise DataError(
-            f"{path} isn't an IDX file of uint8 with {num_dims} dimensions: it begins with "
-            f"{data[:4].hex()}"
+            f"{path} isn't an IDX file of uint8 with {num_dims} dimensions: it begins with {data[:4].hex()}"
         )
     shape = tuple(int(side) for side in np.frombuffer(data, ">u4", num_dims, 4))
     if len(data) != header + math.prod(shape):
-        raise DataError(
-            f"{path} has {len(data)} bytes; its header {shape} needs {header + math.prod(shape)}: "
-            "damaged"
-        )
+        raise DataError(f"{path} has {len(data)} bytes; its header {shape} needs {header + math.prod(shape)}: damaged")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
@@ -108,7 +104,4 @@ def _find(folder: Path, stem: str, kind: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise DataError(
-        f"--input {folder.absolute()} lacks {names[0]} (or {names[1]}); Fashion-MNIST has four "
-        "such files"
-    )
+    raise DataError(f"--input {folder.absolute()} lacks {names[0]} (or {names[1]}); Fashion-MNIST has four such files")
