@@ -1,0 +1,200 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gmsop_jax.ops import covariance_pool, newton_schulz_sqrt
+
+ITERATIONS = range(1, 9)
+
+
+def plain(sigma: jax.Array, num_iters: int) -> jax.Array:
+    """The iteration as the paper writes it (iSQRT-COV, eq. 4–7)."""
+    eye = jnp.eye(sigma.shape[-1], dtype=sigma.dtype)
+    trace = jnp.trace(sigma, axis1=-2, axis2=-1)[..., None, None]
+    y, z = sigma / trace, eye
+    for _ in range(num_iters):
+        t = (3 * eye - z @ y) / 2
+        y, z = y @ t, t @ z
+    return jnp.sqrt(trace) * y
+
+
+def covariance(d: int, *batch: int, positions: int = 20, dtype=np.float64) -> jax.Array:
+    x = np.random.default_rng(d).normal(size=(*batch, positions, d))
+    return covariance_pool(jnp.asarray(x.astype(dtype)))
+
+
+def cotangent(sigma: jax.Array) -> np.ndarray:
+    """Not symmetric."""
+    return np.random.default_rng(7).normal(size=sigma.shape).astype(sigma.dtype)
+
+
+def gradient(function, sigma, n, g):
+    return jax.vjp(lambda s: function(s, n), sigma)[1](jnp.asarray(g))[0]
+
+
+def test_one_and_two_iterations_by_hand(x64):
+    # 1×1: A = 1, T = 1, so every iterate is 1 and the result is √σ, exactly
+    for n in ITERATIONS:
+        np.testing.assert_allclose(newton_schulz_sqrt(jnp.array([[4.0]]), n), [[2.0]], rtol=1e-14)
+    # diag(a, 1 − a) is scalar by scalar: y₁ = ½a(3 − a), z₁ = ½(3 − a); y₂ = ½y₁(3 − z₁y₁).
+    # a = ½: y₁ = 0.625, z₁ = 1.25, z₁y₁ = 0.78125, y₂ = 0.3125 · 2.21875 = 0.693359375; trace 2 → √2 y
+    for n, y in ((1, 0.625), (2, 0.693359375)):
+        np.testing.assert_allclose(newton_schulz_sqrt(jnp.eye(2), n), np.sqrt(2) * y * np.eye(2), rtol=1e-14)
+
+
+@pytest.mark.parametrize("n", ITERATIONS)
+def test_values_and_gradients_are_those_of_the_plain_iteration(x64, n):
+    sigma = covariance(5, 3)
+    np.testing.assert_allclose(newton_schulz_sqrt(sigma, n), plain(sigma, n), rtol=0, atol=1e-12)
+    g = cotangent(sigma)
+    got, expected = gradient(newton_schulz_sqrt, sigma, n, g), gradient(plain, sigma, n, g)
+    assert not np.allclose(expected, np.swapaxes(expected, -1, -2), rtol=1e-3)  # the cotangent was not symmetric
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_gradient_through_covariance_by_finite_differences(x64, n):
+    x = np.random.default_rng(0).normal(size=(9, 4))
+    g = np.random.default_rng(1).normal(size=(4, 4))
+
+    def loss(x):
+        return jnp.sum(g * newton_schulz_sqrt(covariance_pool(x), n))
+
+    direction = np.random.default_rng(2).normal(size=x.shape)
+    step = 1e-5
+    numeric = (loss(jnp.asarray(x + step * direction)) - loss(jnp.asarray(x - step * direction))) / (2 * step)
+    analytic = np.sum(np.asarray(jax.grad(loss)(jnp.asarray(x))) * direction)
+    np.testing.assert_allclose(analytic, numeric, rtol=1e-8)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_second_derivatives_through_covariance(x64, n):
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    g = np.random.default_rng(1).normal(size=(3, 3))
+    v = np.random.default_rng(2).normal(size=x.shape)
+
+    def directional(function):
+        slope = jax.grad(lambda x: jnp.sum(g * function(covariance_pool(x), n)))
+        return jax.grad(lambda x: jnp.sum(v * slope(x)))(jnp.asarray(x))
+
+    np.testing.assert_allclose(directional(newton_schulz_sqrt), directional(plain), rtol=1e-9, atol=1e-11)
+
+
+def test_converges_to_the_square_root(x64):
+    sigma = covariance(4, positions=40)
+    root = newton_schulz_sqrt(sigma, 15)
+    np.testing.assert_allclose(root @ root, sigma, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_zero_matrix_gives_zero_with_zero_gradient(x64, n, dtype):
+    sigma = jnp.zeros((2, 3, 3), dtype).at[0].set(jnp.eye(3, dtype=dtype))  # beside one that is not zero
+    root = newton_schulz_sqrt(sigma, n)
+    np.testing.assert_array_equal(root[1], np.zeros((3, 3)))
+    slope = gradient(newton_schulz_sqrt, sigma, n, cotangent(sigma))
+    np.testing.assert_array_equal(slope[1], np.zeros((3, 3)))
+    assert np.isfinite(slope).all()
+    assert np.any(slope[0] != 0)
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_rank_deficient(x64, n):
+    sigma = covariance(6, positions=3)  # rank 2
+    assert np.linalg.matrix_rank(sigma) == 2
+    g = cotangent(sigma)
+    np.testing.assert_allclose(newton_schulz_sqrt(sigma, n), plain(sigma, n), atol=1e-12)
+    np.testing.assert_allclose(gradient(newton_schulz_sqrt, sigma, n, g), gradient(plain, sigma, n, g), atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_badly_scaled_float32(scale, n):
+    # f(sΣ) = √s f(Σ), and so f'(sΣ) = f'(Σ)/√s
+    sigma = covariance(4, dtype=np.float32)
+    g = cotangent(sigma)
+    root = newton_schulz_sqrt(sigma * np.float32(scale), n)
+    slope = gradient(newton_schulz_sqrt, sigma * np.float32(scale), n, g)
+    np.testing.assert_allclose(root, newton_schulz_sqrt(sigma, n) * np.sqrt(scale), rtol=2e-4, atol=1e-6 * scale**0.5)
+    expected = gradient(newton_schulz_sqrt, sigma, n, g) / np.sqrt(scale)
+    np.testing.assert_allclose(slope, expected, rtol=2e-4, atol=1e-5 / np.sqrt(scale))
+
+
+def test_one_value_far_above_the_others(x64):
+    sigma = jnp.diag(jnp.array([1e8, 1.0, 1e-8, 0.0]))
+    g = cotangent(sigma)
+    for n in (3, 5):
+        np.testing.assert_allclose(newton_schulz_sqrt(sigma, n), plain(sigma, n), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            gradient(newton_schulz_sqrt, sigma, n, g), gradient(plain, sigma, n, g), rtol=1e-10, atol=1e-12
+        )
+
+
+def test_under_jit_and_vmap(x64):
+    sigma = covariance(4, 2, 3)
+    g = jnp.asarray(cotangent(sigma))
+    root = newton_schulz_sqrt(sigma, 5)
+    np.testing.assert_allclose(jax.jit(newton_schulz_sqrt, static_argnums=1)(sigma, 5), root, atol=1e-13)
+    one_by_one = jax.vmap(jax.vmap(lambda s: newton_schulz_sqrt(s, 5)))
+    np.testing.assert_allclose(one_by_one(sigma), root, atol=1e-13)
+    slope = gradient(newton_schulz_sqrt, sigma, 5, g)
+    np.testing.assert_allclose(jax.jit(lambda s, g: jax.vjp(one_by_one, s)[1](g)[0])(sigma, g), slope, atol=1e-12)
+
+
+def test_num_iters_by_keyword_and_its_default():
+    sigma = covariance(3, dtype=np.float32)
+    np.testing.assert_array_equal(newton_schulz_sqrt(sigma, num_iters=5), newton_schulz_sqrt(sigma, 5))
+    np.testing.assert_array_equal(newton_schulz_sqrt(sigma), newton_schulz_sqrt(sigma, 3))
+    slope = jax.grad(lambda s: jnp.sum(newton_schulz_sqrt(s, num_iters=5)))(sigma)
+    np.testing.assert_array_equal(slope, gradient(newton_schulz_sqrt, sigma, 5, np.ones((3, 3), np.float32)))
+
+
+def test_dtype_is_kept(x64):
+    for dtype in (np.float32, np.float64):
+        sigma = covariance(3, dtype=dtype)
+        assert newton_schulz_sqrt(sigma).dtype == dtype
+        assert gradient(newton_schulz_sqrt, sigma, 3, cotangent(sigma)).dtype == dtype
+
+
+def test_backward_keeps_no_iterate():
+    sigma = covariance(8, 2, dtype=np.float32)
+    _, pullback = jax.vjp(lambda s: newton_schulz_sqrt(s, 5), sigma)
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", ()) == sigma.shape]
+    assert len(kept) <= 2  # sigma and the root; the plain iteration keeps more than ten
+    _, pullback = jax.vjp(lambda s: plain(s, 5), sigma)
+    assert len([leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", ()) == sigma.shape]) > 10
+
+
+@pytest.mark.parametrize(("n", "products"), [(1, 1), (2, 3), (3, 5), (4, 8), (5, 10)])
+def test_number_of_matrix_products(n, products):
+    # two steps: W², q·q', W·q, and Y·q where Y is no longer W, and W·q·q to go on; the last odd step: Y·W
+    jaxpr = jax.make_jaxpr(lambda s: newton_schulz_sqrt(s, n))(jnp.eye(3))
+    assert str(jaxpr).count("dot_general") == products
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int32])
+def test_precision_that_loses_the_digits_is_refused(dtype):
+    with pytest.raises(TypeError, match=f"float32 or float64, got {jnp.dtype(dtype)}"):
+        newton_schulz_sqrt(jnp.eye(3, dtype=dtype))
+    with pytest.raises(TypeError, match="float32 or float64"):
+        jax.grad(lambda s: jnp.sum(newton_schulz_sqrt(s.astype(dtype)).astype(jnp.float32)))(jnp.eye(3))
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_fewer_than_one_iteration_is_refused(n):
+    with pytest.raises(ValueError, match=f"num_iters must be at least 1, got {n}"):
+        newton_schulz_sqrt(jnp.eye(3), n)
+    with pytest.raises(ValueError, match="num_iters must be at least 1"):
+        jax.grad(lambda s: jnp.sum(newton_schulz_sqrt(s, n)))(jnp.eye(3))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 4, 3)])
+def test_other_than_square_is_refused(shape):
+    with pytest.raises(ValueError, match=r"square matrices \[\.\.\., d, d\], got shape"):
+        newton_schulz_sqrt(jnp.ones(shape))
+
+
+def test_forward_mode_is_refused_and_not_wrong():
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(newton_schulz_sqrt, (jnp.eye(3),), (jnp.eye(3),))
