@@ -1,3 +1,17 @@
 """Second-order pooling in JAX: covariance pooling, iSQRT-COV and GM-SOP as Flax (Linen) modules."""
 
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gmsop_jax.models import Network
+    from gmsop_jax.restore import Info
+
 __version__ = "0.1.0"
+
+
+def load(path: str | os.PathLike[str]) -> "tuple[Network, dict[str, Any], Info]":
+    """Restores a trained network: `model, variables, info = gmsop_jax.load(DIR)`; see `restore.load`."""
+    from gmsop_jax import restore  # Orbax takes seconds to import, and who only wants a layer needs none
+
+    return restore.load(path)

@@ -20,7 +20,7 @@ from gmsop_jax.writer import write_atomic
 
 def evaluate_split(
     eval_step: Callable, variables: Mapping[str, Any], config: ConfigDict, mesh: jax.sharding.Mesh
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Loss and errors on all images of `config.eval.split`.
 
     Args:
@@ -29,7 +29,7 @@ def evaluate_split(
       config: its `data` and `eval` parts.
       mesh: where the batches go.
 
-    Returns: `loss` (nats), `top1_error`, `top5_error` (percent).
+    Returns: `loss` (nats), `top1_error`, `top5_error` (percent), `candidate_use` (mean gate weights).
     """
     batches = pipeline.eval_batches(
         config.data.dir,
@@ -71,7 +71,7 @@ def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
     return (*size, 3)
 
 
-def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, float]:
+def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, Any]:
     """Evaluates a checkpoint on `config.eval.split` and writes `evaluation-<split>.json` beside it.
 
     The training split's shards need not be there.
@@ -81,7 +81,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
       path: a working directory (its best checkpoint is taken, or the last if none was evaluated), or
         one step's folder in it.
 
-    Returns: `step`, `loss` (nats), `top1_error`, `top5_error` (percent).
+    Returns: `step`, and what `evaluate_split` returns.
 
     Raises:
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.

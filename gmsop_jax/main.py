@@ -38,6 +38,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="working directory or step to evaluate; the best by default",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        type=_steps,
+        default=range(0),
+        help="training steps, counted from 1, to trace for TensorBoard's profiler",
+    )
     options, rest = parser.parse_known_args(arguments)
     options.overrides = []
     for item in rest:
@@ -47,6 +54,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not (options.config or (options.mode == "evaluate" and (options.checkpoint or options.workdir))):
         parser.error("--config is needed; start with --config configs/quickstart.py")
     return options
+
+
+def _steps(text: str) -> range:
+    start, separator, stop = text.partition(":")
+    if not (separator and start.isdigit() and stop.isdigit() and 1 <= int(start) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not START:STOP with 1 ≤ START < STOP, such as 100:110")
+    return range(int(start), int(stop))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -65,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     from gmsop_jax.train import train_and_evaluate
 
-    result = train_and_evaluate(config, workdir)
+    result = train_and_evaluate(config, workdir, profile=options.profile)
     print(
         f"top-1 error {result['top1_error']:.2f} %, top-5 error {result['top5_error']:.2f} % (step"
         f" {result['best_step']}, the best; last {result['last_top1_error']:.2f} %) after"

@@ -1,6 +1,7 @@
 """Metrics as sums and counts, which add up over steps and devices; ratios are made on the host."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,24 +34,27 @@ def count_errors(
     }
 
 
-def summarize(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
+def summarize(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """Ratios from the sums of some steps.
 
     Args:
-      sums: of each step: `loss_sum`, `top1_errors`, `top5_errors`, `count`; anything else is averaged
-        over the steps.
+      sums: of each step: `loss_sum`, `top1_errors`, `top5_errors`, `count`, perhaps `gate_weight_sum`
+        [n]; anything else is averaged over the steps.
 
-    Returns: `loss` (nats per image), `top1_error` and `top5_error` (percent), and the averages.
+    Returns: `loss` (nats per image), `top1_error` and `top5_error` (percent), `candidate_use` (list of
+      n: mean gate weights), and the averages.
 
     Raises:
       ValueError: if there is no step or no image.
     """
     steps = list(sums)
-    total = {key: float(np.sum([step[key] for step in steps])) for key in (steps[0] if steps else ())}
+    total = {key: np.sum([step[key] for step in steps], axis=0).tolist() for key in (steps[0] if steps else ())}
     if not total.get("count"):
         raise ValueError("there are no images to make ratios of")
     count = total.pop("count")
-    ratios = {"loss": total.pop("loss_sum") / count}
+    ratios: dict[str, Any] = {"loss": total.pop("loss_sum") / count}
     ratios["top1_error"] = 100 * total.pop("top1_errors") / count
     ratios["top5_error"] = 100 * total.pop("top5_errors") / count
+    if "gate_weight_sum" in total:
+        ratios["candidate_use"] = [weight / count for weight in total.pop("gate_weight_sum")]
     return ratios | {key: value / len(steps) for key, value in total.items()}

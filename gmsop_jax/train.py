@@ -20,10 +20,12 @@ from gmsop_jax.data import pipeline
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import CheckpointError, UserError
 from gmsop_jax.evaluate import evaluate_split, image_shape, resolve
+from gmsop_jax.inputs import Inputs
 from gmsop_jax.interrupt import Interrupted, SignalCatcher
 from gmsop_jax.metrics import summarize
 from gmsop_jax.models import count_parameters, create_model
 from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.profiling import StepProfiler
 from gmsop_jax.train_step import TrainState, create_state, make_eval_step, make_train_step
 from gmsop_jax.writer import Writer, plot_curves, write_atomic
 
@@ -32,7 +34,9 @@ class NonFiniteError(UserError):
     """The loss or its gradient became infinite or not a number."""
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | os.PathLike[str], *, profile: range = range(0)
+) -> dict[str, Any]:
     """Trains, evaluates after every epoch, and leaves the results in a folder.
 
     A working directory that holds checkpoints is gone on with, in this order:
@@ -44,8 +48,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> d
 
     Args:
       config: a validated configuration.
-      workdir: made if missing. In the end it holds `config.json`, `checkpoints/`, `metrics.jsonl`,
-        TensorBoard events, `curves.png` and `result.json`.
+      workdir: made if missing. In the end it holds `config.json`, `inputs.json`, `checkpoints/`,
+        `metrics.jsonl`, TensorBoard events, `curves.png` and `result.json`.
+      profile: steps, counted from 1, that are traced for TensorBoard's profiler.
 
     Returns: what `result.json` holds: errors in percent of the best and the last epoch, number of
       parameters, feature dimension, seconds.
@@ -64,12 +69,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> d
     parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     run = _prepare(config, manifest, mesh)
     _open_workdir(workdir, config)
+    if jax.process_index() == 0:
+        height, width, _ = image_shape(config, manifest)
+        Inputs(manifest.name, manifest.classes, manifest.mean_rgb, (height, width)).save(workdir)
     with Checkpoints(workdir / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
         state, progress = run.initial_state, Progress(0, 0, 0.0)
         if checkpoints.latest_step is not None:
             state, progress = checkpoints.restore(state, checkpoints.latest_step)
         if progress.step < run.total_steps:
-            state, progress = _loop(run, state, progress, workdir, checkpoints, started)
+            state, progress = _loop(run, state, progress, workdir, checkpoints, started, profile)
         checkpoints.wait()
         result = _result(run, checkpoints, progress)
     if jax.process_index() == 0:
@@ -163,6 +171,7 @@ def _loop(
     workdir: pathlib.Path,
     checkpoints: Checkpoints,
     started: float,
+    profile: range,
 ) -> tuple[TrainState, Progress]:
     config = run.config
     told = _Told(run, checkpoints)
@@ -177,12 +186,14 @@ def _loop(
         start_step=progress.step,
         enabled=jax.process_index() == 0,
     )
-    with writer, SignalCatcher() as signals:
+    with writer, SignalCatcher() as signals, StepProfiler(workdir, profile) as profiler:
+        writer.describe(configs.to_json(config))
         if progress.step:
             writer.say(f"going on from step {progress.step} in {workdir}")
         batches = _train_batches(config, progress.step)
         for step, batch in enumerate(batches, progress.step + 1):
-            state, metrics = run.train_step(state, parallel.place_batch(batch, run.mesh))
+            batch = parallel.place_batch(batch, run.mesh)
+            state, metrics = profiler.run(step, run.train_step, state, batch)
             told.add(step, metrics)
             if step == progress.step + 1:
                 jax.block_until_ready(metrics)

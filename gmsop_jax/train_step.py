@@ -105,7 +105,7 @@ def make_train_step(
         metrics = count_errors(logits, batch["label"]) | {
             "loss_sum": loss_sum,
             "balance_loss": balance,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
@@ -116,12 +116,14 @@ def make_eval_step(model: nn.Module, *, mean_rgb: ArrayLike) -> Callable[[Mappin
     """The evaluation step (variables, batch) → metrics.
 
     Returns: a function for `jax.jit`. `batch` has `image`, `label` and `mask` (False for padding);
-      metrics are `loss_sum`, `top1_errors`, `top5_errors` and `count`.
+      metrics are `loss_sum`, `top1_errors`, `top5_errors`, `count`, and `gate_weight_sum` [n].
     """
 
     def eval_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
-        logits, _ = model.apply(variables, normalize(batch["image"], mean_rgb), train=False)
-        loss_sum = cross_entropy(logits, batch["label"], batch["mask"])
-        return count_errors(logits, batch["label"], batch["mask"]) | {"loss_sum": loss_sum}
+        logits, aux = model.apply(variables, normalize(batch["image"], mean_rgb), train=False)
+        return count_errors(logits, batch["label"], batch["mask"]) | {
+            "loss_sum": cross_entropy(logits, batch["label"], batch["mask"]),
+            "gate_weight_sum": jnp.sum(aux["gate_weights"], axis=0, where=batch["mask"][:, None]),
+        }
 
     return eval_step

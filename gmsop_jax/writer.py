@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -79,15 +81,23 @@ class Writer:
         """One more step is done."""
         self._bar.update()
 
-    def record(self, kind: str, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """Writes one record, of kind `train` or `eval`, to the files."""
+    def describe(self, config: str) -> None:
+        """Puts the resolved configuration, as JSON, among TensorBoard's texts."""
+        if self._enabled:
+            self._events.add_text("config", textwrap.indent(config, "    "))  # so indented, Markdown leaves it alone
+
+    def record(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        """Writes one record, of kind `train` or `eval`, to the files; a list becomes a picture of bars."""
         if not self._enabled:
             return
         line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+            if not isinstance(value, list):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+            elif len(value) > 1:  # without a gate there is one weight, always 1
+                self._events.add_image(f"{kind}/{name}", _draw_bars(value, name), step, dataformats="HWC")
 
     def show(self, values: Mapping[str, float]) -> None:
         """Puts loss, error and speed on the progress line."""
@@ -101,6 +111,21 @@ class Writer:
         """Prints a line above the progress line."""
         if self._enabled:
             tqdm.write(text, file=sys.stderr)
+
+
+def _draw_bars(values: Sequence[float], title: str) -> np.ndarray:
+    """A picture, uint8 [h, w, 3], of one bar for each value, with their mean as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 2.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.bar(range(len(values)), values)
+    axes.axhline(float(np.mean(values)), color="black", linewidth=0.8, linestyle="--")
+    axes.set(title=title.replace("_", " "), xticks=range(len(values)))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def plot_curves(workdir: pathlib.Path) -> None:
