@@ -71,7 +71,7 @@ def convert(
         `job.finish` joins them.
       max_unreadable: share of unreadable images above which the result is refused.
       progress: show a progress bar where there is a terminal.
-    Returns: the manifest; None for a part of the shards while others are missing.
+    Returns: the manifest; None for a part of the shards.
     Raises: DataError or ConfigError for anything wrong with the source, the output folder or the
       settings.
     """
@@ -95,9 +95,7 @@ def convert(
         remaining = sum(task.stop - task.start for task in pending)
         with _bar(total, total - remaining, progress) as advance:
             _run(work, pending, workers, remaining, advance)
-        if shard_range[1] == 1 or all(jobs.read_notes(output, task) for task in job.tasks):
-            return jobs.finish(output, max_unreadable)
-    return None
+        return jobs.finish(output, max_unreadable) if shard_range[1] == 1 else None
 
 
 class _Work:
@@ -250,6 +248,7 @@ def _job(
     codec: Codec,
 ) -> Job:
     counts = {split: min(count, limit or count) for split, count in source.num_images.items()}
+    counts = {"train": counts["train"], **counts}  # first, whatever the source's order
     train = shards or max(1, math.ceil(counts["train"] * source.image_bytes / _SHARD_BYTES))
     num_shards = {split: max(1, round(train * count / counts["train"])) for split, count in counts.items()}
     num_shards["train"] = train

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -137,6 +138,28 @@ def read_sums(output: Path) -> dict[str, str] | None:
     """The input files' checksums, if they were taken already."""
     file = output / JOB_DIR / "sums.json"
     return _read_json(file) if file.exists() else None
+
+
+def gather(output: Path, part: Path) -> None:
+    """Copies the finished shards of `part`, another folder of the same conversion, into `output`.
+
+    Raises: DataError if `part` isn't one, or is of another conversion.
+    """
+    mine, theirs = load(output), load(part)
+    if mine.digest() != theirs.digest():
+        raise DataError(
+            f"{part.absolute()} and {output.absolute()} are of different conversions; their settings differ"
+        )
+    for task in theirs.tasks:
+        notes = read_notes(part, task)
+        if notes is not None and read_notes(output, task) is None:
+            temporary = output / f"{task.file}.tmp-{os.getpid()}"
+            shutil.copyfile(part / task.file, temporary)
+            temporary.replace(output / task.file)
+            write_notes(output, notes)
+    sums = read_sums(part)
+    if sums is not None:
+        write_sums(output, sums)
 
 
 def finish(output: Path, max_unreadable: float) -> Manifest:

@@ -95,6 +95,8 @@ class _Machine:
         return DataError(f"{self.path} is refused: {what} at byte {self.file.tell():,}")
 
     def run(self) -> Any:
+        if self.take(1) != b"\x80" or self.take(1) < b"\x02":
+            raise self.refuse("not a pickle of protocol 2 or later")
         while True:
             code = self.take(1)
             if code == b".":
@@ -241,11 +243,6 @@ def _tuple(count: int) -> Callable[[_Machine], None]:
     return operation
 
 
-def _decimal(machine: _Machine) -> int | bool:
-    text = machine.line()
-    return text == "01" if text in ("00", "01") else int(text.rstrip("L"))
-
-
 def _unicode(form: str) -> Callable[[_Machine], Any]:
     def read(machine: _Machine) -> Any:
         data = machine.long_bytes(machine.number(form))
@@ -255,16 +252,11 @@ def _unicode(form: str) -> Callable[[_Machine], Any]:
 
 
 _OPERATIONS: dict[bytes, Callable[[_Machine], Any]] = {
-    b"\x80": lambda m: m.take(1),  # PROTO
     b"\x95": lambda m: m.take(8),  # FRAME: only a hint for buffering
     b"(": lambda m: m.stack.append(_Mark()),
-    b"0": lambda m: m.stack.pop(),
-    b"1": lambda m: m.since_mark(),
     b"N": _push(lambda m: None),
     b"\x88": _push(lambda m: True),
     b"\x89": _push(lambda m: False),
-    b"I": _push(_decimal),
-    b"L": _push(_decimal),
     b"J": _push(lambda m: m.number("<i")),
     b"K": _push(lambda m: m.number("<B")),
     b"M": _push(lambda m: m.number("<H")),
@@ -273,7 +265,6 @@ _OPERATIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"X": _push(_unicode("<I")),
     b"\x8c": _push(_unicode("<B")),
     b"\x8d": _push(_unicode("<Q")),
-    b"V": _push(lambda m: m.line()),
     b"T": _push(lambda m: m.long_bytes(m.number("<I"))),  # strings of Python 2 are bytes
     b"U": _push(lambda m: m.take(m.number("<B"))),
     b"B": _push(lambda m: m.long_bytes(m.number("<I"))),
@@ -283,7 +274,6 @@ _OPERATIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"]": _push(lambda m: []),
     b"a": lambda m: m.append_items([m.stack.pop()]),
     b"e": lambda m: m.append_items(m.since_mark()),
-    b"l": _push(lambda m: m.since_mark()),
     b")": _push(lambda m: ()),
     b"t": _push(lambda m: tuple(m.since_mark())),
     b"\x85": _tuple(1),
@@ -294,11 +284,9 @@ _OPERATIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"u": lambda m: m.set_items(m.since_mark()),
     b"q": _put(lambda m: m.number("<B")),
     b"r": _put(lambda m: m.number("<I")),
-    b"p": _put(lambda m: int(m.line())),
     b"\x94": _put(lambda m: len(m.memo)),
     b"h": _push(lambda m: m.memo[m.number("<B")]),
     b"j": _push(lambda m: m.memo[m.number("<I")]),
-    b"g": _push(lambda m: m.memo[int(m.line())]),
     b"c": lambda m: m.name(m.line(), m.line()),
     b"\x93": lambda m: m.stack_name(),
     b"R": lambda m: m.call(),

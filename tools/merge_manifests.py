@@ -1,0 +1,28 @@
+"""Joins the parts that `tools/convert.py --shard-range i/n` made into one data set.
+
+python tools/merge_manifests.py data/imagenet64 [other-folder-of-the-same-conversion …]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from gmsop_jax.data import cli, job
+
+
+def main() -> None:
+    """Parses the command line and joins."""
+    parser = argparse.ArgumentParser(description="Joins the parts made with --shard-range into one data set.")
+    parser.add_argument("directory", type=Path, help="the folder that becomes the data set")
+    parser.add_argument("parts", type=Path, nargs="*", help="folders whose shards are copied into it, if not the same")
+    parser.add_argument("--max-unreadable", type=float, default=0.01, help="allowed share (default: 0.01)")
+    args = parser.parse_args()
+    for part in args.parts:
+        job.gather(args.directory, part)
+    manifest = job.finish(args.directory, args.max_unreadable)
+    for name, split in manifest.splits.items():
+        print(f"{args.directory}: {name}: {split.num_images:,} images in {len(split.shards)} shards")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
