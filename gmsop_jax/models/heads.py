@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gmsop_jax.models.gating import pool
-from gmsop_jax.models.layers import BatchNorm, he_normal
+from gmsop_jax.models.layers import BatchNorm, Dropout, he_normal
 from gmsop_jax.models.mixture import GatedMixture
+from gmsop_jax.ops.dispatch import Dispatch
 from gmsop_jax.ops.top_k import Gradient
 
 _Map = Float[Array, "b h w c"]
@@ -95,9 +96,11 @@ class GatedMixtureHead(nn.Module):
     order: int = 2
     num_iters: int = 3
     gradient: Gradient = "straight_through"
+    dispatch: Dispatch = "auto"
     dropout_rate: float = 0.2
     dtype: jnp.dtype | None = None
     axis_name: str | None = None
+    per_device_bn: bool = False
 
     @nn.compact
     def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
@@ -110,11 +113,13 @@ class GatedMixtureHead(nn.Module):
             self.order,
             self.num_iters,
             self.gradient,
+            self.dispatch,
             dtype=self.dtype,
             axis_name=self.axis_name,
+            per_device_bn=self.per_device_bn,
             name="mixture",
         )
         features, aux = mixture(x, train=train, gate_noise=gate_noise)
-        y = BatchNorm(axis_name=self.axis_name, name="bn")(features, train=train)
-        y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+        y = BatchNorm(axis_name=None if self.per_device_bn else self.axis_name, name="bn")(features, train=train)
+        y = Dropout(self.dropout_rate, self.axis_name)(y, train=train)
         return _classify(y, self.num_classes, self.dtype), {**aux, "features": features}

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gmsop_jax.ops import draw_rows
+
 # N(0, 2/fan_in), as the authors initialise every convolution and the classifier
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -63,3 +65,28 @@ class BatchNorm(nn.Module):
     def _update(self, running: nn.Variable, batch: Array) -> None:
         old = running.value
         running.value = (old + self.running_rate * (batch - old)).astype(old.dtype)
+
+
+class Dropout(nn.Module):
+    """Zeroes each number with probability `rate`, divides the others by 1 − rate; as `nn.Dropout`.
+
+    Attributes:
+      rate: 0 for none.
+      axis_name: pmap or shard_map axis over which the batch, the first axis, is split; the draw is then
+        the same as one device's for the whole batch.
+    """
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."], *, train: bool) -> Float[Array, "b ..."]:
+        """Drops in training (RNG stream `dropout`), passes x through otherwise."""
+        if not train or self.rate == 0:
+            return x
+
+        def draw(rng, shape):
+            return jax.random.bernoulli(rng, 1 - self.rate, shape)
+
+        kept = draw_rows(draw, self.make_rng("dropout"), x.shape, self.axis_name)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gmsop_jax.models.gating import Gate, pool
-from gmsop_jax.ops import apply_candidates, balance_loss, select_top_k, selection_weights
+from gmsop_jax.ops import apply_candidates, balance_loss, draw_rows, select_top_k, selection_weights
+from gmsop_jax.ops.dispatch import Dispatch
 from gmsop_jax.ops.top_k import Gradient
 
 
@@ -29,7 +30,10 @@ class GatedMixture(nn.Module):
       order: 1 or 2, of the candidates' and the gate's pooling.
       num_iters: Newton–Schulz steps.
       gradient: `straight_through`, or the authors' `masked` (see `ops.top_k_gate`).
-      dtype, axis_name: as in `ResNet`; pooling, gate weights and result are never below float32.
+      dtype: as in `ResNet`; pooling, gate weights and result are never below float32.
+      axis_name: pmap or shard_map axis over which the batch is split; batch norm, balance loss and draws
+        are those of the whole batch.
+      per_device_bn: batch norm uses the moments of each device's part instead.
     """
 
     num_candidates: int = 16
@@ -39,8 +43,10 @@ class GatedMixture(nn.Module):
     order: int = 2
     num_iters: int = 3
     gradient: Gradient = "straight_through"
+    dispatch: Dispatch = "auto"
     dtype: jnp.dtype | None = None
     axis_name: str | None = None
+    per_device_bn: bool = False
 
     @nn.compact
     def __call__(
@@ -75,19 +81,21 @@ class GatedMixture(nn.Module):
             self.order,
             self.num_iters,
             dtype=self.dtype,
-            axis_name=self.axis_name,
+            axis_name=None if self.per_device_bn else self.axis_name,
             name="gate",
         )
         logits = gate(x, train=train, noise=noise)
-        indices = select_top_k(logits, self.num_selected, tie_rng)
+        indices = select_top_k(logits, self.num_selected, tie_rng, self.axis_name)
         weights = selection_weights(logits, indices, self.gradient)
 
-        features = apply_candidates(x, self._bank(c, x), indices)
-        pooled = pool(features, self.order, self.num_iters)
+        pooled = apply_candidates(x, self._bank(c, x), indices, self._pool, self.dispatch)
         selected = jnp.take_along_axis(weights, indices, axis=-1)
         fused = jnp.einsum("bk,bkf->bf", selected, pooled, precision=jax.lax.Precision.HIGHEST)
         aux = {"balance_loss": balance_loss(weights, self.axis_name), "gate_weights": weights}
         return fused, aux
+
+    def _pool(self, x: Array) -> Array:
+        return pool(x, self.order, self.num_iters)
 
     def _noise(self, b, dtype, train, given, rng) -> Array | None:
         if given is not None:
@@ -100,7 +108,11 @@ class GatedMixture(nn.Module):
             raise ValueError(
                 "training draws the gate's noise: pass rngs={'gating': key} (and 'dropout') to apply, or gate_noise"
             )
-        return jax.random.normal(rng, (b,), jnp.promote_types(dtype, jnp.float32))
+
+        def draw(rng, shape):
+            return jax.random.normal(rng, shape, jnp.promote_types(dtype, jnp.float32))
+
+        return draw_rows(draw, rng, (b,), self.axis_name)
 
     def _bank(self, c: int, x: Array) -> list[Array]:
         """The candidates' weights, layer by layer [n, in, out], in the dtype of the computation."""

@@ -37,12 +37,14 @@ class Network(nn.Module):
         return self.head(features, train=train, gate_noise=gate_noise)
 
 
-def create_model(config: Any, *, axis_name: str | None = None) -> Network:
+def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bool = False) -> Network:
     """The network that `config.model` describes.
 
     Args:
       config: the fields of `gmsop_jax.config.model_defaults()`, with `num_classes` set.
-      axis_name: pmap axis over which batch norm and balance loss see the whole batch.
+      axis_name: pmap or shard_map axis over which the batch is split; batch norm, balance loss and
+        random draws are those of the whole batch.
+      per_device_bn: batch norm normalises by the moments of each device's part instead.
 
     Returns: a module for `init(rngs, images)` and `apply(variables, images, train=…, gate_noise=None)`
       → `(logits, aux)`.
@@ -72,12 +74,12 @@ def create_model(config: Any, *, axis_name: str | None = None) -> Network:
         stem_width=config.stem_width,
         pixel_scale=config.pixel_scale,
         dtype=dtype,
-        axis_name=axis_name,
+        axis_name=None if per_device_bn else axis_name,
     )
-    return Network(backbone, _create_head(config, dtype, axis_name))
+    return Network(backbone, _create_head(config, dtype, axis_name, per_device_bn))
 
 
-def _create_head(config: Any, dtype: Any, axis_name: str | None) -> nn.Module:
+def _create_head(config: Any, dtype: Any, axis_name: str | None, per_device_bn: bool) -> nn.Module:
     if config.head == "gap":
         return GAPHead(config.num_classes, dtype)
     if config.head == "srsop":
@@ -93,9 +95,11 @@ def _create_head(config: Any, dtype: Any, axis_name: str | None) -> nn.Module:
         order=1 if config.head == "gmgap" else 2,
         num_iters=config.num_iters,
         gradient=config.gate_gradient,
+        dispatch=config.dispatch,
         dropout_rate=config.dropout_rate,
         dtype=dtype,
         axis_name=axis_name,
+        per_device_bn=per_device_bn,
     )
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gmsop_jax.ops.draw import draw_rows
+
 Gradient = Literal["straight_through", "masked"]
 
 
@@ -40,7 +42,9 @@ def top_k_gate(
     return selection_weights(logits, indices, gradient), indices
 
 
-def select_top_k(logits: Float[Array, "b n"], k: int, rng: Array | None = None) -> Int[Array, "b k"]:
+def select_top_k(
+    logits: Float[Array, "b n"], k: int, rng: Array | None = None, axis_name: str | None = None
+) -> Int[Array, "b k"]:
     """Indices of the k largest logits of each image; of equal ones the lower index goes first.
 
     If every logit of every image ties (to 16 units of rounding: equal columns of a matrix product need
@@ -51,6 +55,7 @@ def select_top_k(logits: Float[Array, "b n"], k: int, rng: Array | None = None) 
       logits: [b, n].
       k: how many, 1 ≤ k ≤ n.
       rng: key of the draw; without it ties go to the lower index.
+      axis_name: pmap or shard_map axis over which the batch is split.
 
     Returns: indices, the largest logit's first.
 
@@ -62,14 +67,16 @@ def select_top_k(logits: Float[Array, "b n"], k: int, rng: Array | None = None) 
         raise ValueError(f"k must be between 1 and the number of candidates {n}, got {k}")
     logits = jax.lax.stop_gradient(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     if rng is not None and k < n:
-        logits = jnp.where(_all_tie(logits), jax.random.uniform(rng, logits.shape), logits)
+        draw = draw_rows(jax.random.uniform, rng, logits.shape, axis_name)
+        logits = jnp.where(_all_tie(logits, axis_name), draw, logits)
     return jax.lax.top_k(logits, k)[1]
 
 
-def _all_tie(logits: Array) -> Array:
+def _all_tie(logits: Array, axis_name: str | None) -> Array:
     spread = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
     rounding = 16 * jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(logits), axis=-1)
-    return jnp.all(spread <= rounding)
+    ties = jnp.all(spread <= rounding)
+    return ties if axis_name is None else jax.lax.pmin(ties.astype(jnp.int32), axis_name) == 1
 
 
 def selection_weights(

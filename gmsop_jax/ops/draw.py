@@ -1,0 +1,29 @@
+"""Random draws of a batch that is split over devices."""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array
+
+
+def draw_rows(
+    draw: Callable[[Array, tuple[int, ...]], Array], rng: Array, shape: tuple[int, ...], axis_name: str | None = None
+) -> Array:
+    """Draws for this device's rows what one device would draw there for the whole batch.
+
+    Each device draws for all rows and keeps its own, so the numbers don't depend on the number of devices.
+
+    Args:
+      draw: (key, shape) → array, like `jax.random.normal`.
+      rng: key, the same on every device.
+      shape: of the result; its first axis is this device's rows.
+      axis_name: pmap or shard_map axis over which the batch is split; None where one device has it all
+        (under jit XLA splits the draw by itself).
+
+    Returns: an array of that shape.
+    """
+    if axis_name is None:
+        return draw(rng, shape)
+    rows = shape[0]
+    everything = draw(rng, (rows * jax.lax.axis_size(axis_name), *shape[1:]))
+    return jax.lax.dynamic_slice_in_dim(everything, rows * jax.lax.axis_index(axis_name), rows)
