@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike
 
 from gmsop_jax.ops import average_pool, covariance_pool, newton_schulz_sqrt, second_order_pool, triangle_vector
 
 
-def features(*shape: int, dtype=np.float64) -> np.ndarray:
+def features(*shape: int, dtype: DTypeLike = np.float64) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(dtype)
 
 

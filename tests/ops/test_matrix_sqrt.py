@@ -1,9 +1,15 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike
 
-from gmsop_jax.ops import covariance_pool, newton_schulz_sqrt
+from gmsop_jax import ops
+from gmsop_jax.ops import covariance_pool
+
+newton_schulz_sqrt: Any = ops.newton_schulz_sqrt
 
 ITERATIONS = range(1, 9)
 
@@ -19,7 +25,7 @@ def plain(sigma: jax.Array, num_iters: int) -> jax.Array:
     return jnp.sqrt(trace) * y
 
 
-def covariance(d: int, *batch: int, positions: int = 20, dtype=np.float64) -> jax.Array:
+def covariance(d: int, *batch: int, positions: int = 20, dtype: DTypeLike = np.float64) -> jax.Array:
     x = np.random.default_rng(d).normal(size=(*batch, positions, d))
     return covariance_pool(jnp.asarray(x.astype(dtype)))
 
