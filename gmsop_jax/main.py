@@ -1,4 +1,4 @@
-"""Command line: `python -m gmsop_jax.main --config FILE [--mode train|evaluate] [--config.field=value …]`."""
+"""Command line: `python -m gmsop_jax.main --config FILE [--mode …] [--config.field=value …]`."""
 
 import argparse
 import os
@@ -26,18 +26,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gmsop_jax.main",
-        description="Trains or evaluates a network with second-order pooling.",
+        description="Trains, evaluates or uses a network with second-order pooling.",
         epilog="--config.field=value sets a field of the configuration, as in --config.train.batch_size=64",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="configuration, like configs/quickstart.py")
     parser.add_argument("--workdir", metavar="DIR", help="results; runs/<config name> by default")
-    parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    parser.add_argument("--mode", choices=("train", "evaluate", "predict"), default="train")
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="working directory or step to evaluate; the best by default",
+        help="working directory or step to evaluate or predict with; its best by default",
     )
+    _add_predict_options(parser)
     parser.add_argument(
         "--profile",
         metavar="START:STOP",
@@ -51,9 +52,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if not item.startswith("--config."):
             parser.error(f"unrecognized argument {item}")
         options.overrides.append(item.removeprefix("--config."))
-    if not (options.config or (options.mode == "evaluate" and (options.checkpoint or options.workdir))):
+    if options.mode == "predict":
+        if not (options.checkpoint or options.workdir):
+            parser.error("--mode predict needs --checkpoint, the working directory of a training run")
+        if not options.input:
+            parser.error("--mode predict needs --input: images, folders, or .txt files that list images")
+    elif not (options.config or (options.mode == "evaluate" and (options.checkpoint or options.workdir))):
         parser.error("--config is needed; start with --config configs/quickstart.py")
     return options
+
+
+def _add_predict_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --mode predict")
+    group.add_argument("--input", metavar="PATH", nargs="+", help="images, folders, or .txt files that list images")
+    group.add_argument("--top", type=int, default=5, help="most probable classes of each image (default: 5)")
+    group.add_argument("--features", metavar="FILE", help=".npz file for the pooled features and gate weights")
+    group.add_argument("--format", choices=("table", "json", "csv"), default="table")
 
 
 def _steps(text: str) -> range:
@@ -66,6 +80,18 @@ def _steps(text: str) -> range:
 def _run(options: argparse.Namespace) -> int:
     config = _load_config(options)
     workdir = options.workdir or f"runs/{pathlib.Path(options.config or 'run').stem}"
+    if options.mode == "predict":
+        from gmsop_jax import predict_output
+
+        _use_compilation_cache()
+        return predict_output.run(
+            options.checkpoint or workdir,
+            options.input,
+            top=options.top,
+            features=options.features,
+            output_format=options.format,
+            batch_size=config.eval.batch_size,
+        )
     _prepare_data(config)
     _use_compilation_cache()
     if options.mode == "evaluate":

@@ -33,6 +33,11 @@ class Info:
     step: int
     metrics: Mapping[str, Any] | None
 
+    @property
+    def num_candidates(self) -> int:
+        """n, the number of gate weights; 1 for a head without gate."""
+        return self.config.model.num_candidates if self.config.model.head in ("gmgap", "gmsop") else 1
+
 
 def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
     """Restores a trained network; its data set need not be there.
@@ -61,15 +66,13 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
     model = create_model(config.model)
     images = jax.ShapeDtypeStruct((1, *inputs.image_size, 3), "float32")
     sharding = SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        {"batch_stats": {}, **jax.eval_shape(model.init, jax.random.key(0), images)},
-    )
+    like = dict(jax.eval_shape(model.init, jax.random.key(0), images))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         if step is None:
             best = checkpoints.best_step
             step = best if best is not None else checkpoints.latest_step
         assert step is not None  # locate found one
-        variables, _ = checkpoints.restore_variables(like, step)
+        variables, _ = checkpoints.restore_variables({"batch_stats": {}, **like}, step)
         metrics = checkpoints.metrics(step)
     return model, variables, Info(config, inputs, step, metrics)
