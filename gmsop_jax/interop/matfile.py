@@ -1,4 +1,4 @@
-"""MATLAB files as plain Python, in both of their formats: v7 (SciPy) and v7.3 (HDF5).
+"""MATLAB files as plain Python, in both of their formats: v7 and v7.3 (HDF5).
 
 A struct is a dict, a struct array a list of dicts, a cell array a NumPy array of objects, text a
 `str`, and everything else a NumPy array with MATLAB's axes, at least two; logicals are bool.
@@ -13,7 +13,7 @@ import numpy as np
 import scipy.io
 
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.interop import matfile_hdf5
+from gmsop_jax.interop import matfile_hdf5, matfile_v7
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -32,29 +32,12 @@ def read(path: str | pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
     is_hdf5 = _HDF5_SIGNATURE in (head[:8], head[512:520])
     if not is_hdf5 and not head.startswith(b"MATLAB 5.0"):
         raise CheckpointError(f"{path} is no MATLAB file of version 7 or 7.3")
+    reader = matfile_hdf5 if is_hdf5 else matfile_v7
     try:
-        if is_hdf5:
-            return matfile_hdf5.read(path, names)
-        stored = scipy.io.loadmat(path, variable_names=names, mat_dtype=True)
-        return {name: _from_scipy(stored[name]) for name in names if name in stored}
-    except Exception as error:  # the parsers stumble over damaged bytes in every way there is
+        return reader.read(path, names)
+    except Exception as error:  # damaged bytes make readers stumble in every way there is
         detail = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is damaged, or cut short; fetch it again ({detail})") from error
-
-
-def _from_scipy(value: Any) -> Any:
-    if value.dtype.names:
-        structs = [{k: _from_scipy(s[k]) for k in value.dtype.names} for s in value.ravel()]
-        return structs[0] if value.shape == (1, 1) else structs
-    if value.dtype == object:
-        if all(item is None for item in value.ravel()):  # structs without fields
-            return {} if value.shape == (1, 1) else value
-        cells = np.empty(value.shape, object)
-        cells.ravel()[:] = [_from_scipy(item) for item in value.ravel()]
-        return cells
-    if value.dtype.kind == "U":
-        return "\n".join(value.ravel())
-    return value
+        raise CheckpointError(f"{path} is damaged or cut short; fetch it again ({detail})") from error
 
 
 def write(path: str | pathlib.Path, variables: Mapping[str, Any], *, v73: bool = False) -> None:

@@ -16,6 +16,7 @@ from gmsop_jax.interop.matconvnet import from_params, to_params
 from gmsop_jax.interop.parameters import to_trained
 from gmsop_jax.losses import cross_entropy
 from gmsop_jax.models import create_model
+from gmsop_jax.models.layers import Dropout
 from gmsop_jax.optimizer import create_optimizer
 from gmsop_jax.train_step import create_state, make_train_step
 
@@ -112,7 +113,7 @@ def gradient_function(path):
 
     def loss(params, x, batch_stats, labels, noise, keep):
         def drop(call, args, kwargs, context):
-            return args[0] * keep if isinstance(context.module, nn.Dropout) else call(*args, **kwargs)
+            return args[0] * keep if isinstance(context.module, Dropout) else call(*args, **kwargs)
 
         with nn.intercept_methods(drop):
             (logits, aux), updates = model.apply(
