@@ -42,7 +42,7 @@ def mixture(inputs, noise, indices):
     logits = logits + inputs["d_logits"]
     weights = selection_weights(logits, indices, "masked") + inputs["d_weights"]
     last = inputs["last"].reshape(len(noise), -1, inputs["last"].shape[-1])
-    pooled = average_pool(apply_candidates(last, [inputs["F"]], indices))
+    pooled = apply_candidates(last, [inputs["F"]], indices, average_pool)
     fused = jnp.einsum("bk,bkf->bf", jnp.take_along_axis(weights, indices, 1), pooled)
     return fused, {"logits": logits, "weights": weights, "pooled": pooled}
 
