@@ -45,6 +45,7 @@ def model_defaults() -> ConfigDict:
     m.candidate_widths = (256, 128)  # 1×1 convolutions of a candidate; the last one is pooled
     m.gate_widths = (256, 128)  # 1×1 convolutions of the gate's trunk
     m.gate_gradient = "straight_through"  # or masked, the authors'
+    m.dispatch = "auto"  # how the selected candidates are run: gather | loop; auto by the backend
     m.num_iters = 3  # Newton–Schulz steps
     m.dropout_rate = 0.2  # before the classifier of a mixture
     m.compute_dtype = ""  # '' follows the parameters (float32); bfloat16 for the convolutions
@@ -66,6 +67,8 @@ def default_config() -> ConfigDict:
     c.data.image_size = 0  # side to which images are resized; 0: as stored
     c.data.flip = True  # mirror half of the training images
     c.data.num_threads = 4  # batches prepared at once
+    c.data.num_workers = 0  # processes that prepare them instead; for slow resizing
+    c.data.on_corrupt = "stop"  # at a damaged shard or record; skip: go on without, and say which
     c.data.verify = True  # compare the shards' checksums before the first step
 
     c.train = ConfigDict()
@@ -76,7 +79,15 @@ def default_config() -> ConfigDict:
     c.train.weight_decay = 1e-4  # on every parameter: biases, batch norm and gate too
     c.train.balance_weight = 100.0  # α; the loss is the mean cross entropy + α/B · balance loss
     c.train.drop_last = True  # False trains on the smaller last batch of an epoch, as the authors
+    c.train.sub_batches = 1  # parts of a batch, one after the other: less memory, a forward pass more
+    c.train.on_nonfinite = "stop"  # rollback: go on from the last checkpoint without that step's batch
     c.train.log_every_steps = 100
+
+    c.parallel = ConfigDict()
+    c.parallel.mode = "jit"  # one program that XLA splits over all devices | pmap: one for each device
+    c.parallel.batch_norm = "global"  # moments of the whole batch | device: of each device's part
+    c.parallel.shard_optimizer = False  # split the optimiser's state over the devices (jit)
+    c.parallel.shard_classifier = False  # split the classifier over the devices (jit)
 
     c.eval = ConfigDict()
     c.eval.split = "val"
@@ -94,8 +105,15 @@ _MAY_DIFFER = (
     "data.dir",
     "data.auto_convert",
     "data.num_threads",
+    "data.num_workers",
+    "data.on_corrupt",
     "data.verify",
+    "model.dispatch",
     "train.log_every_steps",
+    "train.on_nonfinite",
+    "parallel.mode",
+    "parallel.shard_optimizer",
+    "parallel.shard_classifier",
     "eval.batch_size",
     "checkpoint.keep",
     "checkpoint.every_steps",
@@ -205,6 +223,9 @@ def validate(config: ConfigDict) -> None:
         if fields[name] < least:
             raise ConfigError(f"config.{name} must be at least {least}, got {fields[name]}")
     _validate_schedule(config.train.learning_rates)
+    _validate_parallel(config.parallel)
+    _one_of("data.on_corrupt", config.data.on_corrupt, ("stop", "skip"))
+    _one_of("train.on_nonfinite", config.train.on_nonfinite, ("stop", "rollback"))
     if not 0 <= config.train.momentum < 1:
         raise ConfigError(f"config.train.momentum must be in [0, 1), got {config.train.momentum}")
 
@@ -213,10 +234,12 @@ _LEAST = {
     "seed": 0,
     "data.image_size": 0,
     "data.num_threads": 1,
+    "data.num_workers": 0,
     "train.batch_size": 1,
     "train.num_epochs": 1,
     "train.weight_decay": 0.0,
     "train.balance_weight": 0.0,
+    "train.sub_batches": 1,
     "train.log_every_steps": 1,
     "eval.batch_size": 1,
     "checkpoint.keep": 1,
@@ -234,6 +257,7 @@ _LEAST = {
 def _validate_model(m: ConfigDict) -> None:
     _one_of("model.head", m.head, HEADS)
     _one_of("model.gate_gradient", m.gate_gradient, ("straight_through", "masked"))
+    _one_of("model.dispatch", m.dispatch, ("auto", "gather", "loop"))
     _one_of("model.compute_dtype", m.compute_dtype, ("", "float32", "bfloat16", "float64"))
     if m.num_selected > m.num_candidates:
         raise ConfigError(
@@ -263,6 +287,14 @@ def _validate_schedule(rates: tuple) -> None:
             "config.train.learning_rates must be pairs (rate > 0, epochs ≥ 1), like"
             f" ((0.1, 40), (0.01, 10)); got {rates}"
         )
+
+
+def _validate_parallel(p: ConfigDict) -> None:
+    _one_of("parallel.mode", p.mode, ("jit", "pmap"))
+    _one_of("parallel.batch_norm", p.batch_norm, ("global", "device"))
+    for name in ("shard_optimizer", "shard_classifier"):
+        if p.mode == "pmap" and p[name]:
+            raise ConfigError(f"config.parallel.{name} needs config.parallel.mode = 'jit', got 'pmap'")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

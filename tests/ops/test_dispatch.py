@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -5,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.ops import apply_candidates, select_top_k
+from gmsop_jax.ops import apply_candidates, average_pool, second_order_pool, select_top_k
 
 WIDTHS = (3, 6, 4)
+every_dispatch = pytest.mark.parametrize("dispatch", ["gather", "loop"])
+every_pool = pytest.mark.parametrize("pool", [average_pool, second_order_pool])
 
 
 def bank(n: int, widths: tuple[int, ...] = WIDTHS) -> list[jax.Array]:
@@ -23,71 +26,110 @@ def select(b: int, n: int, k: int) -> jax.Array:
     return select_top_k(jnp.asarray(np.random.default_rng(2).normal(size=(b, n))), k)
 
 
-def dense(x: jax.Array, kernels: list[jax.Array], indices: jax.Array) -> jax.Array:
+def dense(x: jax.Array, kernels: list[jax.Array], indices: jax.Array, pool) -> jax.Array:
     """Every candidate on every image, then the selected ones."""
     y = x[:, None]
     for kernel in kernels:
         y = jax.nn.relu(y @ kernel)
-    return jnp.take_along_axis(y, indices[:, :, None, None], axis=1)
+    return jnp.take_along_axis(pool(y), indices[:, :, None], axis=1)
 
 
-def test_by_hand():
-    # candidate 1 doubles and candidate 0 negates; ReLU cuts what is negative
+@every_dispatch
+def test_by_hand(dispatch):
+    # candidate 1 doubles and candidate 0 negates; ReLU cuts what is negative: (2, 0) and (0, 2)
     x = jnp.array([[[1.0], [-2.0]]])
     kernels = [jnp.array([[[-1.0]], [[2.0]]])]
-    assert apply_candidates(x, kernels, jnp.array([[1, 0]])).tolist() == [[[[2.0], [0.0]], [[0.0], [2.0]]]]
+    first_position = apply_candidates(x, kernels, jnp.array([[1, 0]]), lambda y: y[..., 0, :], dispatch)
+    assert first_position.tolist() == [[[2.0], [0.0]]]
+    assert apply_candidates(x, kernels, jnp.array([[1, 0]]), average_pool, dispatch).tolist() == [[[1.0], [1.0]]]
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_values_and_gradients_are_those_of_the_dense_computation(x64, k):
-    x, kernels, indices = images(), bank(4), select(5, 4, k)
-    y, pullback = jax.vjp(lambda *a: apply_candidates(*a, indices), x, kernels)
-    expected, expected_pullback = jax.vjp(lambda *a: dense(*a, indices), x, kernels)
-    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13)
+@every_dispatch
+@every_pool
+@pytest.mark.parametrize(("b", "k"), [(5, 1), (5, 2), (5, 4), (1, 3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-11), ("float32", 1e-4)])
+def test_values_and_gradients_are_those_of_the_dense_computation(x64, dispatch, pool, b, k, dtype, tolerance):
+    x, kernels, indices = jax.tree.map(lambda a: a.astype(dtype), (images(b), bank(4))) + (select(b, 4, k),)
+    y, pullback = jax.vjp(lambda *a: apply_candidates(*a, indices, pool, dispatch), x, kernels)
+    expected, expected_pullback = jax.vjp(lambda *a: dense(*a, indices, pool), x, kernels)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
     g = jnp.cos(y)
     for got, wanted in zip(*(jax.tree.leaves(p(g)) for p in (pullback, expected_pullback)), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * float(jnp.abs(wanted).max()))
 
 
-def test_a_candidate_that_nobody_selected_has_zero_gradient(x64):
+@every_dispatch
+def test_a_candidate_that_nobody_selected_has_zero_gradient(x64, dispatch):
     x, kernels = images(), bank(4)
     indices = jnp.array([[0, 2]] * 5)
-    for slope in jax.grad(lambda w: jnp.sum(apply_candidates(x, w, indices) ** 2))(kernels):
+
+    def loss(kernels):
+        return jnp.sum(apply_candidates(x, kernels, indices, average_pool, dispatch) ** 2)
+
+    for slope in jax.grad(loss)(kernels):
         assert [bool(np.any(slope[i] != 0)) for i in range(4)] == [True, False, True, False]
 
 
-def test_no_capacity_limit_when_all_select_the_same(x64):
+@every_dispatch
+def test_no_capacity_limit_when_all_select_the_same(x64, dispatch):
     x, kernels, indices = images(b=16), bank(8), jnp.full((16, 1), 6)
-    np.testing.assert_allclose(apply_candidates(x, kernels, indices), dense(x, kernels, indices), rtol=1e-12)
+    got = apply_candidates(x, kernels, indices, average_pool, dispatch)
+    np.testing.assert_allclose(got, dense(x, kernels, indices, average_pool), rtol=1e-12)
 
 
-def test_under_jit_and_vmap(x64):
+@every_dispatch
+def test_under_jit_and_vmap(x64, dispatch):
     x, kernels, indices = images(b=6), bank(4), select(6, 4, 2)
-    y = apply_candidates(x, kernels, indices)
-    np.testing.assert_allclose(jax.jit(apply_candidates)(x, kernels, indices), y, rtol=1e-12, atol=1e-13)
-    halves = jax.vmap(apply_candidates, in_axes=(0, None, 0))(x.reshape(2, 3, 7, 3), kernels, indices.reshape(2, 3, 2))
+    apply = functools.partial(apply_candidates, pool=second_order_pool, dispatch=dispatch)
+    y = apply(x, kernels, indices)
+    np.testing.assert_allclose(jax.jit(apply)(x, kernels, indices), y, rtol=1e-12, atol=1e-13)
+    halves = jax.vmap(apply, in_axes=(0, None, 0))(x.reshape(2, 3, 7, 3), kernels, indices.reshape(2, 3, 2))
     np.testing.assert_allclose(halves.reshape(y.shape), y, rtol=1e-12, atol=1e-13)
 
 
-def flops(n: int, k: int, gradient: bool) -> float:
-    """Of the compiled program for 8 images of 64 positions, 32 channels."""
+def test_an_unknown_dispatch_is_refused():
+    with pytest.raises(ValueError, match="'sorted'"):
+        apply_candidates(images(), bank(4), select(5, 4, 2), average_pool, "sorted")  # pyright: ignore[reportArgumentType]
+
+
+def compiled(n: int, k: int, dispatch: str, gradient: bool) -> jax.stages.Compiled:
+    """For 8 images of 64 positions, 32 channels."""
 
     def loss(x, kernels, indices):
-        return jnp.sum(apply_candidates(x, kernels, indices))
+        return jnp.sum(apply_candidates(x, kernels, indices, average_pool, dispatch))  # pyright: ignore[reportArgumentType]
 
     function = jax.grad(loss, (0, 1)) if gradient else loss
     shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((8, 64, 32), (n, 32, 32), (n, 32, 32))]
-    indices = jax.ShapeDtypeStruct((8, k), "int32")
-    analysis = jax.jit(function).lower(shapes[0], shapes[1:], indices).compile().cost_analysis()
+    return jax.jit(function).lower(shapes[0], shapes[1:], jax.ShapeDtypeStruct((8, k), "int32")).compile()
+
+
+def flops(*args) -> float:
+    analysis = compiled(*args).cost_analysis()
     assert analysis is not None
     return analysis["flops"]
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_cost_follows_k_and_not_n(gradient):
-    few, many = flops(8, 4, gradient), flops(64, 4, gradient)
+    few, many = flops(8, 4, "gather", gradient), flops(64, 4, "gather", gradient)
     # two layers: 2 · (8 · 4 pairs) · 64 · 32 · 32 each, thrice that with the gradient
     products = 2 * 2 * 32 * 64 * 32 * 32 * (3 if gradient else 1)
     assert products <= few < 1.2 * products
     assert many < 1.02 * few
-    assert flops(64, 8, gradient) > 1.9 * many
+    assert flops(64, 8, "gather", gradient) > 1.9 * many
+
+
+def test_the_loop_makes_one_tile_at_a_time():
+    # of a loop the compiler counts the body once: one pair's two layers, forward again and backward
+    tile = 2 * 2 * 64 * 32 * 32
+    for n, k in ((8, 4), (64, 4), (64, 8)):
+        assert 3 * tile <= flops(n, k, "loop", True) < 5 * tile
+
+
+def test_the_loop_keeps_nothing_of_a_tile():
+    memory = {d: compiled(8, 4, d, True).memory_analysis() for d in ("gather", "loop")}
+    # gather keeps at least the first layer's output for the backward pass: 32 pairs × 64 × 32 floats
+    assert memory["gather"].temp_size_in_bytes > 32 * 64 * 32 * 4
+    # the loop, a few arrays of one pair
+    assert memory["loop"].temp_size_in_bytes < 10 * 64 * 32 * 4
