@@ -1,11 +1,15 @@
 """Pooling of a map of features into one vector: first and second order."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
 from gmsop_jax.ops.triangle import triangle_vector
+
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _at_least_float32(x: Array) -> Array:
@@ -23,6 +27,7 @@ def average_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c"]:
     return jnp.mean(_at_least_float32(x), axis=-2)
 
 
+@jax.custom_vjp
 def covariance_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c c"]:
     """Covariance of the features over positions.
 
@@ -46,10 +51,26 @@ def covariance_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c c"]:
         raise ValueError(f"covariance_pool needs [..., p, c] with p ≥ 1 positions, got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"covariance_pool needs floating features, got {x.dtype}")
+    centred = _centre(x)
+    return _product("...pc,...pd->...cd", centred, centred) / x.shape[-2]
+
+
+def _centre(x: Array) -> Array:
     x = _at_least_float32(x)
-    centred = x - jnp.mean(x, axis=-2, keepdims=True)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum("...pc,...pd->...cd", centred, centred, precision=highest) / x.shape[-2]
+    return x - jnp.mean(x, axis=-2, keepdims=True)
+
+
+def _covariance_forward(x):
+    return covariance_pool(x), x
+
+
+def _covariance_backward(x, g):
+    # one product where automatic differentiation makes two, and centred features need no centring again
+    dx = _product("...pc,...cd->...pd", _centre(x), g + jnp.swapaxes(g, -1, -2)) / x.shape[-2]
+    return (dx.astype(x.dtype),)
+
+
+covariance_pool.defvjp(_covariance_forward, _covariance_backward)
 
 
 def second_order_pool(x: Float[Array, "*b p c"], num_iters: int = 3) -> Float[Array, "*b t"]:

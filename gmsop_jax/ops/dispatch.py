@@ -1,32 +1,97 @@
-"""Exact dispatch: every candidate runs on the images that selected it, and on no others."""
+"""Exact dispatch: every candidate runs on the images that selected it, and on no others.
 
-from collections.abc import Sequence
+Each selected (image, candidate) pair is one tile: p rows against that candidate's weights. The work is
+b·k tiles whatever n is, shapes are static, and nothing is dropped, padded or sorted.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+Dispatch = Literal["auto", "gather", "loop"]
+Pool = Callable[[Array], Array]
 
 
 def apply_candidates(
     x: Float[Array, "b p c"],
     kernels: Sequence[Float[Array, "n i o"]],
     indices: Int[Array, "b k"],
-) -> Float[Array, "b k p d"]:
-    """Runs each image through its k selected candidates: a stack of 1×1 convolutions, each with ReLU.
+    pool: Pool,
+    dispatch: Dispatch = "auto",
+) -> Float[Array, "b k f"]:
+    """Runs each image through its k selected candidates: 1×1 convolutions, each with ReLU, and pooling.
 
-    y[b, j] = ReLU(… ReLU(x[b] · W₁[indices[b, j]]) · W₂[indices[b, j]] …)   (GM-SOP, section 2.1)
-
-    Each (image, selected candidate) pair is one tile of p rows against that candidate's weights, so the
-    work is b·k tiles whatever n is, shapes are static, and nothing is dropped or padded.
+    y[b, j] = pool(ReLU(… ReLU(x[b] · W₁[i]) · W₂[i] …)),  i = indices[b, j]   (GM-SOP, section 2.1)
 
     Args:
       x: features of p positions.
       kernels: the bank's weights, layer by layer, from c to d channels.
-      indices: selected candidates.
+      indices: selected candidates, within 0…n − 1.
+      pool: of one tile or many, [*, p, d] → [*, f].
+      dispatch: `gather` copies each pair's weights and runs all pairs as batched products: for
+        accelerators. `loop` runs pair after pair, each in cache, and its backward pass computes a pair
+        again instead of keeping anything of it: for a single CPU device. `auto` chooses between them by
+        the default backend. Both give the same values and gradients, to rounding.
 
-    Returns: features of each pair.
+    Returns: the pooled vector of each pair.
+
+    Raises:
+      ValueError: if `dispatch` is unknown.
     """
-    y = x[:, None]
-    for kernel in kernels:
-        y = jax.nn.relu(jnp.einsum("bkpi,bkio->bkpo", y, kernel[indices]))
-    return y
+    if dispatch == "auto":
+        dispatch = "loop" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "gather"
+    if dispatch == "gather":
+        return _tile(x[:, None], [kernel[indices] for kernel in kernels], pool)
+    if dispatch == "loop":
+        return _loop(x, tuple(kernels), indices, pool)
+    raise ValueError(f"dispatch must be 'auto', 'gather' or 'loop', got {dispatch!r}")
+
+
+def _tile(x: Array, weights: Sequence[Array], pool: Pool) -> Array:
+    for w in weights:
+        x = jax.nn.relu(jnp.matmul(x, w))
+    return pool(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _loop(x: Array, kernels: tuple[Array, ...], indices: Array, pool: Pool) -> Array:
+    def tile(pair):
+        image, candidate = pair
+        return _tile(x[image], [kernel[candidate] for kernel in kernels], pool)
+
+    return jax.lax.map(tile, _pairs(indices)).reshape(*indices.shape, -1)
+
+
+def _pairs(indices: Array) -> tuple[Array, Array]:
+    """Image and candidate of each pair."""
+    b, k = indices.shape
+    return jnp.arange(b * k) // k, indices.reshape(-1)
+
+
+def _loop_forward(x, kernels, indices, pool):
+    return _loop(x, kernels, indices, pool), (x, kernels, indices)
+
+
+def _loop_backward(pool, residuals, g):
+    x, kernels, indices = residuals
+
+    def tile(carry, pair):
+        dx, dkernels = carry
+        image, candidate, g_tile = pair
+        weights = [kernel[candidate] for kernel in kernels]
+        _, vjp = jax.vjp(lambda x, weights: _tile(x, weights, pool), x[image], weights)
+        dx_tile, dweights = vjp(g_tile)
+        dkernels = [dk.at[candidate].add(dw) for dk, dw in zip(dkernels, dweights, strict=True)]
+        return (dx.at[image].add(dx_tile), dkernels), None
+
+    zeros = jnp.zeros_like(x), [jnp.zeros_like(kernel) for kernel in kernels]
+    (dx, dkernels), _ = jax.lax.scan(tile, zeros, (*_pairs(indices), g.reshape(-1, g.shape[-1])))
+    return dx, tuple(dkernels), np.zeros(indices.shape, jax.dtypes.float0)
+
+
+_loop.defvjp(_loop_forward, _loop_backward)

@@ -39,9 +39,9 @@ def newton_schulz_sqrt(sigma: Float[Array, "*b d d"], num_iters: int = 3) -> Flo
       TypeError: for half precision and integers, where the iteration loses its digits.
 
     Example:
-      >>> newton_schulz_sqrt(jnp.diag(jnp.array([4.0, 9.0])), 12).round(3)
+      >>> newton_schulz_sqrt(4 * jnp.eye(2), 12).round(3)
       Array([[2., 0.],
-             [0., 3.]], dtype=float32)
+             [0., 2.]], dtype=float32)
     """
     _check(sigma, num_iters)
     a, trace = _normalize(sigma)
