@@ -310,14 +310,27 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Inverse of `to_json`: tuples, which JSON writes as lists, are tuples again."""
+    """Inverse of `to_json`: tuples, which JSON writes as lists, are tuples again.
+
+    Raises:
+      ConfigError: if the text is no JSON of a configuration.
+    """
     config = default_config()
-    stored = json.loads(text)
+    try:
+        stored = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"the stored configuration is no JSON ({error})") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"the stored configuration is a {type(stored).__name__}, not fields")
+    known = dict(flatten(config))
     for name, value in flatten(stored):
         section, _, leaf = name.rpartition(".")
-        if name in dict(flatten(config)) and name != "model.compute_dtype":
+        if name in known and name != "model.compute_dtype":
             parent = config[section] if section else config
-            parent[leaf] = _as_tuple(value)
+            try:
+                parent[leaf] = _as_tuple(value)
+            except TypeError as error:
+                raise ConfigError(f"the stored config.{name} is of another type ({value!r})") from error
     return config
 
 

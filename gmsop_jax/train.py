@@ -18,7 +18,7 @@ from gmsop_jax.checkpoint import DIRECTORY, Checkpoints, Progress
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.errors import CheckpointError, UserError
+from gmsop_jax.errors import CheckpointError, ConfigError, UserError
 from gmsop_jax.evaluate import evaluate_split, image_shape, resolve
 from gmsop_jax.inputs import Inputs
 from gmsop_jax.interrupt import Interrupted, SignalCatcher
@@ -158,9 +158,7 @@ def _open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
         raise CheckpointError(
             f"can't write to the working directory {workdir} ({error.strerror}); name another --workdir"
         ) from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
+    except (ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); name another --workdir") from error
 
 
