@@ -128,14 +128,11 @@ def infer_model(params: Mapping[str, Any], num_selected: int) -> ConfigDict:
     gated = "gating_w" in params
     if gated:
         _infer_mixture(config, params, num_selected)
-    rows, config.num_classes = _shape(params, "prediction_f", 4)[2:]
-    width = config.candidate_widths[-1] if gated else widths[-1]
-    if rows not in (width, width * (width + 1) // 2):
-        raise CheckpointError(
-            f"parameter 'prediction_f' has {rows} rows, but {width} channels give {width} (first"
-            f" order) or {width * (width + 1) // 2} (second order)"
-        )
-    first_order = rows == width
+    config.num_classes = _shape(params, "prediction_f", 4)[3]
+    pooled = {"prediction_f": config.candidate_widths[-1] if gated else widths[-1]}
+    if gated:
+        pooled["gating_w"] = config.gate_widths[-1]
+    first_order = _infer_order(params, pooled) == 1
     heads = ("gmgap", "gmsop") if gated else ("gap", "srsop")
     config.head = heads[0] if first_order else heads[1]
     strides = [1] + [2] * (stages - 1)
@@ -159,6 +156,21 @@ def _infer_mixture(config: Any, params: Mapping[str, Any], num_selected: int) ->
     layers = [name for name in map(_candidate_layer, range(26)) if name.format(1) in params]
     layers = layers or [_candidate_layer(0)]
     config.candidate_widths = tuple(_shape(params, name.format(1), 4)[3] for name in layers)
+
+
+def _infer_order(params: Mapping[str, Any], pooled: Mapping[str, int]) -> int:
+    """1 or 2, from the rows of the matrices that meet pooled features of so many channels."""
+    orders = {1, 2}
+    for name, width in pooled.items():
+        rows = _shape(params, name, 4 if name == "prediction_f" else 2)[-2]
+        sizes = {1: width, 2: width * (width + 1) // 2}
+        orders &= {order for order, size in sizes.items() if size == rows}
+        if not orders:
+            raise CheckpointError(
+                f"parameter {name!r} has {rows} rows; of {width} channels come {sizes[1]} by average or"
+                f" {sizes[2]} by covariance pooling, the same for gate and candidates"
+            )
+    return min(orders)
 
 
 def _candidate_layer(i: int) -> str:

@@ -1,0 +1,290 @@
+"""Checkpoints of the authors' script: reading, writing, going on, and refusing what is damaged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.io
+
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.interop import matfile
+from gmsop_jax.interop.matconvnet import Checkpoint, load, load_checkpoint, save
+from gmsop_jax.interop.parameters import to_trained
+from gmsop_jax.models import create_model
+from gmsop_jax.optimizer import create_optimizer
+from gmsop_jax.train_step import create_state, make_train_step
+
+VARIABLES = ("net", "state", "stats", "epoch")
+
+
+def save_again(path, checkpoint: Checkpoint, *, v73=False):
+    save(
+        path,
+        checkpoint.model_config,
+        checkpoint.variables,
+        momentum=checkpoint.momentum,
+        epoch=checkpoint.epoch,
+        balance_weight=checkpoint.balance_weight,
+        meta=checkpoint.meta,
+        stats=checkpoint.stats,
+        v73=v73,
+    )
+
+
+def test_what_a_checkpoint_tells(checkpoint_path):
+    checkpoint = load_checkpoint(checkpoint_path)
+    config = checkpoint.model_config
+    assert (config.head, config.num_classes, config.blocks_per_stage) == ("srsop", 10, 2)
+    assert (config.num_iters, config.pixel_scale, config.stage_strides) == (3, 60.0, (1, 2, 2, 1))
+    assert checkpoint.epoch == 5
+    assert len(checkpoint.stats["train"]) == 5
+    assert checkpoint.mean_rgb == pytest.approx([126.68550873, 115.34725189, 124.76429749])
+    assert checkpoint.class_names is None
+    stored = scipy.io.loadmat(checkpoint_path)["net"][0, 0]["params"][0, 0]["value"]
+    np.testing.assert_array_equal(checkpoint.variables["params"]["backbone"]["stem"]["kernel"], stored)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (np.float64, 1e-9)])
+def test_logits_of_an_imported_network(checkpoint_path, dtype, bound):
+    """Measured: 1.5e-6 in single, 5e-15 in double precision."""
+    checkpoint = load_checkpoint(checkpoint_path)
+    with np.load(checkpoint_path.parent / "eval.npz") as values:
+        images = values["images"].astype(np.float32) - checkpoint.mean_rgb.astype(np.float32)
+        theirs = values["val_logits_f64" if dtype == np.float64 else "val_logits_f32"]
+    with jax.enable_x64(dtype == np.float64):
+        variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.variables)
+        model = create_model(checkpoint.model_config)
+        logits = np.asarray(jax.jit(model.apply)(variables, jnp.asarray(images, dtype))[0])
+    assert logits.dtype == dtype
+    assert np.abs(logits - theirs).max() <= bound * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("v73", [False, True], ids=["v7", "v7.3"])
+def test_load_save_load_keeps_every_bit(checkpoint_path, tmp_path, assert_same, v73):
+    first = load_checkpoint(checkpoint_path)
+    save_again(tmp_path / "net-epoch-5.mat", first, v73=v73)
+    second = load_checkpoint(tmp_path / "net-epoch-5.mat")
+    assert_same(second.variables, first.variables)
+    assert_same(second.momentum, first.momentum)
+    assert second.model_config.to_dict() == first.model_config.to_dict()
+    assert (second.epoch, second.balance_weight) == (first.epoch, first.balance_weight)
+    assert_equal(second.meta, first.meta)
+    assert_equal(second.stats, first.stats)
+
+
+@pytest.mark.parametrize("v73", [False, True], ids=["v7", "v7.3"])
+def test_what_is_written_is_what_the_authors_script_wrote(checkpoint_path, tmp_path, v73):
+    """Every variable, field, class and shape of the file, so that their code reads the one as the other."""
+    save_again(tmp_path / "again.mat", load_checkpoint(checkpoint_path), v73=v73)
+    ours, theirs = (matfile.read(p, VARIABLES) for p in (tmp_path / "again.mat", checkpoint_path))
+    assert ours.pop("epoch").item() == 5
+    assert_equal(ours, theirs)
+
+
+def test_scipy_reads_what_is_written(checkpoint_path, tmp_path):
+    save_again(tmp_path / "again.mat", load_checkpoint(checkpoint_path))
+    ours, theirs = (scipy.io.loadmat(path, simplify_cells=True) for path in (tmp_path / "again.mat", checkpoint_path))
+    for a, b in zip(ours["net"]["params"], theirs["net"]["params"], strict=True):
+        assert a["name"] == b["name"]
+        np.testing.assert_array_equal(a["value"], b["value"])
+
+
+def assert_equal(actual, expected, where=""):
+    """As `matfile` gives them: types, shapes and bits."""
+    assert type(actual) is type(expected), where
+    if isinstance(actual, dict):
+        assert list(actual) == list(expected), where
+        for key in actual:
+            assert_equal(actual[key], expected[key], f"{where}.{key}")
+    elif isinstance(actual, list) or (isinstance(actual, np.ndarray) and actual.dtype == object):
+        assert np.shape(actual) == np.shape(expected), where
+        for i, (a, b) in enumerate(zip(np.ravel(actual), np.ravel(expected), strict=True)):
+            assert_equal(a, b, f"{where}[{i}]")
+    elif isinstance(actual, np.ndarray):
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), where
+        assert actual.tobytes() == expected.tobytes(), where
+    else:
+        assert actual == expected, where
+
+
+@pytest.mark.parametrize("v73", [False, True], ids=["v7", "v7.3"])
+@pytest.mark.parametrize("head", ["gap", "srsop", "gmgap", "gmsop"])
+def test_every_head_is_written_and_read(small_model, tmp_path, assert_same, head, v73):
+    config, variables = small_model(head, num_iters=5, dropout_rate=0.3)
+    meta = {"classes": {"name": np.array([["ant", "bee", "cat"]], object)}}
+    save(tmp_path / "x.mat", config, variables, epoch=7, balance_weight=3.0, meta=meta, v73=v73)
+    checkpoint = load_checkpoint(tmp_path / "x.mat")
+    assert_same(checkpoint.variables, variables)
+    assert checkpoint.epoch == 7
+    assert checkpoint.class_names == ["ant", "bee", "cat"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(checkpoint.momentum))
+    ours, read = config.to_dict(), checkpoint.model_config.to_dict()
+    if head in ("gmgap", "gmsop"):
+        assert checkpoint.balance_weight == 3.0
+        keys = set(ours) - ({"num_iters"} if head == "gmgap" else set())
+    else:
+        keys = {"head", "num_classes", "blocks_per_stage", "stage_widths", "stage_strides", "stem_width"}
+    assert {k: read[k] for k in keys} == {k: ours[k] for k in keys}
+    assert load(tmp_path / "x.mat")[0].to_dict() == read
+
+
+def test_double_precision_is_kept(small_model, tmp_path, assert_same):
+    config, variables = small_model("gmsop")
+    variables = jax.tree.map(lambda leaf: leaf + np.float64(1e-12), variables)
+    save(tmp_path / "x.mat", config, variables, momentum=variables["params"])
+    checkpoint = load_checkpoint(tmp_path / "x.mat")
+    assert_same(checkpoint.variables, variables)
+    assert_same(checkpoint.momentum, variables["params"])
+
+
+def test_the_epoch_without_statistics_is_the_files(small_model, tmp_path):
+    path = tmp_path / "net-epoch-42.mat"
+    save(path, *small_model("gap"))
+    contents = matfile.read(path, VARIABLES)
+    del contents["epoch"]
+    matfile.write(path, contents)
+    assert load_checkpoint(path).epoch == 42
+
+
+@pytest.mark.slow
+def test_a_step_goes_on_from_imported_momentum(checkpoint_path, x64):
+    """Against m ← 0.9 m − (g + 1e-4 p), p ← p + lr·m on the file's own arrays."""
+    checkpoint = load_checkpoint(checkpoint_path)
+    config = checkpoint.model_config
+    variables, momentum = jax.tree.map(jnp.float64, (checkpoint.variables, checkpoint.momentum))
+    inner = create_optimizer(optax.constant_schedule(0.002), pixel_scale=config.pixel_scale)
+    optimizer = optax.chain(optax.trace(0.0), inner)  # the first keeps the gradient
+    state = create_state(variables, optimizer)
+    gradient, inner_state = state.opt_state
+    state = state.replace(opt_state=(gradient, optax.tree.set(inner_state, trace=momentum)))
+    with np.load(checkpoint_path.parent / "eval.npz") as values:
+        batch = {"image": jnp.asarray(values["images"][:4]), "label": jnp.arange(4)}
+    step = make_train_step(create_model(config), optimizer, mean_rgb=checkpoint.mean_rgb)
+    after, _ = jax.jit(step)(state, batch)
+
+    stored = matfile.read(checkpoint_path, ("net", "state"))
+    names = [p["name"] for p in stored["net"]["params"]]
+    theirs = dict(zip(names, stored["state"]["momentum"].ravel(), strict=True))
+    start = {p["name"]: p["value"] for p in stored["net"]["params"]}
+    ours = to_trained(config, after.params)
+    for name, g in to_trained(config, after.opt_state[0].trace).items():
+        p, m = (values[name].astype(np.float64).reshape(g.shape) for values in (start, theirs))
+        rate = 0.002 / (3600 if name == "conv1_f" else 1)
+        expected = p + rate * (0.9 * m - (g + 1e-4 * p))
+        np.testing.assert_allclose(ours[name], expected, rtol=1e-12, atol=1e-15)
+
+
+def _set(contents, path, value):
+    """Replaces, or with the value None removes, what lies at a path of keys."""
+    *parents, last = path
+    for key in parents:
+        contents = contents[key]
+    if value is None:
+        del contents[last]
+    else:
+        contents[last] = value
+
+
+def _text_cell(*texts):
+    return np.array([list(texts)], object)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["net"], None, "no variable 'net'"),
+        (["net"], np.zeros((2, 2)), "no variable 'net'"),
+        (["net", "params"], None, "net has no field 'params'"),
+        (["net", "layers"], np.zeros((0, 0)), "net.layers is no struct array"),
+        (["net", "params", 0, "value"], "text", "'conv1_f' holds no numbers"),
+        (["net", "params", 0, "value"], np.zeros((3, 3, 3, 6)), "'conv1_bn?_?."),
+        (["net", "params", 1, "name"], "conv1_f", "same name"),
+        (["net", "params", 1, "name"], np.zeros((1, 1)), "'name' is no text"),
+        (["net", "params", 0, "learningRate"], np.zeros((1, 1)), "'conv1_f': learningRate"),
+        (["net", "layers", 0, "type"], "dagnn.ConvTranspose", "'conv1_conv' is of type 'dagnn.ConvTranspose'"),
+        (["net", "layers", 0], None, "layer 'conv1_conv' .* is missing"),
+        (["net", "layers", 1, "name"], "conv1_conv", "two layers 'conv1_conv'"),
+        (["net", "layers", 2, "name"], "other", "'other' .* has no place"),
+        (["net", "layers", 3, "inputs"], _text_cell("input"), "layer 'conv2_1a?_?.*: inputs is"),
+        (["net", "layers", 3, "params"], _text_cell("conv1_f"), "layer 'conv2_1.*: params is"),
+        (
+            ["net", "layers", 0, "inputs"],
+            _text_cell(np.zeros((1, 1))),
+            "'conv1_conv': inputs is no cell array of texts",
+        ),
+        (["net", "layers", 0, "block", "pad"], np.zeros((1, 4)), "'conv1_conv': pad is"),
+        (["net", "layers", 0, "block", "stride"], np.full((1, 2), 2.0), "'conv1_conv': stride is"),
+        (["net", "layers", 1, "block", "epsilon"], np.full((1, 1), 1e-3), "'conv1_bn': epsilon is"),
+        (["state", "momentum"], None, "state.momentum is no cell array"),
+        (["state", "momentum"], np.zeros((1, 3)), "state.momentum is no cell array of"),
+        (["epoch"], np.full((1, 1), -1.0), "epoch is -1"),
+    ],
+)
+def test_errors_name_the_field_or_layer(small_model, tmp_path, path, value, message):
+    save(tmp_path / "x.mat", *small_model("gmsop"))
+    contents = matfile.read(tmp_path / "x.mat", VARIABLES)
+    _set(contents, path, value)
+    matfile.write(tmp_path / "x.mat", contents)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(tmp_path / "x.mat")
+    assert str(caught.value).startswith(str(tmp_path / "x.mat"))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("CM_2_Cov_Sqrtm", "iterNum", 5.0, "'CM_2_Cov_Sqrtm': iterNum is"),
+        ("gating_Cov_Sqrtm", "iterNum", 0.0, "'gating_Cov_Sqrtm': iterNum is 0"),
+        ("gating_Cov_Sqrtm", "coef", 30.0, "'gating_Cov_Sqrtm': coef is"),
+        ("gating", "topk", 9.0, "K = 9"),
+        ("gating", "topk", 1.5, "'gating': topk is 1.5"),
+        ("H_x", "topk", 1.0, "'H_x': topk is"),
+        ("dropout", "rate", 1.0, "'dropout': rate is 1"),
+        ("conv1_relu", "leak", 0.1, "'conv1_relu': leak is"),
+        ("conv2_1a_conv", "stride", np.nan, "'conv2_1a_conv': stride is"),
+        ("Balance_loss", "loss_weight", np.inf, "'Balance_loss': loss_weight"),
+    ],
+)
+def test_errors_name_the_hyperparameter(small_model, tmp_path, name, key, value, message):
+    save(tmp_path / "x.mat", *small_model("gmsop"))
+    contents = matfile.read(tmp_path / "x.mat", VARIABLES)
+    (layer,) = (layer for layer in contents["net"]["layers"] if layer["name"] == name)
+    layer["block"][key] = np.full((1, 1), value)
+    matfile.write(tmp_path / "x.mat", contents)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "x.mat")
+
+
+def test_momentum_of_another_shape_is_refused(small_model, tmp_path):
+    save(tmp_path / "x.mat", *small_model("gmsop"))
+    contents = matfile.read(tmp_path / "x.mat", VARIABLES)
+    contents["state"]["momentum"][0, 0] = np.ones((3, 3, 3, 4), np.float32)
+    matfile.write(tmp_path / "x.mat", contents)
+    with pytest.raises(CheckpointError, match=r"state.momentum: 'conv1_f' has shape \(3, 3, 3, 4\)"):
+        load(tmp_path / "x.mat")
+
+
+def test_variables_are_renamed_without_harm(small_model, tmp_path, assert_same):
+    """What a layer's output is called is nobody's business; what it is joined to is."""
+    config, variables = small_model("gmsop")
+    save(tmp_path / "x.mat", config, variables)
+    contents = matfile.read(tmp_path / "x.mat", VARIABLES)
+    for layer in contents["net"]["layers"]:
+        for key in ("inputs", "outputs"):
+            layer[key] = _text_cell(*(f"x_{name}" for name in layer[key].ravel()))
+    matfile.write(tmp_path / "x.mat", contents)
+    assert_same(load(tmp_path / "x.mat")[1], variables)
+
+
+@pytest.mark.parametrize("content", [b"", b"MATLAB 5.0 MAT-file", b"PK\x03\x04", b"\x80\x04K\x01.", bytes(5000)])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "net-epoch-1.mat"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"net-epoch-1\.mat is (no MATLAB file|damaged)"):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no file .*net-epoch-1\.mat"):
+        load(tmp_path / "net-epoch-1.mat")

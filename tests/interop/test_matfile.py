@@ -1,0 +1,158 @@
+"""MATLAB's files: every kind of value, and what damaged bytes do."""
+
+import io
+import pathlib
+import random
+
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.interop import matfile
+from gmsop_jax.interop.matconvnet import load_checkpoint, save
+
+FORMATS = {"v7": False, "v7.3": True}
+
+
+def values():
+    cells = np.empty((2, 2), object)
+    cells[:] = [["text", np.eye(2)], [{"a": "b"}, np.zeros((0, 0))]]
+    return {
+        "double": np.arange(6.0).reshape(1, 2, 3),
+        "single": np.float32([[1.5], [np.nan], [-0.0]]),
+        "integers": np.array([[2**63]], np.uint64),
+        "logical": np.array([[True, False]]),
+        "empty": np.zeros((0, 3)),
+        "text": "mean_rgb",
+        "greek": "σ√ε",
+        "nothing": "",
+        "cells": cells,
+        "no_cells": np.empty((0, 0), object),
+        "struct": {"field": np.ones((1, 1)), "inner": {"x": "y", "none": {}}},
+        "structs": [{"name": "one", "value": np.eye(1)}, {"name": "two", "value": {}}],
+    }
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list) or (isinstance(a, np.ndarray) and a.dtype == object):
+        assert np.shape(a) == np.shape(b)
+        for x, y in zip(np.ravel(a), np.ravel(b), strict=True):
+            assert_equal(x, y)
+    elif isinstance(a, np.ndarray):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_kind_of_value_comes_back(tmp_path, name):
+    matfile.write(tmp_path / "x.mat", values(), v73=FORMATS[name])
+    read = matfile.read(tmp_path / "x.mat", list(values()))
+    assert list(read) == list(values())
+    for key, value in values().items():
+        assert_equal(read[key], value)
+
+
+def test_variables_that_nobody_asked_for_are_left(tmp_path):
+    for v73 in FORMATS.values():
+        matfile.write(tmp_path / "x.mat", {"a": np.eye(2), "b": np.eye(3)}, v73=v73)
+        assert list(matfile.read(tmp_path / "x.mat", ["c", "b"])) == ["b"]
+
+
+def test_numbers_that_matlab_packed_are_of_their_class_again(tmp_path):
+    """MATLAB stores a double or single array of small integers as bytes."""
+    ones = np.array([[1.0, 2.0, 3.0]])
+    for dtype, kind in (("f8", 6), ("f4", 7)):
+        scipy.io.savemat(tmp_path / "x.mat", {"x": ones.astype(dtype)}, do_compression=False)
+        content = bytearray((tmp_path / "x.mat").read_bytes())
+        matrix = content[128:]
+        data = matrix.index(np.array([{6: 9, 7: 7}[kind], ones.astype(dtype).nbytes], "<u4").tobytes())
+        packed = matrix[8:data] + np.array([2 | 3 << 16], "<u4").tobytes() + b"\x01\x02\x03\x00"
+        tag = np.array([14, len(packed)], "<u4").tobytes()
+        (tmp_path / "y.mat").write_bytes(content[:128] + tag + packed)
+        read = matfile.read(tmp_path / "y.mat", ["x"])["x"]
+        assert (read.dtype, read.tolist()) == (np.dtype(dtype), ones.tolist())
+
+
+def test_big_endian_files_are_read(tmp_path):
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x01\x00MI"
+    parts = [
+        np.array([6, 8, 6, 0], ">u4").tobytes(),
+        np.array([5, 8, 1, 1], ">u4").tobytes(),
+        np.array([1 << 16 | 1], ">u4").tobytes() + b"x\0\0\0",
+        np.array([9, 8], ">u4").tobytes() + np.array([2.5], ">f8").tobytes(),
+    ]
+    body = b"".join(parts)
+    (tmp_path / "x.mat").write_bytes(header + np.array([14, len(body)], ">u4").tobytes() + body)
+    np.testing.assert_array_equal(matfile.read(tmp_path / "x.mat", ["x"])["x"], [[2.5]])
+
+
+def test_files_of_scipy_are_read(tmp_path):
+    scipy.io.savemat(tmp_path / "x.mat", {"s": {"a": 1.0, "b": "text"}, "c": np.array([[1, "x"]], object)})
+    read = matfile.read(tmp_path / "x.mat", ["s", "c"])
+    assert read["s"]["b"] == read["c"][0, 1].replace("x", "text")
+    assert read["s"]["a"] == read["c"][0, 0] == 1
+
+
+def test_a_struct_that_holds_itself_is_refused(tmp_path):
+    matfile.write(tmp_path / "x.mat", {"x": values()["cells"]}, v73=True)
+    with h5py.File(tmp_path / "x.mat", "r+") as file:
+        file["x"][0, 0] = file["x"].ref
+    with pytest.raises(CheckpointError, match="contains itself"):
+        matfile.read(tmp_path / "x.mat", ["x"])
+
+
+def test_links_out_of_the_file_are_not_followed(tmp_path):
+    matfile.write(tmp_path / "secret.mat", {"x": np.eye(2)}, v73=True)
+    matfile.write(tmp_path / "x.mat", {"y": np.eye(2)}, v73=True)
+    with h5py.File(tmp_path / "x.mat", "r+") as file:
+        file["x"] = h5py.ExternalLink(str(tmp_path / "secret.mat"), "/x")
+    with pytest.raises(CheckpointError, match="is a link"):
+        matfile.read(tmp_path / "x.mat", ["x"])
+
+
+def test_arrays_larger_than_memory_are_refused(tmp_path):
+    matfile.write(tmp_path / "x.mat", {"y": np.eye(2)}, v73=True)
+    with h5py.File(tmp_path / "x.mat", "r+") as file:
+        node = file.create_dataset("x", (2**40,), "f8", chunks=(1024,))
+        node.attrs["MATLAB_class"] = np.bytes_("double")
+    with pytest.raises(CheckpointError, match="claims"):
+        matfile.read(tmp_path / "x.mat", ["x"])
+
+
+def _small_file(tmp_path: pathlib.Path, small_model, kind: str) -> bytes:
+    path = tmp_path / "x.mat"
+    save(path, *small_model("gap"), v73=kind == "v7.3")
+    if kind == "uncompressed":
+        contents, buffer = matfile.read(path, ("net", "state", "stats", "epoch")), io.BytesIO()
+        scipy.io.savemat(buffer, {k: matfile._to_scipy(v) for k, v in contents.items()}, long_field_names=True)
+        return buffer.getvalue()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["v7", "uncompressed", "v7.3"])
+def test_damaged_files_are_read_or_refused(tmp_path, small_model, kind):
+    """Cut short or with bits flipped: a network, or an error of ours; never another."""
+    content, draw = _small_file(tmp_path, small_model, kind), random.Random(0)
+    outcomes = set()
+    for i in range(150 if kind != "v7.3" else 40):
+        damaged = bytearray(content)
+        if i % 4 == 0:
+            del damaged[draw.randrange(len(damaged)) :]
+        for _ in range(draw.choice((1, 1, 4))):
+            if damaged:
+                damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        (tmp_path / "damaged.mat").write_bytes(damaged)
+        try:
+            load_checkpoint(tmp_path / "damaged.mat")
+            outcomes.add("read")
+        except CheckpointError:
+            outcomes.add("refused")
+    assert "refused" in outcomes
