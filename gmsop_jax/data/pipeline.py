@@ -4,16 +4,15 @@ A step's batch is a function of (seed, step) alone:
 
     step → (epoch, row of the epoch) → indices of the global batch in the epoch's permutation →
     this process's rows
-         → one read of many records → decode → flip
+         → blocks of records → decoded and flipped as one array each
 
 so any step can be made at once, on any number of processes, and the position in the data is one
 number: the step, which
 is also Grain's iterator state.
 
-Copies of a pixel on its way from the page cache to the batch: one by ArrayRecord into its chunk,
-one into the record's
-`bytes`, one that joins the records of a batch, one into the batch, plus one more for the half that
-is flipped.
+Copies of a pixel on its way from the page cache to the batch: one into ArrayRecord's buffer, one
+into the record's `bytes`, one that joins some 40 records, one into the batch, and one more for the
+half that is flipped. The last two find their bytes in the processor's cache.
 """
 
 import dataclasses
@@ -38,6 +37,7 @@ Directory = str | os.PathLike[str]
 Size = int | tuple[int, int] | None
 Batch = dict[str, np.ndarray]
 
+_BLOCK_BYTES = 2**19  # of images read, joined and flipped at a time: they stay in the cache
 _ORDER, _FLIP = 0, 1  # what a draw is for: keeps the two streams of one seed apart
 
 
@@ -68,7 +68,7 @@ def train_batches(
     drop_remainder: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-    num_threads: int = 4,
+    num_threads: int = 2,
     num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """Batches of the training split for ever, shuffled anew each epoch.
@@ -110,7 +110,7 @@ def eval_batches(
     image_size: Size = None,
     process_index: int = 0,
     process_count: int = 1,
-    num_threads: int = 4,
+    num_threads: int = 2,
     num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """One pass over a split, in its order; the last batch is padded to full size.
@@ -194,17 +194,18 @@ class _Rows:
     def read(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
         """The images at `indices` [n], those with True in `flips` [n] mirrored."""
         image = np.empty((len(indices), *self.size, 3), np.uint8)
-        if not len(indices):
-            return {"image": image, "label": np.zeros(0, np.int32)}
-        pixels, label = decode_batch(self.reader.read(indices))
-        if label.max() >= self.num_classes:
+        label = np.empty(len(indices), np.int32)
+        block = max(1, _BLOCK_BYTES * len(image) // max(1, image.nbytes))
+        for start in range(0, len(indices), block):
+            rows = slice(start, start + block)
+            pixels, label[rows] = decode_batch(self.reader.read(indices[rows]))
+            _fill(image[rows], _resize(pixels, self.size), flips[rows])
+        if label.max(initial=0) >= self.num_classes:
             raise DataError(
                 f"a record has label {label.max()}; labels of {self.num_classes} classes go from 0 "
-                "to "
-                f"{self.num_classes - 1}: run tools/verify_dataset.py and convert the data set "
+                f"to {self.num_classes - 1}: run tools/verify_dataset.py and convert the data set "
                 "again"
             )
-        _fill(image, _resize(pixels, self.size), flips)
         return {"image": image, "label": label}
 
 

@@ -69,9 +69,10 @@ class Statistics:
         """Counts one image, uint8 [h, w] or [h, w, 1 or 3]."""
         self.class_counts[label] += 1
         self.image_sizes.add((image.shape[0], image.shape[1]))
-        flat = image.reshape(image.shape[0] * image.shape[1], -1).astype(np.float64)  # exact up to 2⁵³
-        sums, products = flat.sum(0), flat.T @ flat
-        self.pixels += len(flat)
+        # exact: whole numbers far below 2⁵³; channels first, which sums several times as fast
+        channels = image.reshape(image.shape[0] * image.shape[1], -1).T.astype(np.float64, order="C")
+        sums, products = channels.sum(1), channels @ channels.T
+        self.pixels += channels.shape[1]
         for row in range(3):
             self.sums[row] += int(sums[row % len(sums)])
             for column in range(3):
@@ -150,6 +151,8 @@ def write_shard(
       tick: called after each image.
     Raises: DataError for a label out of range or an image no record can hold.
     """
+    for leftover in output.glob(f"{task.file}.tmp-*"):  # of a run that was killed
+        leftover.unlink()
     temporary = output / f"{task.file}.tmp-{os.getpid()}"
     statistics = Statistics([0] * len(source.classes))
     unreadable = []
