@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -133,14 +134,28 @@ def load(path: str | pathlib.Path, overrides: list[str] | tuple[str, ...] = ()) 
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is no Python file; a configuration has a function get_config()")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} has no function get_config()")
-    config = module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{path} has no function get_config()")
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's file may raise
+        raise ConfigError(f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config() of {path} returns {config!r}; it should return default_config() with changes")
     for item in overrides:
         override(config, item)
     validate(config)
     return config
+
+
+def _line_in(path: pathlib.Path, error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    line = lines[-1] if lines else getattr(error, "lineno", None)
+    return f", line {line}" if line else ""
 
 
 def override(config: ConfigDict, assignment: str) -> None:
@@ -282,7 +297,8 @@ def _validate_model(m: ConfigDict) -> None:
 
 def _validate_schedule(rates: tuple) -> None:
     pairs = all(isinstance(r, tuple | list) and len(r) == 2 for r in rates)
-    if not rates or not pairs or any(r <= 0 or type(e) is not int or e < 1 for r, e in rates):
+    numbers = pairs and all(type(r) in (int, float) and type(e) is int for r, e in rates)
+    if not rates or not numbers or any(not r > 0 or e < 1 for r, e in rates):
         raise ConfigError(
             "config.train.learning_rates must be pairs (rate > 0, epochs ≥ 1), like"
             f" ((0.1, 40), (0.01, 10)); got {rates}"
