@@ -15,38 +15,20 @@ from gmsop_jax.errors import ConfigError
 
 def main() -> int | None:
     """Parses the command line and converts."""
-    parser = argparse.ArgumentParser(
-        description="Converts a foreign data set to shards; run again to resume."
-    )
+    parser = argparse.ArgumentParser(description="Converts a foreign data set to shards; run again to resume.")
     parser.add_argument("source", choices=NAMES)
-    parser.add_argument(
-        "--input", help="what was downloaded; fashion-mnist has a sample of its own"
-    )
-    parser.add_argument(
-        "--output", required=True, help="a new folder, or that of an unfinished conversion"
-    )
+    parser.add_argument("--input", help="what was downloaded; fashion-mnist has a sample of its own")
+    parser.add_argument("--output", required=True, help="a new folder, or that of an unfinished conversion")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument("--shards", type=int, help="training shards (default: some 128 MiB each)")
     parser.add_argument("--limit", type=int, help="keep a random subset of each split")
     parser.add_argument("--seed", type=int, default=0, help="of the order of training (default: 0)")
-    parser.add_argument(
-        "--codec", choices=CODECS, default="raw", help="of the records (default: raw)"
-    )
-    parser.add_argument(
-        "--size", type=int, help="side of the images (places365: 100; image-folder: required)"
-    )
-    parser.add_argument(
-        "--resize", choices=("matlab", "pillow"), help="bicubic as MATLAB's imresize, or Pillow's"
-    )
-    parser.add_argument(
-        "--val-fraction", type=float, help="image-folder: share of one folder to validate on"
-    )
-    parser.add_argument(
-        "--max-unreadable", type=float, default=0.01, help="allowed share (default: 0.01)"
-    )
-    parser.add_argument(
-        "--shard-range", default="0/1", help="i/n: make every n-th shard from the i-th, i from 0"
-    )
+    parser.add_argument("--codec", choices=CODECS, default="raw", help="of the records (default: raw)")
+    parser.add_argument("--size", type=int, help="side of the images (places365: 100; image-folder: required)")
+    parser.add_argument("--resize", choices=("matlab", "pillow"), help="bicubic as MATLAB's imresize, or Pillow's")
+    parser.add_argument("--val-fraction", type=float, help="image-folder: share of one folder to validate on")
+    parser.add_argument("--max-unreadable", type=float, default=0.01, help="allowed share (default: 0.01)")
+    parser.add_argument("--shard-range", default="0/1", help="i/n: make every n-th shard from the i-th, i from 0")
     args = parser.parse_args()
     manifest = convert(
         args.source,
@@ -62,10 +44,7 @@ def main() -> int | None:
         max_unreadable=args.max_unreadable,
     )
     if manifest is None:
-        print(
-            f"{args.output}: part {args.shard_range} is done; tools/merge_manifests.py joins them "
-            "when all are"
-        )
+        print(f"{args.output}: part {args.shard_range} is done; tools/merge_manifests.py joins them when all are")
         return
     for name, split in manifest.splits.items():
         print(f"{args.output}: {name}: {split.num_images:,} images in {len(split.shards)} shards")

@@ -14,18 +14,12 @@ from gmsop_jax.data.manifest import Manifest
 
 def main() -> None:
     """Parses the command line, prints and draws."""
-    parser = argparse.ArgumentParser(
-        description="Prints a data set's manifest and draws a contact sheet."
-    )
+    parser = argparse.ArgumentParser(description="Prints a data set's manifest and draws a contact sheet.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--split", default="train", help="that the sheet shows (default: train)")
-    parser.add_argument(
-        "--sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG's name"
-    )
+    parser.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG's name")
     parser.add_argument("--columns", type=int, default=10, help="images per class (default: 10)")
-    parser.add_argument(
-        "--rows", type=int, default=20, help="at most this many classes (default: 20)"
-    )
+    parser.add_argument("--rows", type=int, default=20, help="at most this many classes (default: 20)")
     args = parser.parse_args()
     manifest = Manifest.load(args.directory)
     print(describe(manifest))

@@ -1,8 +1,8 @@
 """Foreign data sets → shards: parallel, in constant memory, and resumable to the same bytes.
 
 Each shard is a pure function of the source and the settings: it is written under a temporary name,
-renamed when whole,
-and noted. A killed conversion started again skips the noted shards and makes the others.
+renamed when whole, and noted. A killed conversion started again skips the noted shards and makes
+the others.
 """
 
 import concurrent.futures

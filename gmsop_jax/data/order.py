@@ -1,9 +1,8 @@
 """Randomness as a function of numbers alone.
 
 Only what NumPy promises to keep across releases is used (SeedSequence and the bit generators' raw
-output, not the
-distributions on top), so shards and the order of training stay the same wherever and whenever they
-are made.
+output, not the distributions on top), so shards and the order of training stay the same wherever
+and whenever they are made.
 """
 
 import numpy as np

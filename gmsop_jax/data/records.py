@@ -6,8 +6,8 @@ A record is a 20-byte header and the pixels:
     i32 | crc32 u32
 
 all little-endian; the checksum covers everything but itself. Pixels are row-major [h, w, channels]
-uint8, raw or as a
-lossless PNG. A gray image is stored as one channel and repeated to three when read.
+uint8, raw or as a lossless PNG. A gray image is stored as one channel and repeated to three when
+read.
 """
 
 import io

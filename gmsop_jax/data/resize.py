@@ -33,9 +33,8 @@ def imresize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """MATLAB's `imresize(image, size)` with its defaults, to the byte.
 
     Keys' kernel with a = −½, widened by the scale where the image shrinks; mirrored borders;
-    weights normalised; the
-    dimension with the smaller scale first, rows on ties; rounded and clamped to uint8 after each
-    pass.
+    weights normalised; the dimension with the smaller scale first, rows on ties; rounded and
+    clamped to uint8 after each pass.
 
     Args:
       image: uint8 [h, w, c].

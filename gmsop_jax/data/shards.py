@@ -16,9 +16,8 @@ from gmsop_jax.data.records import Codec, encode
 from gmsop_jax.data.sources import Source, UnreadableImage
 from gmsop_jax.errors import DataError
 
-# One record per chunk for random access. Pixels hardly compress in the container, so it isn't
-# asked to; one background
-# thread bounds the memory.
+# One record per chunk for random access. Pixels hardly compress in the container, so it isn't asked
+# to; one background thread bounds the memory.
 _WRITER = "group_size:1,uncompressed,max_parallelism:1"
 
 

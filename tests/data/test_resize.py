@@ -70,22 +70,17 @@ def test_sharp_edges_clamp_between_the_passes():
 
 def test_doubling_by_hand():
     # Outputs lie ¼ and ¾ of a sample from their neighbours. The kernel there, in 128ths: 111 at ¼,
-    # 29 at ¾, −9 at 1¼,
-    # −3 at 1¾. On the line 0 0 128 128, mirrored at its ends, outputs 1 and 2 are 0 and −3
-    # (clamped); the 3rd lies at
-    # 1¾: −9, clamped; the 4th at 2¼: 29 − 3 = 26; the 5th at 2¾: 111 − 9 = 102; the 6th at 3¼: 128
-    # + 9 = 137; the 7th
-    # at 3¾: 128 + 3 = 131; the 8th 128.
+    # 29 at ¾, −9 at 1¼, −3 at 1¾. On the line 0 0 128 128, mirrored at its ends, outputs 1 and 2
+    # are 0 and −3 (clamped); the 3rd lies at 1¾: −9, clamped; the 4th at 2¼: 29 − 3 = 26; the 5th
+    # at 2¾: 111 − 9 = 102; the 6th at 3¼: 128 + 9 = 137; the 7th at 3¾: 128 + 3 = 131; the 8th 128.
     line = np.array([0, 0, 128, 128], np.uint8)
     assert imresize(line[None, :, None], (1, 8))[0, :, 0].tolist() == [0, 0, 0, 26, 102, 137, 131, 128]
 
 
 def test_halving_by_hand():
-    # Output k lies at 2k − ½; the kernel is twice as wide: 111, 29, −9, −3 (of 256) at distances
-    # ½, 1½, 2½, 3½.
-    # A lone 64 at input 9: output 5 (at 9½) gets 111·64/256 = 27.75, output 4 (at 7½) 29·64/256 =
-    # 7.25; outputs 3 and 6
-    # get less than nothing.
+    # Output k lies at 2k − ½; the kernel is twice as wide: 111, 29, −9, −3 (of 256) at distances ½,
+    # 1½, 2½, 3½. A lone 64 at input 9: output 5 (at 9½) gets 111·64/256 = 27.75, output 4 (at 7½)
+    # 29·64/256 = 7.25; outputs 3 and 6 get less than nothing.
     line = np.zeros(16, np.uint8)
     line[8] = 64
     assert imresize(line[None, :, None], (1, 8))[0, :, 0].tolist() == [0, 0, 0, 7, 28, 0, 0, 0]

@@ -1,8 +1,8 @@
 """Readers of foreign data sets, one small module each, behind one protocol.
 
-A module offers `open_source(request) -> Source` and the names of the options it takes in
-`OPTIONS`. Everything after
-reading (order, shards, statistics, checksums, progress) is `gmsop_jax.data.convert`'s.
+A module offers `open_source(request) -> Source` and the names of the options it takes in `OPTIONS`.
+Everything after reading (order, shards, statistics, checksums, progress) is
+`gmsop_jax.data.convert`'s.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Downsampled ImageNet-1K as its authors publish it: pickles or npz files, also inside their zip archives.
 
-`train_data_batch_1` … and `val_data` hold `data`, uint8 [n, 3·s·s] (the red, green and blue
-planes, each row-major), and
-`labels`, 1-based in the order of `map_clsloc.txt`. Any side s will do; the usual one is 64.
+`train_data_batch_1` … and `val_data` hold `data`, uint8 [n, 3·s·s] (the red, green and blue planes,
+each row-major), and `labels`, 1-based in the order of `map_clsloc.txt`. Any side s will do; the
+usual one is 64.
 """
 
 import collections

@@ -15,8 +15,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decodes an image file, upright.
 
     Gray stays gray; palettes are looked up; transparent pixels are laid over white; 16-bit gray is
-    scaled to 8; EXIF
-    rotation is applied.
+    scaled to 8; EXIF rotation is applied.
 
     Args:
       data: the file's bytes.

@@ -1,9 +1,8 @@
 """The one-file MATLAB copy ("imdb") that MatConvNet programs read: v7.3 (HDF5), or v7 for small sets.
 
 `images.data` is [H, W, 3, n] uint8 in MATLAB's order, so an HDF5 reader sees [n, 3, W, H];
-`images.labels` are 1-based
-floating point; `images.set` is 1 for train, 2 for val, 3 for test; `meta.rgbMean` is the mean its
-maker computed.
+`images.labels` are 1-based floating point; `images.set` is 1 for train, 2 for val, 3 for test;
+`meta.rgbMean` is the mean its maker computed.
 """
 
 import dataclasses

@@ -1,12 +1,10 @@
 """Pickles of numbers, read without running them and without holding their arrays in memory.
 
 A pickle is a program for a small stack machine, one of whose instructions calls any function by
-name. This machine knows
-only the instructions that numbers, strings, lists, tuples, dicts and NumPy arrays need; it calls
-nothing, not even NumPy:
-the five names an array's pickle mentions are recognised, any other ends the reading with that
-name. Long byte strings
-aren't read but noted by their place in the file, so an array of gigabytes becomes a `FileArray`.
+name. This machine knows only the instructions that numbers, strings, lists, tuples, dicts and NumPy
+arrays need; it calls nothing, not even NumPy: the five names an array's pickle mentions are
+recognised, any other ends the reading with that name. Long byte strings aren't read but noted by
+their place in the file, so an array of gigabytes becomes a `FileArray`.
 """
 
 import dataclasses

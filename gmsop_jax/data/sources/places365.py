@@ -1,8 +1,8 @@
 """Places365-Standard, the 256×256 version: its tars or the folders they unpack to, with its list files.
 
 The input folder holds `categories_places365.txt`, `places365_train_standard.txt`,
-`places365_val.txt`, and the images in
-`train_256_places365standard.tar` and `val_256.tar`, or in the folders `data_256` and `val_256`.
+`places365_val.txt`, and the images in `train_256_places365standard.tar` and `val_256.tar`, or in
+the folders `data_256` and `val_256`.
 """
 
 import array
