@@ -46,9 +46,8 @@ class Manifest:
     """The contents of dataset.json.
 
     `mean_rgb` [3] and `covariance_rgb` [3, 3] are exact over all pixels of the training split, in
-    0…255 units;
-    `provenance` says how the set was made: source, files with their sums, options, seed, tool
-    version.
+    0…255 units; `provenance` says how the set was made: source, files with their sums, options,
+    seed, tool version.
     """
 
     name: str
@@ -89,8 +88,7 @@ class Manifest:
         `verify_checksums`.
 
         Raises: DataError if the directory is missing, empty, foreign or half-written, if its
-          schema is another, or if a
-          shard is missing, changed or named outside the directory.
+          schema is another, or if a shard is missing, changed or named outside the directory.
         """
         path = Path(directory)
         manifest = _parse(_read(path), path / FILE_NAME)
