@@ -155,8 +155,8 @@ def write_shard(
     temporary = output / f"{task.file}.tmp-{os.getpid()}"
     statistics = Statistics([0] * len(source.classes))
     unreadable = []
-    writer = ArrayRecordWriter(str(temporary), _WRITER)
     try:
+        writer = ArrayRecordWriter(str(temporary), _WRITER)
         for index in rows:
             try:
                 image, label = source.load(task.split, index)
@@ -167,8 +167,10 @@ def write_shard(
                 writer.write(encode(image, label, codec=codec))
                 statistics.add(image, label)
             tick()
-    finally:
         writer.close()
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     count = sum(statistics.class_counts)

@@ -141,6 +141,7 @@ def test_interruption_resumes_to_the_same_bytes(
     output = tmp_path / "set"
     with pytest.raises(KeyboardInterrupt):
         convert("imagenet64", imagenet, output, shards=6, progress=False)
+    assert not list(output.glob("*.tmp-*"))
     with pytest.raises(DataError, match="half-written"):
         Manifest.load(output)
     with pytest.raises(DataError, match=r"unfinished conversion with other settings .*seed: 0 then, 3 now"):

@@ -6,8 +6,9 @@ import pytest
 from foreign import imagenet_batches, images, jpeg, write_imagenet, write_imdb, write_places
 from PIL import Image
 
+from gmsop_jax.data.manifest import sha256
 from gmsop_jax.data.resize import imresize
-from gmsop_jax.data.sources import NAMES, Options, Request, Source, UnreadableImage, open_source
+from gmsop_jax.data.sources import NAMES, Options, Request, Source, UnreadableImage, imagenet64, open_source
 from gmsop_jax.data.sources.images import Names, decode_image
 from gmsop_jax.errors import ConfigError, DataError
 
@@ -159,6 +160,19 @@ def test_imagenet_bit_flip_inside_an_archive(tmp_path: Path):
     data[len(data) // 2] ^= 16
     file.write_bytes(data)
     with pytest.raises(DataError, match=r"Imagenet64_val.zip"):
+        opened("imagenet64", tmp_path, tmp_path)
+
+
+def test_imagenet_published_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_imagenet(tmp_path, "zip")
+    archive = tmp_path / "Imagenet64_val.zip"
+    size, checksum = archive.stat().st_size, sha256(archive)
+    monkeypatch.setattr(imagenet64, "_PUBLISHED", {"val": (size, checksum)})
+    told = opened("imagenet64", tmp_path, tmp_path).facts["archives"]
+    assert told["Imagenet64_val.zip"] == f"the published val archive (sha256 {checksum})"
+    assert told["Imagenet64_train_part1.zip"] == "not a published npz archive"
+    monkeypatch.setattr(imagenet64, "_PUBLISHED", {"val": (size, "0" * 64)})
+    with pytest.raises(DataError, match=r"size of the published val archive but sha256 .* it is damaged"):
         opened("imagenet64", tmp_path, tmp_path)
 
 
