@@ -1,5 +1,6 @@
 """Checkpoints of a run, through Orbax: asynchronous, the last n and the best kept."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -12,9 +13,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.integrity import find_damage, write_checksums
+from gmsop_jax.parallel import first_process_does
 from gmsop_jax.train_step import TrainState
 
 DIRECTORY = "checkpoints"
+_DAMAGED = "damaged-checkpoints"  # beside it
 _ITEMS = ("params", "batch_stats", "opt_state")
 
 
@@ -27,11 +31,13 @@ class Progress:
         random stream.
       epoch: whole epochs done.
       wall_seconds: spent so far, over all starts of the run.
+      skipped: steps whose update was left out, as their loss was not finite.
     """
 
     step: int
     epoch: int
     wall_seconds: float
+    skipped: tuple[int, ...] = ()
 
 
 def _error(metrics: Mapping[str, float]) -> float:
@@ -39,10 +45,26 @@ def _error(metrics: Mapping[str, float]) -> float:
 
 
 class Checkpoints:
-    """The checkpoints in one folder, one sub-folder a step; parameters, moments and optimiser apart."""
+    """The checkpoints in one folder, one sub-folder a step; parameters, moments and optimiser apart.
+
+    Each is written under a temporary name, with its files' checksums, and renamed when it is whole.
+
+    Attributes:
+      directory: the folder.
+      set_aside: of each damaged checkpoint that was moved away on opening, what was wrong and where it
+        is now; told by the first process alone.
+    """
 
     def __init__(self, directory: str | pathlib.Path, *, keep: int = 3, read_only: bool = False):
-        """Opens the folder, which is made unless read_only."""
+        """Opens the folder, which is made unless read_only; damaged checkpoints are set aside.
+
+        Raises:
+          CheckpointError: if all checkpoints are damaged, or the folder can't be written to.
+        """
+        self.directory = path = pathlib.Path(directory).absolute()
+        self.set_aside: list[str] = []
+        if not read_only:
+            first_process_does(self._set_damaged_aside)
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells its every step there
         keep_policy = policies.AnyPreservationPolicy(
             [
@@ -56,8 +78,9 @@ class Checkpoints:
             preservation_policy=keep_policy,
             read_only=read_only,
             create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_rename),
         )
-        path = pathlib.Path(directory).absolute()
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
         registry = ocp.DefaultCheckpointHandlerRegistry()
         for name, handler in handlers.items():
@@ -65,14 +88,49 @@ class Checkpoints:
             registry.add(name, ocp.args.StandardRestore, handler)
         registry.add("progress", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         registry.add("progress", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-        self._manager = ocp.CheckpointManager(path, options=options, handler_registry=registry)
-        self.directory = path
+        with self._explaining_errors():
+            self._manager = ocp.CheckpointManager(path, options=options, handler_registry=registry)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        # what raised before is not to be hidden by what closing raises of the same cause
+        with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+            self.close()
+
+    def _set_damaged_aside(self) -> None:
+        damage = {step: find_damage(self.directory / str(step)) for step in steps_on_disk(self.directory)}
+        damaged = {step: what for step, what in damage.items() if what}
+        told = [f"checkpoint {self.directory / str(step)} is damaged ({what})" for step, what in damaged.items()]
+        if damaged and len(damaged) == len(damage):
+            raise CheckpointError("; ".join(told) + ": none is left to go on from; start in another --workdir")
+        for step, line in zip(damaged, told, strict=True):
+            target = self.directory.parent / _DAMAGED / str(step)
+            with self._explaining_errors():
+                while target.exists():
+                    target = target.with_name(f"{target.name}_")
+                target.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(target)
+            self.set_aside.append(f"{line}; moved to {target}")
+
+    def _before_rename(self) -> None:
+        for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            write_checksums(folder)
+
+    @contextlib.contextmanager
+    def _explaining_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            steps = steps_on_disk(self.directory)
+            saved = f"step {steps[-1]} is saved there" if steps else "none is saved there"
+            raise CheckpointError(
+                f"can't write a checkpoint to {self.directory} ({_first_line(error)}); {saved}. Free space or bring"
+                " the folder back, and give the same command again to go on from there"
+            ) from error
 
     @property
     def latest_step(self) -> int | None:
@@ -91,12 +149,17 @@ class Checkpoints:
         return self._manager.metrics(step)
 
     def save(self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts saving; `wait` returns once it is on disk. A step that is there already is kept."""
+        """Starts saving; `wait` returns once it is on disk. A step that is there already is kept.
+
+        Raises:
+          CheckpointError: if this one, or the one before in the background, can't be written.
+        """
         if progress.step in self._manager.all_steps():
             return
         items: dict[str, Any] = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
         items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
-        self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics))
+        with self._explaining_errors():
+            self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics))
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Progress]:
         """The state saved at a step, placed as `like` is.
@@ -113,6 +176,8 @@ class Checkpoints:
         return self._restore(dict(like), step)
 
     def _restore(self, trees: dict[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
+        if damage := find_damage(self.directory / str(step)):
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged ({damage}); name another step")
         abstract = {name: jax.tree.map(_abstract, tree) for name, tree in trees.items()}
         self._check_shapes(abstract, step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
@@ -124,7 +189,17 @@ class Checkpoints:
                 " delete that folder to go on from the one before"
             ) from error
         items = {name: restored[name] for name in trees}
-        return items, Progress(**restored["progress"])
+        return items, self._progress(restored["progress"], step)
+
+    def _progress(self, stored: Any, step: int) -> Progress:
+        try:
+            skipped = tuple(int(at) for at in stored.get("skipped", ()))
+            progress = Progress(int(stored["step"]), int(stored["epoch"]), float(stored["wall_seconds"]), skipped)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} has no progress ({error})") from error
+        if progress.step != step:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} is of step {progress.step}: it was renamed")
+        return progress
 
     def _check_shapes(self, abstract: Mapping[str, Any], step: int) -> None:
         stored_items = self._manager.item_metadata(step)
@@ -149,12 +224,14 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns once all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns once all that was saved is on disk; errors as `save`."""
+        with self._explaining_errors():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then closes the folder."""
-        self._manager.close()
+        """Waits, then closes the folder; errors as `save`."""
+        with self._explaining_errors():
+            self._manager.close()
 
 
 def _like(array: jax.Array, value: int) -> jax.Array:
@@ -176,6 +253,11 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def steps_on_disk(directory: pathlib.Path) -> list[int]:
+    """The steps whose checkpoints are whole, in order."""
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
 def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     """The folder of checkpoints and the step that a path means.
 
@@ -188,13 +270,14 @@ def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
       CheckpointError: if no checkpoint is there.
     """
     path = pathlib.Path(path)
-    step = int(path.name) if path.name.isdigit() else None
+    # a working directory may have a number for a name too
+    step = int(path.name) if path.name.isdigit() and not (path / DIRECTORY).is_dir() else None
     folder = path.parent if step is not None else path
     if (folder / DIRECTORY).is_dir():
         folder = folder / DIRECTORY
-    steps = [p.name for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    if not steps or (step is not None and str(step) not in steps):
-        there = f"; there are steps {', '.join(sorted(steps, key=int))}" if steps else ""
+    steps = steps_on_disk(folder)
+    if not steps or (step is not None and step not in steps):
+        there = f"; there are steps {', '.join(map(str, steps))}" if steps else ""
         raise CheckpointError(f"no checkpoint at {path}{there}; name a working directory that a training run made")
     return folder, step
 

@@ -39,6 +39,8 @@ def evaluate_split(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        on_corrupt=config.data.on_corrupt,
     )
     sums = [eval_step(variables, parallel.place_batch(batch, mesh)) for batch in batches]
     return summarize(jax.device_get(sums))
@@ -89,7 +91,8 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     """
     folder, step = checkpoint.locate(path)
     split = config.eval.split
-    manifest = Manifest.load(config.data.dir, config.data.verify, splits=[split])
+    checked = [split] if config.data.on_corrupt == "stop" else []
+    manifest = Manifest.load(config.data.dir, config.data.verify, splits=checked)
     config = resolve(config, manifest)
     mesh = parallel.create_mesh()
     parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from gmsop_jax import config as configs
+from gmsop_jax import parallel
 from gmsop_jax.errors import DataError, UserError
 
 
@@ -39,6 +40,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="working directory or step to evaluate or predict with; its best by default",
     )
     _add_predict_options(parser)
+    _add_process_options(parser)
     parser.add_argument(
         "--profile",
         metavar="START:STOP",
@@ -70,6 +72,13 @@ def _add_predict_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--format", choices=("table", "json", "csv"), default="table")
 
 
+def _add_process_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where a run has several processes")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process; auto asks the cluster")
+    group.add_argument("--num-processes", metavar="N", type=int)
+    group.add_argument("--process-id", metavar="I", type=int, help="from 0; the first one writes the results")
+
+
 def _steps(text: str) -> range:
     start, separator, stop = text.partition(":")
     if not (separator and start.isdigit() and stop.isdigit() and 1 <= int(start) < int(stop)):
@@ -79,6 +88,7 @@ def _steps(text: str) -> range:
 
 def _run(options: argparse.Namespace) -> int:
     config = _load_config(options)
+    parallel.start_processes(options.coordinator, options.num_processes, options.process_id)
     workdir = options.workdir or f"runs/{pathlib.Path(options.config or 'run').stem}"
     if options.mode == "predict":
         from gmsop_jax import predict_output
@@ -92,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
             output_format=options.format,
             batch_size=config.eval.batch_size,
         )
-    _prepare_data(config)
+    parallel.first_process_does(lambda: _prepare_data(config))
     _use_compilation_cache()
     if options.mode == "evaluate":
         from gmsop_jax.evaluate import evaluate_checkpoint

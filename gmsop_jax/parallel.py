@@ -1,55 +1,212 @@
-"""One mesh over all devices: the batch is split over them, the state is on each."""
+"""One mesh over all devices of all processes: the batch is split over them, the state is on each.
 
-from collections.abc import Callable, Mapping
+Two ways to run a training step there, with the same results: `jit`, where XLA splits one program for
+the whole batch, and `pmap`, where each device runs the program of its part and the parts meet in
+collectives that are written out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gmsop_jax.errors import ConfigError
+from gmsop_jax.errors import ConfigError, UserError
+
+AXIS = "batch"  # of the mesh, and of pmap and shard_map
+
+HostBatch = Mapping[str, np.ndarray]
 
 
-def create_mesh() -> Mesh:
-    """A mesh with the one axis `batch` over all devices of all processes."""
-    return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+def start_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the processes of one run; to be called before anything else touches a device.
+
+    Args:
+      coordinator: `host:port` of the first process; `auto` asks the cluster (SLURM, Open MPI,
+        Kubernetes, TPU pods); None for a run of a single process.
+      num_processes, process_id: needed with an address, known by the cluster otherwise.
+
+    Raises:
+      ConfigError: if these don't go together, or the processes don't find each other.
+    """
+    if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise ConfigError("--num-processes and --process-id need --coordinator host:port, the first process's")
+        return
+    address = None if coordinator == "auto" else coordinator
+    if address is not None and not address.rpartition(":")[2].isdigit():
+        raise ConfigError(f"--coordinator {coordinator} has no port; give host:port, like 10.0.0.1:1234, or auto")
+    try:
+        jax.distributed.initialize(address, num_processes, process_id)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"the processes of this run can't be joined ({error}); give --coordinator host:port, reachable from"
+            " all of them, --num-processes and a --process-id from 0, or --coordinator auto in a cluster that"
+            " JAX knows"
+        ) from error
 
 
-def check_batch_size(field: str, batch_size: int, mesh: Mesh) -> None:
-    """Refuses a global batch that doesn't split evenly.
+def first_process_does(action: Callable[[], None]) -> None:
+    """Runs an action in the first process while the others wait; a UserError there is one in all.
+
+    Raises:
+      UserError: the action's own in the first process.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as raised:
+            error = raised
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
+        error = error or UserError("stopped with the first process, which tells why")
+    if error is not None:
+        raise error
+
+
+def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the one axis `batch`, over all devices of all processes unless some are named."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def check_batch_size(field: str, batch_size: int, mesh: Mesh, sub_batches: int = 1) -> None:
+    """Refuses a global batch that doesn't split evenly over devices and sub-batches.
 
     Raises:
       ConfigError: naming `field`.
     """
-    if batch_size % mesh.size:
+    parts = mesh.size * sub_batches
+    if batch_size % parts:
+        over = f"{mesh.size} devices" + (f" × {sub_batches} sub-batches" if sub_batches > 1 else "")
         raise ConfigError(
-            f"config.{field} = {batch_size} doesn't split over {mesh.size} devices;"
-            f" {max(batch_size // mesh.size, 1) * mesh.size} does"
+            f"config.{field} = {batch_size} doesn't split over {over}; {max(batch_size // parts, 1) * parts} does"
         )
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on its devices; the result is the global batch.
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on each device."""
+    return NamedSharding(mesh, PartitionSpec())
 
-    A batch whose size doesn't split over the devices (the last of an epoch may not) is put on each.
+
+def state_shardings(state: Any, mesh: Mesh, *, optimizer: bool = False, classifier: bool = False) -> Any:
+    """Where each array of a training state lies: on every device, or split over them.
+
+    An array that is split is so along its largest axis that the devices divide; one without such an
+    axis is on every device.
+
+    Args:
+      state: a `TrainState` of arrays or their shapes.
+      mesh: the devices.
+      optimizer: split the optimiser's state.
+      classifier: split the classifier, and its optimiser's state.
+
+    Returns: the same tree, of shardings.
     """
-    rows = next(iter(batch.values())).shape[0] * jax.process_count()
-    spec = PartitionSpec("batch") if rows % mesh.size == 0 else PartitionSpec()
-    sharding = NamedSharding(mesh, spec)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+    def place(path, leaf) -> NamedSharding:
+        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
+        split = (optimizer and names[0] == "opt_state") or (classifier and "classifier" in names)
+        axes = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
+        if not (split and axes):
+            return replicated(mesh)
+        largest = max(axes, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, PartitionSpec(*[None] * largest, AXIS))
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Puts a tree on each device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, replicated(mesh))
 
 
-def jit_train_step(step: Callable, mesh: Mesh) -> Callable:
-    """Compiles a training step; the old state's memory is given to the new one."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated)
+def place_batch(batch: HostBatch, mesh: Mesh, size: int | None = None) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch on its devices; the result is the global batch.
+
+    A batch that doesn't split over the devices (the last of an epoch may not) is put on each, whole.
+
+    Args:
+      batch: this process's contiguous rows.
+      mesh: the devices.
+      size: rows of the global batch; by default as many from each process as from this one.
+    """
+    if size is None:
+        size = len(next(iter(batch.values()))) * jax.process_count()
+    if size % mesh.size == 0:
+        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    else:
+        sharding, batch = replicated(mesh), _all_rows(batch, size)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def _all_rows(batch: HostBatch, size: int) -> HostBatch:
+    """The rows of all processes, whose numbers may differ by one."""
+    count = jax.process_count()
+    if count == 1:
+        return batch
+    most = -(-size // count)
+    padded = {name: np.pad(x, [(0, most - len(x))] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
+    gathered = multihost_utils.process_allgather(padded)
+    cuts = [size * process // count for process in range(count + 1)]
+    return {name: np.concatenate([x[p, : cuts[p + 1] - cuts[p]] for p in range(count)]) for name, x in gathered.items()}
+
+
+def compile_train_step(
+    make_step: Callable[[str | None], Callable],
+    mesh: Mesh,
+    shardings: Any,
+    *,
+    mode: str = "jit",
+    per_device_bn: bool = False,
+    sub_batches: int = 1,
+) -> Callable[[Any, HostBatch, int], tuple[Any, dict[str, jax.Array]]]:
+    """Compiles a training step for a mesh; the old state's memory is given to the new one.
+
+    Args:
+      make_step: axis name → step (state, batch) → (state, metrics): for one part of a batch that is
+        split over that axis, or, with None, for all of it.
+      mesh: the devices.
+      shardings: of the state (`state_shardings`).
+      mode: `jit` or `pmap`.
+      per_device_bn: whether the model that `make_step` makes for an axis normalises by each device's own
+        moments; in mode `jit` it then runs under shard_map.
+      sub_batches: of the step; a batch that doesn't split evenly over devices and sub-batches is
+        computed whole by each device, whatever the mode.
+
+    Returns: (state, this process's rows, rows of the global batch) → (state, metrics).
+    """
+    one_program = jax.jit(make_step(None), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    split_program = _split_program(make_step, mesh, shardings, mode, per_device_bn)
+
+    def train_step(state, batch, size):
+        if split_program is not None and size % (mesh.size * sub_batches) == 0:
+            return split_program(state, batch, size)
+        return one_program(state, place_batch(batch, mesh, size))
+
+    return train_step
+
+
+def _split_program(
+    make_step: Callable, mesh: Mesh, shardings: Any, mode: str, per_device_bn: bool
+) -> Callable[[Any, HostBatch, int], Any] | None:
+    if mode == "pmap":
+        devices = list(mesh.devices.flat)
+        mapped = jax.pmap(
+            make_step(AXIS), AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
+        )
+        local = sum(device.process_index == jax.process_index() for device in devices)
+        return lambda state, batch, _: mapped(state, {k: x.reshape(local, -1, *x.shape[1:]) for k, x in batch.items()})
+    if per_device_bn:
+        parts, whole = PartitionSpec(AXIS), PartitionSpec()
+        mapped = jax.shard_map(make_step(AXIS), mesh=mesh, in_specs=(whole, parts), out_specs=whole, check_vma=False)
+        compiled = jax.jit(mapped, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        return lambda state, batch, size: compiled(state, place_batch(batch, mesh, size))
+    return None
 
 
 def jit_eval_step(step: Callable, mesh: Mesh) -> Callable:
     """Compiles an evaluation step."""
-    return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(step, out_shardings=replicated(mesh))

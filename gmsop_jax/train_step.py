@@ -1,5 +1,7 @@
 """Pure training and evaluation steps: arrays in, arrays out."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from gmsop_jax.losses import cross_entropy
 from gmsop_jax.metrics import count_errors
+from gmsop_jax.ops import balance_loss
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -58,6 +61,46 @@ def step_rngs(seed: int, step: Array) -> dict[str, Array]:
     return {"gating": gating, "dropout": dropout}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The forward pass of training: (params, state, batch) → (sums, balance loss, new moments)."""
+
+    model: nn.Module
+    mean_rgb: ArrayLike
+    seed: int
+    axis_name: str | None
+
+    def whole(self, params: Any, state: TrainState, batch: Batch) -> tuple[Metrics, Array, Any]:
+        sums, aux, batch_stats = self._apply(params, state, batch, step_rngs(self.seed, state.step))
+        return sums, aux["balance_loss"], batch_stats
+
+    def in_parts(self, params: Any, state: TrainState, batch: Batch, parts: int) -> tuple[Metrics, Array, Any]:
+        def one(_, indexed):
+            index, part = indexed
+            rngs = {name: jax.random.fold_in(key, index) for name, key in step_rngs(self.seed, state.step).items()}
+            sums, aux, batch_stats = self._apply(params, state, part, rngs)
+            return None, (sums, jnp.sum(aux["gate_weights"], axis=0), batch_stats)
+
+        rows = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+        one = jax.checkpoint(one, prevent_cse=False)
+        _, (sums, usage, batch_stats) = jax.lax.scan(one, None, (jnp.arange(parts), rows))
+        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+        batch_stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), batch_stats)
+        return sums, balance_loss(usage, self.axis_name), batch_stats
+
+    def _apply(self, params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array]):
+        (logits, aux), updates = self.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            normalize(batch["image"], self.mean_rgb),
+            train=True,
+            gate_noise=batch.get("gate_noise"),
+            mutable=["batch_stats"],
+            rngs=rngs,
+        )
+        sums = count_errors(logits, batch["label"]) | {"loss_sum": cross_entropy(logits, batch["label"])}
+        return sums, aux, updates.get("batch_stats", {})
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -65,10 +108,18 @@ def make_train_step(
     mean_rgb: ArrayLike,
     balance_weight: float = 100.0,
     seed: int = 0,
+    sub_batches: int = 1,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The training step (state, batch) → (state, metrics).
 
     Loss: (Σ cross entropy + α · balance loss)/B, for B the size of the batch   (GM-SOP, eq. 7)
+
+    With `sub_batches` n the batch goes through the network in n parts, one after the other, and only
+    one part's activations are in memory; each part is computed once more in the backward pass. Sums,
+    balance loss and gradients are the whole batch's, so the step is the same but for two things: batch
+    norm sees one part at a time (its running moments move by the parts' mean), and each part draws its
+    own gate noise and dropout.
 
     Args:
       model: gives `(logits, aux)`.
@@ -76,37 +127,39 @@ def make_train_step(
       mean_rgb: [3], mean colour of the training set.
       balance_weight: α.
       seed: of gate noise and dropout.
+      sub_batches: n; part j has the rows j, j + n, j + 2n, … A batch that n doesn't divide is cut into
+        as many parts as divide both.
+      axis_name: pmap or shard_map axis over which the batch is split, the model's too; the new state
+        and the metrics are the whole batch's, the same on every device.
 
-    Returns: a function for `jax.jit`. `batch` has `image` uint8 [b, h, w, 3] and `label` int32 [b],
-      and may have `gate_noise` [b] to replace the draw; metrics are `loss_sum` (cross entropy),
-      `top1_errors`, `top5_errors`, `count`, `balance_loss` and `grad_norm`.
+    Returns: a function for `jax.jit`, or for `jax.pmap` with `axis_name`. `batch` has `image` uint8
+      [b, h, w, 3] and `label` int32 [b], and may have `gate_noise` [b] to replace the draw; metrics are
+      `loss_sum` (cross entropy), `top1_errors`, `top5_errors`, `count`, `balance_loss` and `grad_norm`.
     """
 
+    forward = _Forward(model, mean_rgb, seed, axis_name)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        images = normalize(batch["image"], mean_rgb)
-        size = images.shape[0]
+        rows = batch["image"].shape[0]
+        parts = math.gcd(rows, sub_batches)
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
 
         def loss_function(params):
-            (logits, aux), updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                gate_noise=batch.get("gate_noise"),
-                mutable=["batch_stats"],
-                rngs=step_rngs(seed, state.step),
-            )
-            loss_sum = cross_entropy(logits, batch["label"])
-            loss = (loss_sum + balance_weight * aux["balance_loss"]) / size
-            return loss, (logits, loss_sum, aux["balance_loss"], updates["batch_stats"])
+            if parts == 1:
+                sums, balance, batch_stats = forward.whole(params, state, batch)
+            else:
+                sums, balance, batch_stats = forward.in_parts(params, state, batch, parts)
+            # the devices' losses add up to the batch's, so each takes a part of the balance loss that all know
+            loss = (sums["loss_sum"] + balance_weight * balance / devices) / (rows * devices)
+            return loss, (sums, balance, batch_stats)
 
-        grads, (logits, loss_sum, balance, batch_stats) = jax.grad(loss_function, has_aux=True)(state.params)
+        grads, (sums, balance, batch_stats) = jax.grad(loss_function, has_aux=True)(state.params)
+        if axis_name is not None:
+            grads, sums = jax.lax.psum((grads, sums), axis_name)
+            batch_stats = jax.lax.pmean(batch_stats, axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = count_errors(logits, batch["label"]) | {
-            "loss_sum": loss_sum,
-            "balance_loss": balance,
-            "grad_norm": optax.tree.norm(grads),
-        }
+        metrics = sums | {"balance_loss": balance, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
@@ -121,9 +174,10 @@ def make_eval_step(model: nn.Module, *, mean_rgb: ArrayLike) -> Callable[[Mappin
 
     def eval_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
         logits, aux = model.apply(variables, normalize(batch["image"], mean_rgb), train=False)
+        weights = jnp.asarray(aux["gate_weights"])
         return count_errors(logits, batch["label"], batch["mask"]) | {
             "loss_sum": cross_entropy(logits, batch["label"], batch["mask"]),
-            "gate_weight_sum": jnp.sum(aux["gate_weights"], axis=0, where=batch["mask"][:, None]),
+            "gate_weight_sum": jnp.sum(weights, axis=0, where=batch["mask"][:, None]),
         }
 
     return eval_step

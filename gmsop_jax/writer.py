@@ -1,15 +1,19 @@
 """What a run tells: a progress line, `metrics.jsonl`, TensorBoard events, `result.json`, `curves.png`."""
 
+import contextlib
 import json
 import os
 import pathlib
 import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
@@ -66,16 +70,21 @@ class Writer:
         kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
         write_atomic(workdir / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
         self._jsonl = (workdir / METRICS).open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+        # not tensorboardX's SummaryWriter: its thread dies of a full disk and leaves this one waiting
+        self._events = EventsWriter(str(workdir / "events"), f".{start_step}")
+        if start_step:  # TensorBoard drops what came after it
+            self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self._bar.close()
         if self._enabled:
-            self._jsonl.close()
-            self._events.close()
+            # what raised before is not to be hidden by what closing raises of the same cause
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                self._jsonl.close()
+                self._events.close()
 
     def advance(self) -> None:
         """One more step is done."""
@@ -84,7 +93,9 @@ class Writer:
     def describe(self, config: str) -> None:
         """Puts the resolved configuration, as JSON, among TensorBoard's texts."""
         if self._enabled:
-            self._events.add_text("config", textwrap.indent(config, "    "))  # so indented, Markdown leaves it alone
+            text = textwrap.indent(config, "    ")  # so indented, Markdown leaves it alone
+            self._add(0, summary=summary.text("config", text))
+            self._events.flush()
 
     def record(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
         """Writes one record, of kind `train` or `eval`, to the files; a list becomes a picture of bars."""
@@ -95,9 +106,14 @@ class Writer:
         self._jsonl.flush()
         for name, value in values.items():
             if not isinstance(value, list):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                self._add(step, summary=summary.scalar(f"{kind}/{name}", value))
             elif len(value) > 1:  # without a gate there is one weight, always 1
-                self._events.add_image(f"{kind}/{name}", _draw_bars(value, name), step, dataformats="HWC")
+                bars = summary.image(f"{kind}/{name}", _draw_bars(value, name), dataformats="HWC")
+                self._add(step, summary=bars)
+        self._events.flush()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def show(self, values: Mapping[str, float]) -> None:
         """Puts loss, error and speed on the progress line."""

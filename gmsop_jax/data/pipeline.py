@@ -1,26 +1,26 @@
-"""Shards → batches: Grain over the steps of training, and one vectorised read per step.
+"""Shards → batches: Grain over the steps of training, each step read as arrays.
 
 A step's batch is a function of (seed, step) alone:
 
-    step → (epoch, row of the epoch) → indices of the global batch in the epoch's permutation →
-    this process's rows
-         → blocks of records → decoded and flipped as one array each
+    step → (epoch, row of the epoch) → indices of the global batch in the epoch's permutation
+         → this process's rows → blocks of records → decoded and flipped as one array each
 
 so any step can be made at once, on any number of processes, and the position in the data is one
-number: the step, which
-is also Grain's iterator state.
+number: the step, which is also Grain's iterator state.
 
-Copies of a pixel on its way from the page cache to the batch: one into ArrayRecord's buffer, one
-into the record's `bytes`, one that joins some 40 records, one into the batch, and one more for the
-half that is flipped. The last two find their bytes in the processor's cache.
+Copies of a pixel on its way from the page cache to the batch: into ArrayRecord's buffer, into the
+record's `bytes`, into an array of some 40 records, into the batch; and once more for the half that
+is flipped. The last two find their bytes in the processor's cache.
 """
 
 import dataclasses
 import functools
+import logging
 import os
 import sys
 import threading
 from pathlib import Path
+from typing import Literal
 
 import grain
 import numpy as np
@@ -38,6 +38,9 @@ Size = int | tuple[int, int] | None
 Batch = dict[str, np.ndarray]
 
 _BLOCK_BYTES = 2**19  # of images read, joined and flipped at a time: they stay in the cache
+OnCorrupt = Literal["stop", "skip"]
+
+_MOST_REPLACEMENTS = 20  # records tried in the place of one that can't be read
 _ORDER, _FLIP = 0, 1  # what a draw is for: keeps the two streams of one seed apart
 
 
@@ -70,6 +73,7 @@ def train_batches(
     process_count: int = 1,
     num_threads: int = 2,
     num_workers: int = 0,
+    on_corrupt: OnCorrupt = "stop",
 ) -> grain.DatasetIterator[Batch]:
     """Batches of the training split for ever, shuffled anew each epoch.
 
@@ -87,12 +91,14 @@ def train_batches(
       num_threads: read ahead in this many threads.
       num_workers: read in this many processes instead (for slow resizing; close the iterator when
         done).
+      on_corrupt: at a record that can't be read, `stop` with an error, or `skip` it: training takes
+        another one in its place, evaluation leaves it out; a missing shard is then no error either.
     Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b]}. Its get_state()
       is the next step (with
       workers: their positions since start_step), and set_state goes there.
     Raises: DataError if the data set is missing or damaged, or the arguments don't fit it.
     """
-    split, rows = _open(directory, "train", image_size, process_index, process_count)
+    split, rows = _open(directory, "train", image_size, process_index, process_count, on_corrupt)
     if seed < 0 or start_step < 0:
         raise DataError(f"seed {seed} and start_step {start_step} must not be negative")
     _check_share(batch_size, process_count)
@@ -112,16 +118,16 @@ def eval_batches(
     process_count: int = 1,
     num_threads: int = 2,
     num_workers: int = 0,
+    on_corrupt: OnCorrupt = "stop",
 ) -> grain.DatasetIterator[Batch]:
     """One pass over a split, in its order; the last batch is padded to full size.
 
     Args: as in `train_batches`.
     Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'mask': bool
-      [b]}; the mask is False
-      on padding (black images with label 0).
+      [b]}; the mask is False on padding (black images with label 0).
     Raises: DataError as `train_batches`.
     """
-    images, rows = _open(directory, split, image_size, process_index, process_count)
+    images, rows = _open(directory, split, image_size, process_index, process_count, on_corrupt)
     _check_share(batch_size, process_count)
     steps_per_epoch(images.num_images, batch_size, drop_remainder=False)
     read = functools.partial(_eval_batch, rows=rows)
@@ -185,6 +191,7 @@ class _Rows:
     num_classes: int
     process_index: int
     process_count: int
+    on_corrupt: OnCorrupt
 
     def mine(self, values: np.ndarray) -> np.ndarray:
         """This process's contiguous share of one value per row of the global batch."""
@@ -208,20 +215,69 @@ class _Rows:
             )
         return {"image": image, "label": label}
 
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """Whether each of the records at `indices` can be read: bool [n].
+
+        Those that can't are logged, once each.
+
+        Raises: DataError with shard and record unless they are to be skipped.
+        """
+        readable = np.ones(len(indices), bool)
+        for row, index in enumerate(indices.tolist()):
+            try:
+                self.read(indices[row : row + 1], np.zeros(1, bool))
+            except DataError as error:
+                if self.on_corrupt == "stop":
+                    hint = "or go on without it: --config.data.on_corrupt=skip"
+                    raise DataError(f"{self.reader.where(index)}: {error}; {hint}") from error
+                _log_once(f"leaving out {self.reader.where(index)}: {error}")
+                readable[row] = False
+        return readable
+
+    def replace_unreadable(self, indices: np.ndarray) -> np.ndarray:
+        """`indices`, with each record that can't be read replaced by another of the split.
+
+        Which one is a function of the index alone, so that every run gets the same.
+        """
+        replaced, stride = indices.copy(), max(1, round(len(self.reader) * 0.618))
+        unreadable = ~self.readable(replaced)
+        for tries in range(1, 1 + _MOST_REPLACEMENTS):
+            if not unreadable.any():
+                return replaced
+            replaced = np.where(unreadable, (indices + tries * stride) % len(self.reader), replaced)
+            unreadable = ~self.readable(replaced)
+        raise DataError(
+            f"{self.reader.where(int(indices[unreadable][0]))} and the {_MOST_REPLACEMENTS} tried in its place "
+            "can't be read: too much of the data set is damaged; convert it again"
+        )
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
+
 
 def _train_batch(step: int, indices: np.ndarray, *, rows: _Rows, seed: int, flip: bool) -> Batch:
     flips = coin_flips(len(indices), seed, _FLIP, step) if flip else np.zeros(len(indices), bool)
-    return rows.read(rows.mine(indices), rows.mine(flips))
+    indices, flips = rows.mine(indices), rows.mine(flips)
+    try:
+        return rows.read(indices, flips)
+    except DataError:
+        return rows.read(rows.replace_unreadable(indices), flips)
 
 
 def _eval_batch(step: int, indices: np.ndarray, *, rows: _Rows) -> Batch:
     del step
-    indices = rows.mine(indices)
-    mask = indices >= 0
-    batch = rows.read(indices[mask], np.zeros(mask.sum(), bool))
-    missing = len(mask) - mask.sum()
+    mine = rows.mine(indices)
+    images = mine[mine >= 0]
+    try:
+        batch = rows.read(images, np.zeros(len(images), bool))
+    except DataError:
+        images = images[rows.readable(images)]
+        batch = rows.read(images, np.zeros(len(images), bool))
+    missing = len(mine) - len(images)
     padded = {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
-    return {**(padded if missing else batch), "mask": mask}
+    return {**(padded if missing else batch), "mask": np.arange(len(mine)) < len(images)}
 
 
 def _fill(out: np.ndarray, pixels: np.ndarray | list[np.ndarray], flips: np.ndarray) -> None:
@@ -243,9 +299,9 @@ def _resize(pixels: np.ndarray | list[np.ndarray], size: tuple[int, int]) -> np.
 
 
 def _open(
-    directory: Directory, name: str, image_size: Size, process_index: int, process_count: int
+    directory: Directory, name: str, image_size: Size, process_index: int, process_count: int, on_corrupt: OnCorrupt
 ) -> tuple[Split, _Rows]:
-    manifest = Manifest.load(directory, splits=[name])
+    manifest = Manifest.load(directory, splits=[name] if on_corrupt == "stop" else [])
     split = manifest.split(name)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size or split.image_size
     if size is None:
@@ -255,7 +311,7 @@ def _open(
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)")
     reader = ShardReader(Path(directory), split.shards)
-    return split, _Rows(reader, size, manifest.num_classes, process_index, process_count)
+    return split, _Rows(reader, size, manifest.num_classes, process_index, process_count, on_corrupt)
 
 
 def _check_share(batch_size: int, process_count: int) -> None:

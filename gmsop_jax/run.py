@@ -1,0 +1,161 @@
+"""What stays the same over a run: compiled steps, initial state, schedule."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gmsop_jax import parallel
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.data import pipeline
+from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.errors import DataError
+from gmsop_jax.evaluate import image_shape
+from gmsop_jax.models import create_model
+from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.train_step import TrainState, create_state, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's parts.
+
+    Attributes:
+      config: resolved.
+      mesh: all devices.
+      initial_state: makes the state before the first step, placed where `train_step` wants it.
+      abstract_state: its shapes, dtypes and shardings.
+      train_step: (state, this process's rows, rows of the global batch) → (state, metrics).
+      eval_step: (variables, batch) → metrics.
+      schedule: step, from 0 → learning rate.
+      num_images: of the training split.
+      steps_per_epoch: optimiser steps.
+      feature_dimension: of the classifier's input.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    initial_state: Callable[[], TrainState]
+    abstract_state: TrainState
+    train_step: Callable
+    eval_step: Callable
+    schedule: Callable[[int], Any]
+    num_images: int
+    steps_per_epoch: int
+    feature_dimension: int
+
+    @property
+    def total_steps(self) -> int:
+        """Of all epochs."""
+        return self.config.train.num_epochs * self.steps_per_epoch
+
+    def batch_size(self, step: int) -> int:
+        """Rows of the global batch of a step, counted from 1; an epoch's last may have fewer."""
+        row = (step - 1) % self.steps_per_epoch
+        return min(self.config.train.batch_size, self.num_images - row * self.config.train.batch_size)
+
+    def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the batches after a step, for ever.
+
+        Raises:
+          DataError: if a shard or record is damaged, or a process that reads them died.
+        """
+        c = self.config
+        iterator = pipeline.train_batches(
+            c.data.dir,
+            batch_size=c.train.batch_size,
+            seed=c.seed,
+            start_step=start_step,
+            flip=c.data.flip,
+            image_size=c.data.image_size or None,
+            drop_remainder=c.train.drop_last,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=c.data.num_threads,
+            num_workers=c.data.num_workers,
+            on_corrupt=c.data.on_corrupt,
+        )
+        try:
+            yield from iterator
+        except RuntimeError as error:
+            if not c.data.num_workers:
+                raise
+            raise DataError(
+                f"a process that reads the data died ({str(error).splitlines()[0]}); if it ran out of memory, lower"
+                f" config.data.num_workers (now {c.data.num_workers}) or config.data.num_threads. The same command"
+                " goes on from the last checkpoint"
+            ) from error
+
+
+def prepare(config: ConfigDict, manifest: Manifest) -> Run:
+    """Builds and compiles nothing yet: compilation comes with the first call of each step.
+
+    Raises:
+      ConfigError: if the batches don't split over devices and sub-batches.
+      DataError: if the data set has no such splits or too few images.
+    """
+    t, p = config.train, config.parallel
+    mesh = parallel.create_mesh()
+    parallel.check_batch_size("train.batch_size", t.batch_size, mesh, t.sub_batches)
+    parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    num_images = manifest.split("train").num_images
+    steps_per_epoch = pipeline.steps_per_epoch(num_images, t.batch_size, t.drop_last)
+    manifest.split(config.eval.split)
+    schedule = piecewise_schedule(t.learning_rates, steps_per_epoch)
+    optimizer = create_optimizer(
+        schedule, momentum=t.momentum, weight_decay=t.weight_decay, pixel_scale=config.model.pixel_scale
+    )
+    model = create_model(config.model)
+    images = jnp.zeros((1, *image_shape(config, manifest)))
+
+    def initial_state() -> TrainState:
+        return create_state(model.init(jax.random.key(config.seed), images), optimizer)
+
+    state = jax.eval_shape(initial_state)
+    shardings = parallel.state_shardings(state, mesh, optimizer=p.shard_optimizer, classifier=p.shard_classifier)
+    _, aux = jax.eval_shape(model.apply, state.variables, images)
+    return Run(
+        config=config,
+        mesh=mesh,
+        initial_state=jax.jit(initial_state, out_shardings=shardings),
+        abstract_state=jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings
+        ),
+        train_step=_train_step(config, manifest, optimizer, mesh, shardings),
+        eval_step=parallel.jit_eval_step(make_eval_step(model, mean_rgb=manifest.mean_rgb), mesh),
+        schedule=schedule,
+        num_images=num_images,
+        steps_per_epoch=steps_per_epoch,
+        feature_dimension=aux["features"].shape[-1],
+    )
+
+
+def _train_step(
+    config: ConfigDict, manifest: Manifest, optimizer: optax.GradientTransformation, mesh: Mesh, shardings: Any
+) -> Callable:
+    per_device_bn = config.parallel.batch_norm == "device"
+
+    def make_step(axis_name: str | None) -> Callable:
+        return make_train_step(
+            create_model(config.model, axis_name=axis_name, per_device_bn=per_device_bn),
+            optimizer,
+            mean_rgb=manifest.mean_rgb,
+            balance_weight=config.train.balance_weight,
+            seed=config.seed,
+            sub_batches=config.train.sub_batches,
+            axis_name=axis_name,
+        )
+
+    return parallel.compile_train_step(
+        make_step,
+        mesh,
+        shardings,
+        mode=config.parallel.mode,
+        per_device_bn=per_device_bn,
+        sub_batches=config.train.sub_batches,
+    )
