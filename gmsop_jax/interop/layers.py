@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop.parameters import shortcut_stages
 
@@ -64,7 +65,7 @@ def _relu(name: str, source: str, output: str = "") -> Layer:
     return Layer(f"{name}_relu", "dagnn.ReLU", [source], [output or f"{name}_relu"], (), block)
 
 
-def network(config: Any, *, balance_weight: float = 100.0, image_side: int = 64) -> list[Layer]:
+def network(config: ConfigDict, *, balance_weight: float = 100.0, image_side: int = 64) -> list[Layer]:
     """The layers of `config.model` in the authors' order.
 
     Args:
@@ -93,15 +94,15 @@ def network(config: Any, *, balance_weight: float = 100.0, image_side: int = 64)
     return layers
 
 
-def _stage_widths(config: Any) -> list[int]:
+def _stage_widths(config: ConfigDict) -> list[int]:
     return [config.width_factor * w for w in config.stage_widths]
 
 
-def _pooled(config: Any, width: int) -> int:
+def _pooled(config: ConfigDict, width: int) -> int:
     return width * (width + 1) // 2 if config.head in ("srsop", "gmsop") else width
 
 
-def _backbone(config: Any) -> Iterator[Layer]:
+def _backbone(config: ConfigDict) -> Iterator[Layer]:
     c = config.stem_width
     yield _convolution("conv1", "input", [3, 3, 3, c])
     yield _batch_norm("conv1", "conv1_conv", c)
@@ -128,7 +129,7 @@ def _backbone(config: Any) -> Iterator[Layer]:
             last, c = name, width
 
 
-def _pool(config: Any, prefix: str, source: str, side: int) -> Iterator[Layer]:
+def _pool(config: ConfigDict, prefix: str, source: str, side: int) -> Iterator[Layer]:
     """Average pooling, or the four layers of square-root-normalised covariance pooling."""
     if config.head in ("gap", "gmgap"):
         block = {"method": "avg", "poolSize": [side] * 2, "opts": ["cuDNN"]}
@@ -147,7 +148,7 @@ def _pool(config: Any, prefix: str, source: str, side: int) -> Iterator[Layer]:
     yield Layer(scale, "dagnn.OBJ_ConvNet_COV_ScaleTr", inputs, [scale], (), _CUDNN)
 
 
-def _mixture(config: Any, features: str, balance_weight: float, side: int) -> Iterator[Layer]:
+def _mixture(config: ConfigDict, features: str, balance_weight: float, side: int) -> Iterator[Layer]:
     n, k, channels = config.num_candidates, config.num_selected, _stage_widths(config)[-1]
     last, c = features, channels
     for i, width in enumerate(config.gate_widths, 1):
@@ -184,7 +185,7 @@ def _mixture(config: Any, features: str, balance_weight: float, side: int) -> It
         yield _layer("dropout", "DropOut", "fusion_bn", rate=rate, frozen=False)
 
 
-def read_hyperparameters(config: Any, layers: Mapping[str, Layer]) -> None:
+def read_hyperparameters(config: ConfigDict, layers: Mapping[str, Layer]) -> None:
     """Sets what parameters alone don't tell: strides, Newton–Schulz steps, dropout.
 
     Raises:
@@ -233,7 +234,7 @@ def _number(layers: Mapping[str, Layer], name: str, key: str, default: float) ->
     return float(value.flat[0])
 
 
-def check(config: Any, layers: Mapping[str, Layer]) -> None:
+def check(config: ConfigDict, layers: Mapping[str, Layer]) -> None:
     """Holds a checkpoint's layers against the network that the configuration computes.
 
     Raises:

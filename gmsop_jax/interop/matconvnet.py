@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop import layers as dag
 from gmsop_jax.interop import matfile, parameters
@@ -98,7 +98,7 @@ def _parse(stored: Mapping[str, Any], path: pathlib.Path) -> Checkpoint:
         if not isinstance(value, np.ndarray) or value.dtype not in (np.float32, np.float64):
             raise CheckpointError(f"parameter {name!r} holds no numbers of type single or double")
     layers = _layers(net)
-    config: Any = parameters.infer_model(params, dag.number_selected(layers))
+    config = parameters.infer_model(params, dag.number_selected(layers))
     dag.read_hyperparameters(config, layers)
     dag.check(config, layers)
     config.pixel_scale = _pixel_scale(structs)
@@ -143,7 +143,7 @@ def _pixel_scale(structs: list[dict[str, Any]]) -> float:
     return round(float(rate.item() ** -0.5), 6)
 
 
-def _momentum(config: Any, params: Mapping[str, Any], state: Any) -> Tree | None:
+def _momentum(config: ConfigDict, params: Mapping[str, Any], state: Any) -> Tree | None:
     state = state[0] if isinstance(state, list) and state else state
     if not isinstance(state, dict):
         return None
@@ -242,20 +242,19 @@ def save(
     Raises:
       CheckpointError: naming the leaves of variables or momentum that don't fit the model.
     """
-    config: Any = model_config
-    arrays = parameters.to_params(config, variables)
+    arrays = parameters.to_params(model_config, variables)
     meta = meta or _default_meta()
-    layers = dag.network(config, balance_weight=balance_weight, image_side=_image_side(meta))
+    layers = dag.network(model_config, balance_weight=balance_weight, image_side=_image_side(meta))
     stats = dict(stats or {"train": [], "val": []})
     last = {part: rows[-1] for part, rows in stats.items() if isinstance(rows, list) and rows}
     contents = {
         "net": {
             "vars": _vars(layers),
-            "params": _save_params(config, arrays),
+            "params": _save_params(model_config, arrays),
             "layers": [_save_layer(layer) for layer in layers],
             "meta": dict(meta),
         },
-        "state": {"momentum": _save_momentum(config, list(arrays), momentum), "stats": last},
+        "state": {"momentum": _save_momentum(model_config, list(arrays), momentum), "stats": last},
         "stats": stats,
         "epoch": np.array([[float(epoch)]]),
     }
@@ -278,7 +277,7 @@ def _image_side(meta: Mapping[str, Any]) -> int:
     return int(np.ravel(size)[0]) if size is not None and np.size(size) else 64
 
 
-def _save_params(config: Any, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _save_params(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     rates = {p.name: 1.0 if p.trained else 0.3 for p in parameters.parameters(config)}
     rates["conv1_f"] = config.pixel_scale**-2
     return [
@@ -296,7 +295,7 @@ def _column(value: np.ndarray) -> np.ndarray:
     return value[:, None] if value.ndim == 1 else value
 
 
-def _save_momentum(config: Any, names: list[str], momentum: Any) -> np.ndarray:
+def _save_momentum(config: ConfigDict, names: list[str], momentum: Any) -> np.ndarray:
     values = {} if momentum is None else parameters.to_trained(config, momentum)
     cells = np.empty((1, len(names)), object)
     for i, name in enumerate(names):

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from gmsop_jax.config import model_defaults
+from gmsop_jax.config import ConfigDict, model_defaults
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.ops.triangle import triangle_side
 
@@ -117,7 +116,7 @@ def to_params(model_config: ConfigDict, variables: Mapping[str, Any]) -> dict[st
 
 def infer_model(params: Mapping[str, Any], num_selected: int) -> ConfigDict:
     """The configuration that names and shapes tell; see `from_params`."""
-    config: Any = model_defaults()
+    config = model_defaults()
     stages = _largest(params, r"conv(\d+)_1a_f") - 1
     if stages < 1:
         raise CheckpointError("no parameter is named conv2_1a_f; these are not the authors' networks")
@@ -143,7 +142,7 @@ def infer_model(params: Mapping[str, Any], num_selected: int) -> ConfigDict:
     return config
 
 
-def _infer_mixture(config: Any, params: Mapping[str, Any], num_selected: int) -> None:
+def _infer_mixture(config: ConfigDict, params: Mapping[str, Any], num_selected: int) -> None:
     n = config.num_candidates = _shape(params, "gating_w", 2)[1]
     if not 1 <= num_selected <= n:
         raise CheckpointError(
@@ -185,8 +184,7 @@ def _largest(params: Mapping[str, Any], pattern: str) -> int:
 
 def _factor(widths: list[int]) -> tuple[int, tuple[int, ...]]:
     """Stage widths as a factor times the authors' 16, 32, 64, 128, or else as they are."""
-    defaults: Any = model_defaults()
-    base = defaults.stage_widths
+    base = model_defaults().stage_widths
     factor = widths[0] // base[0]
     if factor > 0 and widths == [factor * w for w in base]:
         return factor, base
@@ -202,12 +200,12 @@ def _shape(params: Mapping[str, Any], name: str, rank: int) -> tuple[int, ...]:
     return shape + (1,) * (rank - len(shape))  # MATLAB drops trailing axes of length 1
 
 
-def parameters(config: Any) -> list[Parameter]:
+def parameters(config: ConfigDict) -> list[Parameter]:
     """All parameters of a network in the authors' order."""
     return [*_backbone(config), *_head(config)]
 
 
-def shortcut_stages(config: Any) -> list[bool]:
+def shortcut_stages(config: ConfigDict) -> list[bool]:
     """Whether each stage's first block has a convolution in its shortcut."""
     widths = [config.width_factor * w for w in config.stage_widths]
     before = [config.stem_width, *widths[:-1]]
@@ -228,7 +226,7 @@ def _convolution(name: str, shape: tuple[int, ...], path: Path) -> Iterator[Para
     yield from _batch_norm(name, shape[3], (*path[:-1], f"{path[-1]}_bn"))
 
 
-def _backbone(config: Any) -> Iterator[Parameter]:
+def _backbone(config: ConfigDict) -> Iterator[Parameter]:
     c = config.stem_width
     yield Parameter("conv1_f", (3, 3, 3, c), (("params", "backbone", "stem", "kernel"),))
     yield Parameter("conv1_b", (c,), (("params", "backbone", "stem", "bias"),))
@@ -246,7 +244,7 @@ def _backbone(config: Any) -> Iterator[Parameter]:
             c = width
 
 
-def _head(config: Any) -> Iterator[Parameter]:
+def _head(config: ConfigDict) -> Iterator[Parameter]:
     second = config.head in ("srsop", "gmsop")
 
     def pooled(width: int) -> int:
@@ -279,7 +277,7 @@ def _head(config: Any) -> Iterator[Parameter]:
     yield Parameter("prediction_b", (config.num_classes,), ((*classifier, "bias"),))
 
 
-def to_variables(config: Any, params: Mapping[str, Any], trained_only: bool = False) -> Tree:
+def to_variables(config: ConfigDict, params: Mapping[str, Any], trained_only: bool = False) -> Tree:
     """Variables from arrays by the authors' names; with `trained_only`, only the tree `params`."""
     table = [p for p in parameters(config) if p.trained or not trained_only]
     _compare("parameter", [p.name for p in table], params)
@@ -300,7 +298,7 @@ def to_variables(config: Any, params: Mapping[str, Any], trained_only: bool = Fa
     return tree
 
 
-def to_trained(config: Any, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_trained(config: ConfigDict, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The inverse of `to_variables(…, trained_only=True)`, for a tree like the model's `params`."""
     table = [p for p in parameters(config) if p.trained]
     return _join(table, dict(_leaves({"params": tree})))

@@ -60,10 +60,11 @@ def shrink_checkpoint(full: pathlib.Path) -> None:
     folder = HERE / CHECKPOINT
     shutil.copyfile(full / CHECKPOINT / "net-epoch-5.mat", folder / "net-epoch-5.mat")
     images = scipy.io.loadmat(full / "ckpt/imdb_small.mat")["images"][0, 0]
-    validation = images["data"][..., images["set"].ravel() == 2]
+    validation = images["set"].ravel() == 2
     values = np.load(full / CHECKPOINT / "eval.npz")
-    kept = {k: values[k] for k in values.files if k.startswith(("val_logits", "val_loss"))}
-    kept["images"] = validation.transpose(3, 0, 1, 2)
+    kept = {k: values[k] for k in values.files if k.startswith(("val_logits", "val_loss", "val_top"))}
+    kept["images"] = images["data"][..., validation].transpose(3, 0, 1, 2)
+    kept["labels_1based"] = images["labels"].ravel()[validation].astype(np.int64)
     np.savez_compressed(folder / "eval.npz", **kept)
 
 

@@ -1,0 +1,183 @@
+"""A working directory from a checkpoint of the authors' script, as if it had been trained here."""
+
+import itertools
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gmsop_jax import config as configs
+from gmsop_jax.checkpoint import DIRECTORY, Checkpoints, Progress, steps_on_disk
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.data.manifest import FILE_NAME, Manifest
+from gmsop_jax.data.pipeline import steps_per_epoch
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.inputs import Inputs
+from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint
+from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.train_step import TrainState, create_state
+from gmsop_jax.workdir import Workdir
+from gmsop_jax.writer import write_atomic
+
+_IMAGENET_IMAGES = 1_281_167  # of its training split
+_CONFIG_FILE = '''"""This imported run, for further training.
+
+python -m gmsop_jax.main --config {0}/config.py --workdir {0}
+"""
+
+import pathlib
+
+from gmsop_jax.config import ConfigDict, from_json
+
+
+def get_config() -> ConfigDict:
+    return from_json(pathlib.Path(__file__).with_name("config.json").read_text())
+'''
+
+
+@dataclass(frozen=True)
+class ImportedRun:
+    """What was imported.
+
+    Attributes:
+      config: of the run, as `config.json` holds it.
+      checkpoint: what the file held.
+      step, epoch: where the run stands.
+      mean_rgb_difference: largest difference between the mean colours of file and data set; None if
+        either is not known.
+    """
+
+    config: ConfigDict
+    checkpoint: Checkpoint
+    step: int
+    epoch: int
+    mean_rgb_difference: float | None
+
+
+def import_checkpoint(
+    path: str | pathlib.Path, output: str | pathlib.Path, overrides: Sequence[str] = ()
+) -> ImportedRun:
+    """Makes a working directory for `--mode evaluate` and further training.
+
+    The configuration has the file's network, gradient of the gate, learning rates, batch size, momentum
+    and weight decay. The data set in `config.data.dir`, if it is there, tells how many steps an epoch
+    has; otherwise the file's own count of images does. Arrays become float32.
+
+    Args:
+      path: `net-epoch-N.mat`.
+      output: a folder without checkpoints, made if missing: gets `config.json`, `config.py` (for
+        `--config`), `inputs.json` and one checkpoint.
+      overrides: `field=value` of the configuration, like `train.num_epochs=70`.
+
+    Raises:
+      CheckpointError: as `matconvnet.load`, or if `output` has checkpoints.
+      ConfigError: if an override doesn't fit.
+      DataError: if the data set is damaged.
+    """
+    output = pathlib.Path(output).absolute()
+    if steps_on_disk(output / DIRECTORY):
+        raise CheckpointError(f"{output} holds checkpoints already; name a new folder with --output")
+    checkpoint = load_checkpoint(path)
+    config = run_config(checkpoint)
+    for item in overrides:
+        configs.override(config, item)
+    configs.validate(config)
+    manifest = _manifest(config)
+    steps = steps_per_epoch(_num_images(checkpoint, manifest), config.train.batch_size, config.train.drop_last)
+    state = _state(checkpoint, config, steps)
+    with Workdir(output, config), Checkpoints(output / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
+        write_atomic(output / "config.py", _CONFIG_FILE.format(output))
+        _inputs(checkpoint, config, manifest).save(output)
+        checkpoints.save(state, Progress(int(state.step), checkpoint.epoch, 0.0))
+        checkpoints.wait()
+    difference = None
+    if manifest is not None and checkpoint.mean_rgb is not None:
+        difference = float(np.max(np.abs(checkpoint.mean_rgb - manifest.mean_rgb)))
+    return ImportedRun(config, checkpoint, int(state.step), checkpoint.epoch, difference)
+
+
+def run_config(checkpoint: Checkpoint) -> ConfigDict:
+    """The configuration of a run with a checkpoint's network and training options."""
+    config = configs.default_config()
+    config.model.update(checkpoint.model_config)
+    config.train.balance_weight = checkpoint.balance_weight
+    config.train.drop_last = False
+    options = checkpoint.meta.get("trainOpts")
+    options = options if isinstance(options, dict) else {}
+    for ours, theirs in (("momentum", "momentum"), ("weight_decay", "weightDecay")):
+        values = _positive(options.get(theirs))
+        if values:
+            config.train[ours] = values[0]
+    if batch_size := _positive(options.get("batchSize")):
+        config.train.batch_size = int(batch_size[0])
+    if rates := _positive(options.get("learningRate")):
+        runs = itertools.groupby(rates)
+        config.train.learning_rates = tuple((rate, len(list(epochs))) for rate, epochs in runs)
+        config.train.num_epochs = max(len(rates), checkpoint.epoch)
+    return config
+
+
+def _positive(value: Any) -> list[float]:
+    """Numbers rounded to what was typed; none where the file has none, or something else."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
+        return []
+    numbers = [float(f"{number:.12g}") for number in value.ravel()]
+    return numbers if all(0 < number < np.inf for number in numbers) else []
+
+
+def _manifest(config: ConfigDict) -> Manifest | None:
+    if not (pathlib.Path(config.data.dir) / FILE_NAME).exists():
+        return None
+    manifest = Manifest.load(config.data.dir, splits=())
+    if manifest.num_classes != config.model.num_classes:
+        raise CheckpointError(
+            f"the network has {config.model.num_classes} classes and the data set {config.data.dir}"
+            f" {manifest.num_classes}; name another with --config.data.dir=…"
+        )
+    return manifest
+
+
+def _num_images(checkpoint: Checkpoint, manifest: Manifest | None) -> int:
+    if manifest is not None:
+        return manifest.split("train").num_images
+    rows = checkpoint.stats.get("train")
+    row = rows[-1] if isinstance(rows, list) and rows else rows
+    count = _positive(row.get("num")) if isinstance(row, dict) else []
+    return int(count[0]) if count else _IMAGENET_IMAGES
+
+
+def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState:
+    t = config.train
+    optimizer = create_optimizer(
+        piecewise_schedule(t.learning_rates, steps),
+        momentum=t.momentum,
+        weight_decay=t.weight_decay,
+        pixel_scale=config.model.pixel_scale,
+    )
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.variables)
+    state = create_state(variables, optimizer)
+    step = jnp.asarray(checkpoint.epoch * steps, jnp.int32)
+    opt_state = optax.tree.set(state.opt_state, count=step)
+    if checkpoint.momentum is not None:
+        momentum = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.momentum)
+        opt_state = optax.tree.set(opt_state, trace=momentum)
+    return state.replace(step=step, opt_state=opt_state)
+
+
+def _inputs(checkpoint: Checkpoint, config: ConfigDict, manifest: Manifest | None) -> Inputs:
+    """From the data set, where it is there; from the file otherwise."""
+    normalization = checkpoint.meta.get("normalization")
+    size = normalization.get("imageSize") if isinstance(normalization, dict) else None
+    height, width = (_positive(size) or [64.0, 64.0])[:2]
+    names = checkpoint.class_names or [str(i) for i in range(config.model.num_classes)]
+    mean = checkpoint.mean_rgb
+    red, green, blue = (0.0, 0.0, 0.0) if mean is None else (float(x) for x in mean)
+    if manifest is not None:
+        names, (red, green, blue) = manifest.classes, manifest.mean_rgb
+    name = manifest.name if manifest is not None else "unknown"
+    return Inputs(name, tuple(names), (red, green, blue), (int(height), int(width)))
