@@ -13,6 +13,7 @@ import argparse
 import itertools
 import pickle
 import random
+import resource
 import shutil
 import signal
 import statistics
@@ -52,9 +53,13 @@ def make(folder: Path, count: int) -> None:
 
 def measure_conversion(source: Path, output: Path, workers: int, kills: int) -> None:
     """Converts in a process of its own, and again with SIGKILLs; compares the bytes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds, peak = _convert(source, output, workers, None)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     total = sum(split.num_images for split in Manifest.load(output).splits.values())
     print(f"{workers} workers: {total:,} images in {seconds:.1f} s, {total / seconds:,.0f} images/s")
+    print(f"processor time {processor:.1f} s, {processor / total * 1e6:.0f} µs an image, checksums included")
     print(f"peak memory of all its processes (proportional set size): {peak / 2**20:.0f} MiB")
     if not kills:
         return

@@ -68,14 +68,14 @@ class Statistics:
         """Counts one image, uint8 [h, w] or [h, w, 1 or 3]."""
         self.class_counts[label] += 1
         self.image_sizes.add((image.shape[0], image.shape[1]))
-        # exact: whole numbers far below 2⁵³; channels first, which sums several times as fast
+        # exact: whole numbers far below 2⁵³; channels first and vecdot, as they are the fastest here
         channels = image.reshape(image.shape[0] * image.shape[1], -1).T.astype(np.float64, order="C")
-        sums, products = channels.sum(1), channels @ channels.T
+        sums, products = channels.sum(1).tolist(), np.vecdot(channels[:, None], channels).tolist()
         self.pixels += channels.shape[1]
         for row in range(3):
             self.sums[row] += int(sums[row % len(sums)])
             for column in range(3):
-                self.products[row][column] += int(products[row % len(sums), column % len(sums)])
+                self.products[row][column] += int(products[row % len(sums)][column % len(sums)])
 
     def merge(self, other: "Statistics") -> None:
         """Adds another shard's sums."""

@@ -1,6 +1,7 @@
 """Arrays that stay in their files, and the archives they may have to be unpacked from."""
 
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -42,7 +43,7 @@ class FileArray:
     @property
     def item_bytes(self) -> int:
         """Bytes of one item."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Item `index`, of shape `shape[1:]`."""
