@@ -24,7 +24,7 @@ def main() -> int | None:
     parser.add_argument("--limit", type=int, help="keep a random subset of each split")
     parser.add_argument("--seed", type=int, default=0, help="of the order of training (default: 0)")
     parser.add_argument("--codec", choices=CODECS, default="raw", help="of the records (default: raw)")
-    parser.add_argument("--size", type=int, help="side of the images (places365: 100; image-folder: required)")
+    parser.add_argument("--size", type=int, help="side of the images (places365: 100; image-folder: as they are)")
     parser.add_argument("--resize", choices=("matlab", "pillow"), help="bicubic as MATLAB's imresize, or Pillow's")
     parser.add_argument("--val-fraction", type=float, help="image-folder: share of one folder to validate on")
     parser.add_argument("--max-unreadable", type=float, default=0.01, help="allowed share (default: 0.01)")

@@ -66,7 +66,7 @@ class ImageNet64:
         for batch in self.batches[split]:
             if index < len(batch.labels):
                 planes = batch.data[index].reshape(3, self.side, self.side)
-                return np.stack(planes, axis=-1), int(batch.labels[index])
+                return np.stack(list(planes), axis=-1), int(batch.labels[index])
             index -= len(batch.labels)
         raise IndexError(index)
 
