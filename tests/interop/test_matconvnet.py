@@ -1,5 +1,7 @@
 """Checkpoints of the authors' script: reading, writing, going on, and refusing what is damaged."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +52,7 @@ def test_logits_of_an_imported_network(checkpoint_path, dtype, bound):
     """Measured: 1.5e-6 in single, 5e-15 in double precision."""
     checkpoint = load_checkpoint(checkpoint_path)
     with np.load(checkpoint_path.parent / "eval.npz") as values:
-        images = values["images"].astype(np.float32) - checkpoint.mean_rgb.astype(np.float32)
+        images = values["images"].astype(np.float32) - np.float32(checkpoint.mean_rgb)
         theirs = values["val_logits_f64" if dtype == np.float64 else "val_logits_f32"]
     with jax.enable_x64(dtype == np.float64):
         variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.variables)
@@ -156,11 +158,12 @@ def test_a_step_goes_on_from_imported_momentum(checkpoint_path, x64):
     inner = create_optimizer(optax.constant_schedule(0.002), pixel_scale=config.pixel_scale)
     optimizer = optax.chain(optax.trace(0.0), inner)  # the first keeps the gradient
     state = create_state(variables, optimizer)
-    gradient, inner_state = state.opt_state
+    opt_state: Any = state.opt_state
+    gradient, inner_state = opt_state
     state = state.replace(opt_state=(gradient, optax.tree.set(inner_state, trace=momentum)))
     with np.load(checkpoint_path.parent / "eval.npz") as values:
         batch = {"image": jnp.asarray(values["images"][:4]), "label": jnp.arange(4)}
-    step = make_train_step(create_model(config), optimizer, mean_rgb=checkpoint.mean_rgb)
+    step = make_train_step(create_model(config), optimizer, mean_rgb=np.asarray(checkpoint.mean_rgb))
     after, _ = jax.jit(step)(state, batch)
 
     stored = matfile.read(checkpoint_path, ("net", "state"))

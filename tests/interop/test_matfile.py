@@ -3,6 +3,7 @@
 import io
 import pathlib
 import random
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,7 +22,7 @@ def values():
     cells[:] = [["text", np.eye(2)], [{"a": "b"}, np.zeros((0, 0))]]
     return {
         "double": np.arange(6.0).reshape(1, 2, 3),
-        "single": np.float32([[1.5], [np.nan], [-0.0]]),
+        "single": np.array([[1.5], [np.nan], [-0.0]], np.float32),
         "integers": np.array([[2**63]], np.uint64),
         "logical": np.array([[True, False]]),
         "empty": np.zeros((0, 3)),
@@ -104,7 +105,8 @@ def test_files_of_scipy_are_read(tmp_path):
 def test_a_struct_that_holds_itself_is_refused(tmp_path):
     matfile.write(tmp_path / "x.mat", {"x": values()["cells"]}, v73=True)
     with h5py.File(tmp_path / "x.mat", "r+") as file:
-        file["x"][0, 0] = file["x"].ref
+        node: Any = file["x"]
+        node[0, 0] = node.ref
     with pytest.raises(CheckpointError, match="contains itself"):
         matfile.read(tmp_path / "x.mat", ["x"])
 

@@ -101,7 +101,7 @@ def test_state_and_files(checkpoint_path, tmp_path, assert_same):
 
 @pytest.mark.slow
 def test_evaluation_gives_the_authors_errors(checkpoint_path, tmp_path):
-    mean = tuple(load_checkpoint(checkpoint_path).mean_rgb.tolist())
+    mean = tuple(np.asarray(load_checkpoint(checkpoint_path).mean_rgb).tolist())
     data = data_set(checkpoint_path, tmp_path, mean)
     overrides = [f"data.dir={data}", "eval.batch_size=12", "train.batch_size=5"]
     run = import_checkpoint(checkpoint_path, tmp_path / "run", overrides)

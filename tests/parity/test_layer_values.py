@@ -1,5 +1,7 @@
 """Layers one by one: pooling, triangle, batch norm, loss and errors."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ COVARIANCES = cases("layers/cov_*.npz")
 WITH_COVARIANCE = [path for path in COVARIANCES if "cov_f64" in load(path)]
 WITH_ITERATES = [path for path in COVARIANCES if "ns3_Y_f64" in load(path)]
 MISC = load(cases("layers/misc.npz")[0])
-by_name = {"ids": lambda path: path.stem}
+by_name: Any = {"ids": lambda path: path.stem}
 
 
 def positions(x):
@@ -118,7 +120,7 @@ def test_batch_norm_in_training():
 
     y, vjp, updates = jax.vjp(forward, x, w, b, has_aux=True)
     dx, dw, db = vjp(dy)
-    moments = updates["batch_stats"]
+    moments: Any = updates["batch_stats"]
     assert_close("batch norm", y, MISC["bn_y_f64"])
     assert_close("batch norm, moments", moments["mean"], MISC["bn_moments_f64"][:, 0])
     assert_close("batch norm, moments", moments["sigma"], MISC["bn_moments_f64"][:, 1])
@@ -135,7 +137,7 @@ def test_batch_norm_at_test_time():
         "params": {"scale": w, "bias": b},
         "batch_stats": {"mean": mean, "sigma": sigma},
     }
-    y = BatchNorm().apply(variables, x, train=False)
+    y: Any = BatchNorm().apply(variables, x, train=False)
     assert_close("batch norm, test time", y, MISC["bn_y_test_f64"])
 
 

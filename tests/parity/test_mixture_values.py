@@ -175,18 +175,18 @@ def test_steps_with_candidates_that_are_not_selected():
     values = load(cases("layers/stale_gradient.npz")[0])
     rate, decay, mu = (float(values[k]) for k in ("lr", "weight_decay", "momentum"))
     optimizer = create_optimizer(optax.constant_schedule(rate), momentum=mu, weight_decay=decay, pixel_scale=1.0)
-    params = {name: jnp.asarray(values[name], jnp.float64) for name in _LEARNED}
+    params: Any = {name: jnp.asarray(values[name], jnp.float64) for name in _LEARNED}
     state = optimizer.init(params)
     momentum = np.zeros_like(values["step1_mom_F"])
     for step in (1, 2, 3):
-        gradients = stale_case_gradients(values, step - 1, params)
+        gradients: Any = stale_case_gradients(values, step - 1, params)
         updates, state = optimizer.update(gradients, state, params)
-        stepped = optax.apply_updates(params, updates)
+        stepped: Any = optax.apply_updates(params, updates)
         theirs = {name: values[f"step{step}_val_{name}"] for name in _LEARNED}
         natural = np.asarray(params["F"]) + rate * (mu * momentum - decay * np.asarray(params["F"]))
-        idle = ~values[f"step{step}_mask"].any(0)
+        idle = np.logical_not(np.any(values[f"step{step}_mask"], axis=0))
         assert (np.abs(natural - theirs["F"])[idle].max((1, 2)) > 1e-7).all()
-        expected = theirs | {"F": np.where(idle[:, None, None], natural, theirs["F"])}
+        expected = theirs | {"F": np.where(idle.reshape(-1, 1, 1), natural, theirs["F"])}
         for name in _LEARNED:
             assert_close("mixture, parameters after a step", stepped[name], expected[name])
         params = {name: jnp.asarray(theirs[name]) for name in _LEARNED}

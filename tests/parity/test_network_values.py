@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.typing import ArrayLike
 from reference import DOUBLE, SINGLE, STORED_SINGLE, assert_close, cases, load, to_ours
 
 from gmsop_jax.interop.matconvnet import from_params, to_params
@@ -131,7 +132,7 @@ def gradient_function(path):
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
-def gradients(path, keep=1.0):
+def gradients(path, keep: ArrayLike = 1.0):
     """Gradients by the authors' names, the images' gradient, and the outputs, at the first step."""
     net = network(path)
     variables, values = doubled(net.variables), net.values
