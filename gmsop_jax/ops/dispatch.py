@@ -60,17 +60,18 @@ def _tile(x: Array, weights: Sequence[Array], pool: Pool) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _loop(x: Array, kernels: tuple[Array, ...], indices: Array, pool: Pool) -> Array:
-    def tile(pair):
-        image, candidate = pair
-        return _tile(x[image], [kernel[candidate] for kernel in kernels], pool)
+    def turn(pairs):
+        tiles = [_tile(x[i], [kernel[c] for kernel in kernels], pool) for i, c in zip(*pairs, strict=True)]
+        return jnp.stack(tiles)
 
-    return jax.lax.map(tile, _pairs(indices)).reshape(*indices.shape, -1)
+    return jax.lax.map(turn, _pairs(indices)).reshape(*indices.shape, -1)
 
 
 def _pairs(indices: Array) -> tuple[Array, Array]:
-    """Image and candidate of each pair."""
+    """Image and candidate of each pair, [turns, pairs a turn]: two, which XLA can run on two cores."""
     b, k = indices.shape
-    return jnp.arange(b * k) // k, indices.reshape(-1)
+    pairs_a_turn = 2 - b * k % 2
+    return (jnp.arange(b * k) // k).reshape(-1, pairs_a_turn), indices.reshape(-1, pairs_a_turn)
 
 
 def _loop_forward(x, kernels, indices, pool):
@@ -80,17 +81,20 @@ def _loop_forward(x, kernels, indices, pool):
 def _loop_backward(pool, residuals, g):
     x, kernels, indices = residuals
 
-    def tile(carry, pair):
+    def turn(carry, pairs):
         dx, dkernels = carry
-        image, candidate, g_tile = pair
-        weights = [kernel[candidate] for kernel in kernels]
-        _, vjp = jax.vjp(lambda x, weights: _tile(x, weights, pool), x[image], weights)
-        dx_tile, dweights = vjp(g_tile)
-        dkernels = [dk.at[candidate].add(dw) for dk, dw in zip(dkernels, dweights, strict=True)]
-        return (dx.at[image].add(dx_tile), dkernels), None
+        for image, candidate, g_tile in zip(*pairs, strict=True):
+            weights = [kernel[candidate] for kernel in kernels]
+            _, vjp = jax.vjp(lambda x, weights: _tile(x, weights, pool), x[image], weights)
+            dx_tile, dweights = vjp(g_tile)
+            dx = dx.at[image].add(dx_tile)
+            dkernels = [dk.at[candidate].add(dw) for dk, dw in zip(dkernels, dweights, strict=True)]
+        return (dx, dkernels), None
 
+    pairs = _pairs(indices)
+    g = g.reshape(*pairs[0].shape, g.shape[-1])
     zeros = jnp.zeros_like(x), [jnp.zeros_like(kernel) for kernel in kernels]
-    (dx, dkernels), _ = jax.lax.scan(tile, zeros, (*_pairs(indices), g.reshape(-1, g.shape[-1])))
+    (dx, dkernels), _ = jax.lax.scan(turn, zeros, (*pairs, g))
     return dx, tuple(dkernels), np.zeros(indices.shape, jax.dtypes.float0)
 
 

@@ -24,8 +24,8 @@ def newton_schulz_sqrt(sigma: Float[Array, "*b d d"], num_iters: int = 3) -> Flo
     (iSQRT-COV, eq. 4–7.) Every iterate is a polynomial of A, so they commute, and the same Yₙ is
     computed with fewer products than the formulas show: two steps at a time, 5 instead of 6
     products for n = 3 and 10 instead of 12 for n = 5. The map's derivative at a symmetric A is its own
-    adjoint, so the backward pass is a forward sweep with the cotangent as direction: it keeps `sigma`
-    and the result and no iterate between. The backward pass can itself be differentiated in reverse
+    adjoint, so the backward pass is a forward sweep with the cotangent as direction: it keeps
+    `sigma` alone. The backward pass can itself be differentiated in reverse
     mode; forward mode (`jax.jvp`, `jax.jacfwd`) is refused by JAX.
 
     Args:
@@ -87,19 +87,16 @@ def _polynomial(a: Array, num_iters: int) -> Array:
 
 
 def _forward(sigma, num_iters):
-    root = newton_schulz_sqrt(sigma, num_iters)
-    return root, (sigma, root)
+    return newton_schulz_sqrt(sigma, num_iters), sigma
 
 
-def _backward(num_iters, residuals, g):
-    sigma, root = residuals
+def _backward(num_iters, sigma, g):
     a, trace = _normalize(sigma)
-    _, da = jax.jvp(functools.partial(_polynomial, num_iters=num_iters), (a,), (g,))
-    # d√t·p(Σ/t): through A as it stands, and through the trace in A and in √t
+    y, da = jax.jvp(functools.partial(_polynomial, num_iters=num_iters), (a,), (g,))
+    # √t·p(Σ/t) depends on Σ through A as it stands, and through the trace in A and in √t
     safe = jnp.where(trace == 0, 1, trace)
-    through_trace = _inner(g, root) / (2 * safe) - _inner(da, a) / jnp.sqrt(safe)
-    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
-    dsigma = da / jnp.sqrt(safe) + through_trace * eye
+    through_trace = (_inner(g, y) / 2 - _inner(da, a)) / jnp.sqrt(safe)
+    dsigma = da / jnp.sqrt(safe) + through_trace * jnp.eye(a.shape[-1], dtype=a.dtype)
     return (jnp.where(trace == 0, 0, dsigma),)
 
 

@@ -46,17 +46,26 @@ def test_by_hand(dispatch):
 
 @every_dispatch
 @every_pool
-@pytest.mark.parametrize(("b", "k"), [(5, 1), (5, 2), (5, 4), (1, 3)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-11), ("float32", 1e-4)])
+@pytest.mark.parametrize(
+    ("b", "k", "dtype", "tolerance"),
+    [(5, 1, "float64", 1e-11), (5, 4, "float64", 1e-11), (1, 3, "float64", 1e-11), (5, 2, "float32", 1e-4)],
+)
 def test_values_and_gradients_are_those_of_the_dense_computation(x64, dispatch, pool, b, k, dtype, tolerance):
-    x, kernels, indices = jax.tree.map(lambda a: a.astype(dtype), (images(b), bank(4))) + (select(b, 4, k),)
-    y, pullback = jax.vjp(lambda *a: apply_candidates(*a, indices, pool, dispatch), x, kernels)
-    expected, expected_pullback = jax.vjp(lambda *a: dense(*a, indices, pool), x, kernels)
-    assert y.dtype == dtype
-    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
-    g = jnp.cos(y)
-    for got, wanted in zip(*(jax.tree.leaves(p(g)) for p in (pullback, expected_pullback)), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * float(jnp.abs(wanted).max()))
+    x, kernels = images(b).astype(dtype), [kernel.astype(dtype) for kernel in bank(4)]
+    indices = select(b, 4, k)
+
+    def value_and_gradients(function):
+        def both(x, kernels):
+            y, pullback = jax.vjp(function, x, kernels)
+            return y, pullback(jnp.cos(y))
+
+        return jax.jit(both)(x, kernels)
+
+    got = value_and_gradients(lambda x, w: apply_candidates(x, w, indices, pool, dispatch))
+    expected = value_and_gradients(lambda x, w: dense(x, w, indices, pool))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, float(jnp.abs(b).max())))
 
 
 @every_dispatch
@@ -120,16 +129,20 @@ def test_cost_follows_k_and_not_n(gradient):
     assert flops(64, 8, "gather", gradient) > 1.9 * many
 
 
-def test_the_loop_makes_one_tile_at_a_time():
-    # of a loop the compiler counts the body once: one pair's two layers, forward again and backward
+def test_the_loop_makes_two_tiles_at_a_time():
+    # of a loop the compiler counts the body once: two pairs, two layers, forward again and backward
     tile = 2 * 2 * 64 * 32 * 32
     for n, k in ((8, 4), (64, 4), (64, 8)):
-        assert 3 * tile <= flops(n, k, "loop", True) < 5 * tile
+        assert 6 * tile <= flops(n, k, "loop", True) < 10 * tile
 
 
 def test_the_loop_keeps_nothing_of_a_tile():
-    memory = {d: compiled(8, 4, d, True).memory_analysis() for d in ("gather", "loop")}
+    def memory(dispatch: str) -> int:
+        analysis = compiled(8, 4, dispatch, True).memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
     # gather keeps at least the first layer's output for the backward pass: 32 pairs × 64 × 32 floats
-    assert memory["gather"].temp_size_in_bytes > 32 * 64 * 32 * 4
-    # the loop, a few arrays of one pair
-    assert memory["loop"].temp_size_in_bytes < 10 * 64 * 32 * 4
+    assert memory("gather") > 32 * 64 * 32 * 4
+    # the loop, a few arrays of two pairs
+    assert memory("loop") < 20 * 64 * 32 * 4
