@@ -1,0 +1,38 @@
+"""Writes a page about what a network learnt, or about several side by side.
+
+python tools/report.py runs/quickstart
+"""
+
+import argparse
+import pathlib
+import sys
+
+from gmsop_jax.data import cli
+from gmsop_jax.errors import ConfigError, UserError
+
+
+def main() -> None:
+    """Parses the command line and writes the page."""
+    parser = argparse.ArgumentParser(description="Writes a self-contained HTML page about one run or several.")
+    parser.add_argument("workdir", nargs="+", type=pathlib.Path, help="folder that a training run made")
+    parser.add_argument("--output", type=pathlib.Path, help="the page (default: report.html in the first folder)")
+    parser.add_argument("--data", type=pathlib.Path, help="data set (default: where the run's configuration says)")
+    parser.add_argument("--max-images", type=int, default=5000, help="looked at of each split (default: 5000)")
+    args = parser.parse_args()
+    if args.max_images < 1:
+        raise ConfigError(f"--max-images must be at least 1, got {args.max_images}")
+    try:
+        from gmsop_jax.report import build_report
+    except ImportError as error:
+        raise UserError(f"the report needs {error.name}: pip install 'gmsop-jax[report]'") from error
+    page = build_report(args.workdir, data=args.data, max_images=args.max_images)
+    output = args.output or args.workdir[0] / "report.html"
+    try:
+        output.write_text(page, "utf-8")
+    except OSError as error:
+        raise UserError(f"the page can't be written to {output} ({error.strerror}); name another --output") from error
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
