@@ -83,7 +83,10 @@ def report(run: ImportedRun, output: str) -> None:
             f" {run.mean_rgb_difference:.3g} of 255; the network was trained with {run.checkpoint.mean_rgb}"
         )
     print(f"evaluate:   python -m gmsop_jax.main --mode evaluate --workdir {output}")
-    print(f"train on:   python -m gmsop_jax.main --config {output}/config.py --workdir {output}")
+    if run.epoch < run.config.train.num_epochs:
+        print(f"train on:   python -m gmsop_jax.main --config {output}/config.py --workdir {output}")
+    else:
+        print(f"all {run.config.train.num_epochs} epochs are done; to train on, add --config.train.num_epochs=… here")
 
 
 def count_parts(params: dict) -> dict[str, int]:

@@ -25,9 +25,9 @@ from gmsop_jax.workdir import Workdir
 from gmsop_jax.writer import write_atomic
 
 _IMAGENET_IMAGES = 1_281_167  # of its training split
-_CONFIG_FILE = '''"""This imported run, for further training.
+_CONFIG_FILE = '''"""An imported run, for further training.
 
-python -m gmsop_jax.main --config {0}/config.py --workdir {0}
+python -m gmsop_jax.main --config DIR/config.py --workdir DIR
 """
 
 import pathlib
@@ -91,7 +91,7 @@ def import_checkpoint(
     steps = steps_per_epoch(_num_images(checkpoint, manifest), config.train.batch_size, config.train.drop_last)
     state = _state(checkpoint, config, steps)
     with Workdir(output, config), Checkpoints(output / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
-        write_atomic(output / "config.py", _CONFIG_FILE.format(output))
+        write_atomic(output / "config.py", _CONFIG_FILE)
         _inputs(checkpoint, config, manifest).save(output)
         checkpoints.save(state, Progress(int(state.step), checkpoint.epoch, 0.0))
         checkpoints.wait()

@@ -33,6 +33,7 @@ def gate_logits(w, noise_w, features, noise):
     return gate.apply(variables, features[:, None], train=True, noise=noise)
 
 
+@jax.jit
 def mixture(inputs, noise, indices):
     """Everything from features to fused features, with the intermediate values.
 
@@ -45,6 +46,14 @@ def mixture(inputs, noise, indices):
     pooled = apply_candidates(last, [inputs["F"]], indices, average_pool)
     fused = jnp.einsum("bk,bkf->bf", jnp.take_along_axis(weights, indices, 1), pooled)
     return fused, {"logits": logits, "weights": weights, "pooled": pooled}
+
+
+@jax.jit
+@jax.grad
+def gradients(inputs, noise, indices, dfusion, alpha):
+    """Of fusion · dfusion + α · balance loss."""
+    fused, parts = mixture(inputs, noise, indices)
+    return jnp.sum(fused * dfusion) + alpha * balance_loss(parts["weights"])
 
 
 def mixture_inputs(values, dtype):
@@ -113,12 +122,8 @@ def test_gradients(path, run):
     indices = selected(values["mask"])
     dfusion = jnp.asarray(values["dfusion"], jnp.float64)
 
-    def loss(inputs):
-        fused, parts = mixture(inputs, noise, indices)
-        balance = values["loss_weight"] * balance_loss(parts["weights"])
-        return (run != "balanceonly") * jnp.sum(fused * dfusion) + (run != "nobalance") * balance
-
-    grads = jax.grad(loss)(inputs)
+    alpha = float(values["loss_weight"]) * (run != "nobalance")
+    grads = gradients(inputs, noise, indices, dfusion * (run != "balanceonly"), alpha)
     gains = {"d_logits": "H", "d_weights": "sfm", **_NAMES, "F": "F"}
     for name, gain in gains.items():
         theirs = values.get(f"{run}_d{gain}_f64")
@@ -138,7 +143,8 @@ def test_a_candidate_that_no_image_selects_gets_gradient_zero(path):
     inputs = mixture_inputs(values, jnp.float64)
     noise = jnp.asarray(noise_of(values), jnp.float64)
     indices = selected(values["mask"])
-    grads = jax.grad(lambda x: jnp.sum(mixture(x, noise, indices)[0] ** 2))(inputs)
+    dfusion = jnp.asarray(values["dfusion"], jnp.float64)
+    grads = gradients(inputs, noise, indices, dfusion, 0.0)
     used = np.any(np.asarray(grads["F"]), axis=(1, 2))
     np.testing.assert_array_equal(used, values["full_CM_has_gradient"])
 
@@ -204,15 +210,10 @@ def with_momentum(state, momentum):
 
 
 def stale_case_gradients(values, step, params):
-    """Gradients of (fusion · cotangent + 100 · balance loss)/batch, as the authors' script takes."""
+    """Of (fusion · cotangent + 100 · balance loss)/batch, as the authors' script takes them."""
     batch = {k: jnp.asarray(values[k][step], jnp.float64) for k in ("feat", "last", "noise", "dfusion")}
     indices = selected(values[f"step{step + 1}_mask"])
     zeros = jnp.zeros(values[f"step{step + 1}_mask"].shape)
-
-    def loss(params):
-        inputs = {**params, **batch, "d_logits": zeros, "d_weights": zeros}
-        fused, parts = mixture(inputs, batch["noise"], indices)
-        total = jnp.sum(fused * batch["dfusion"]) + 100 * balance_loss(parts["weights"])
-        return total / int(values["B"])
-
-    return jax.grad(loss)(params)
+    inputs = {**params, "feat": batch["feat"], "last": batch["last"], "d_logits": zeros, "d_weights": zeros}
+    grads = gradients(inputs, batch["noise"], indices, batch["dfusion"], 100.0)
+    return {name: grads[name] / int(values["B"]) for name in _LEARNED}
