@@ -17,7 +17,7 @@ def resize(image: np.ndarray, size: tuple[int, int], method: Method) -> np.ndarr
     Args:
       image: uint8 [h, w, c], c = 1 or 3.
       size: (height, width) of the result.
-      method: 'matlab' (`imresize`) or 'pillow' (several times as fast; some bytes differ).
+      method: 'matlab' (`imresize`) or 'pillow' (as fast here; 3 to 23 % of the bytes differ).
     Returns: uint8 [*size, c]; the image itself if it has that size.
     """
     if image.shape[:2] == size:
