@@ -5,6 +5,8 @@ the whole batch, and `pmap`, where each device runs the program of its part and 
 collectives that are written out.
 """
 
+import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -154,6 +156,25 @@ def _all_rows(batch: HostBatch, size: int) -> HostBatch:
     return {name: np.concatenate([x[p, : cuts[p + 1] - cuts[p]] for p in range(count)]) for name, x in gathered.items()}
 
 
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """XLA options for a training step; none but on a CPU.
+
+    There they let XLA hand products, reductions and elementwise operations to its library of fused
+    loops, which uses all cores. A jaxlib without the option, or a user who sets it in XLA_FLAGS, goes on as is.
+    """
+    name = "xla_cpu_experimental_ynn_fusion_type"
+    if jax.default_backend() != "cpu" or name in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    kinds = ("DOT", "REDUCE", "ELTWISE")
+    options = {name: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 def compile_train_step(
     make_step: Callable[[str | None], Callable],
     mesh: Mesh,
@@ -178,7 +199,12 @@ def compile_train_step(
 
     Returns: (state, this process's rows, rows of the global batch) → (state, metrics).
     """
-    one_program = jax.jit(make_step(None), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    one_program = jax.jit(
+        make_step(None),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=compiler_options(),
+    )
     split_program = _split_program(make_step, mesh, shardings, mode, per_device_bn)
 
     def train_step(state, batch, size):
