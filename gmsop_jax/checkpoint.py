@@ -88,7 +88,7 @@ class Checkpoints:
             registry.add(name, ocp.args.StandardRestore, handler)
         registry.add("progress", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         registry.add("progress", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-        with self._explaining_errors():
+        with self._explaining_damage() if read_only else self._explaining_errors():
             self._manager = ocp.CheckpointManager(path, options=options, handler_registry=registry)
 
     def __enter__(self):
@@ -99,13 +99,22 @@ class Checkpoints:
         with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
             self.close()
 
-    def _set_damaged_aside(self) -> None:
+    def _damaged(self) -> dict[int, str]:
+        """What is wrong, of each step where something is."""
         damage = {step: find_damage(self.directory / str(step)) for step in steps_on_disk(self.directory)}
-        damaged = {step: what for step, what in damage.items() if what}
-        told = [f"checkpoint {self.directory / str(step)} is damaged ({what})" for step, what in damaged.items()]
-        if damaged and len(damaged) == len(damage):
-            raise CheckpointError("; ".join(told) + ": none is left to go on from; start in another --workdir")
-        for step, line in zip(damaged, told, strict=True):
+        return {
+            step: f"checkpoint {self.directory / str(step)} is damaged ({what})"
+            for step, what in damage.items()
+            if what
+        }
+
+    def _set_damaged_aside(self) -> None:
+        damaged = self._damaged()
+        if damaged and len(damaged) == len(steps_on_disk(self.directory)):
+            raise CheckpointError(
+                "; ".join(damaged.values()) + ": none is left to go on from; start in another --workdir"
+            )
+        for step, line in damaged.items():
             target = self.directory.parent / _DAMAGED / str(step)
             with self._explaining_errors():
                 while target.exists():
@@ -117,6 +126,14 @@ class Checkpoints:
     def _before_rename(self) -> None:
         for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
             write_checksums(folder)
+
+    @contextlib.contextmanager
+    def _explaining_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            told = "; ".join(self._damaged().values())
+            raise CheckpointError(told or f"{self.directory} can't be read ({_first_line(error)})") from error
 
     @contextlib.contextmanager
     def _explaining_errors(self) -> Iterator[None]:

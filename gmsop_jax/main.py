@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "status", 2)
+    except KeyboardInterrupt:  # before the first step, or a second one while the first is being obeyed
+        print("error: stopped by Ctrl-C; checkpoints written before are kept", file=sys.stderr)
+        return 130
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
