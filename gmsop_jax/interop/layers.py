@@ -191,15 +191,13 @@ def read_hyperparameters(config: ConfigDict, layers: Mapping[str, Layer]) -> Non
     Raises:
       CheckpointError: naming the layer whose hyperparameter makes no sense.
     """
-    config.stage_strides = tuple(
-        _integer(layers, f"conv{stage}_1a_conv", "stride", inferred)
-        for stage, inferred in enumerate(config.stage_strides, 2)
-    )
+    stages = range(2, len(config.stage_widths) + 2)
+    config.stage_strides = tuple(_integer(layers, f"conv{stage}_1a_conv", "stride") for stage in stages)
     roots = [n for n, layer in layers.items() if layer.type == "dagnn.OBJ_ConvNet_Cov_Sqrtm"]
     if roots:
-        config.num_iters = _integer(layers, roots[0], "iterNum", config.num_iters)
+        config.num_iters = _integer(layers, roots[0], "iterNum")
     if config.head in ("gmgap", "gmsop"):
-        rate = _number(layers, "dropout", "rate", 0.5) if "dropout" in layers else 0.0
+        rate = _number(layers, "dropout", "rate") if "dropout" in layers else 0.0
         if not 0 <= rate < 1:
             raise CheckpointError(f"layer 'dropout': rate is {rate}; it must be in [0, 1)")
         config.dropout_rate = rate
@@ -207,31 +205,47 @@ def read_hyperparameters(config: ConfigDict, layers: Mapping[str, Layer]) -> Non
 
 def number_selected(layers: Mapping[str, Layer]) -> int:
     """K, as the layer `gating` says; 1 for a network without gate."""
-    return _integer(layers, "gating", "topk", 8) if "gating" in layers else 1
+    return _integer(layers, "gating", "topk") if "gating" in layers else 1
 
 
 def balance_weight(layers: Mapping[str, Layer]) -> float:
     """α, as the layer `Balance_loss` says; 0 for a network without gate."""
     if "Balance_loss" not in layers:
         return 0.0
-    return _number(layers, "Balance_loss", "loss_weight", 100.0)
+    return _number(layers, "Balance_loss", "loss_weight")
 
 
-def _integer(layers: Mapping[str, Layer], name: str, key: str, default: int) -> int:
-    value = _number(layers, name, key, default)
+def _integer(layers: Mapping[str, Layer], name: str, key: str) -> int:
+    value = _number(layers, name, key)
     if value != int(value) or not 1 <= value < 2**31:
         raise CheckpointError(f"layer {name!r}: {key} is {value}; it must be a positive integer")
     return int(value)
 
 
-def _number(layers: Mapping[str, Layer], name: str, key: str, default: float) -> float:
-    """The first number of a hyperparameter; `default`, MatConvNet's, where the layer hasn't it."""
+def _number(layers: Mapping[str, Layer], name: str, key: str) -> float:
+    """The first number of a hyperparameter."""
     if name not in layers:
         raise CheckpointError(f"layer {name!r} is missing")
-    value = np.asarray(layers[name].block.get(key, default))
+    if key not in layers[name].block:
+        raise CheckpointError(f"layer {name!r} has no field {key!r} in its block")
+    value = np.asarray(layers[name].block[key])
     if value.dtype.kind not in "biuf" or not value.size or not np.isfinite(value.flat[0]):
         raise CheckpointError(f"layer {name!r}: {key} is {value!r}, no number")
     return float(value.flat[0])
+
+
+def size_mismatch(layers: Mapping[str, Layer], params: Mapping[str, np.ndarray]) -> str | None:
+    """What a layer and one of its parameters say differently of their size; None if they agree."""
+    for layer in layers.values():
+        size = np.ravel(layer.block.get("size", layer.block.get("numChannels", []))).tolist()
+        for name in (name for name in layer.params if size and name in params):
+            shape = params[name].shape
+            is_vector = layer.type == "dagnn.BatchNorm" or name.endswith("_b")
+            due = size[-1:] if is_vector else size[: len(shape)]  # MATLAB drops axes of length 1
+            if list(shape[: len(due)]) != due:
+                due = tuple(int(n) for n in due)
+                return f"layer {layer.name!r}: parameter {name!r} has shape {shape}, but its size is {due}"
+    return None
 
 
 def check(config: ConfigDict, layers: Mapping[str, Layer]) -> None:
@@ -275,10 +289,7 @@ def _producers(layers: Mapping[str, Layer]) -> Any:
 
 
 # hyperparameters that what is computed hangs on; sizes are those of the parameters
-_DECISIVE = (
-    *("hasBias", "pad", "stride", "dilate", "epsilon", "leak", "method", "coef", "iterNum"),
-    *("topk", "CM_num", "rate"),
-)
+_DECISIVE = ("hasBias", "pad", "stride", "dilate", "epsilon", "leak", "method", "coef", "iterNum", "topk", "CM_num")
 
 
 def _check_block(given: Layer, expected: Layer) -> None:

@@ -98,21 +98,29 @@ def _parse(stored: Mapping[str, Any], path: pathlib.Path) -> Checkpoint:
         if not isinstance(value, np.ndarray) or value.dtype not in (np.float32, np.float64):
             raise CheckpointError(f"parameter {name!r} holds no numbers of type single or double")
     layers = _layers(net)
-    config = parameters.infer_model(params, dag.number_selected(layers))
-    dag.read_hyperparameters(config, layers)
-    dag.check(config, layers)
+    config, variables = _network(params, layers)
     config.pixel_scale = _pixel_scale(structs)
     meta, stats = net.get("meta"), stored.get("stats")
     stats = stats if isinstance(stats, dict) else {}
     return Checkpoint(
         config,
-        parameters.to_variables(config, params),
+        variables,
         _momentum(config, params, stored.get("state")),
         _epoch(stored.get("epoch"), stats, path),
         dag.balance_weight(layers),
         meta if isinstance(meta, dict) else {},
         stats,
     )
+
+
+def _network(params: Mapping[str, Any], layers: Mapping[str, dag.Layer]) -> tuple[ConfigDict, Tree]:
+    try:
+        config = parameters.infer_model(params, dag.number_selected(layers))
+        dag.read_hyperparameters(config, layers)
+        dag.check(config, layers)
+        return config, parameters.to_variables(config, params)
+    except CheckpointError as error:  # one wrong shape makes others look wrong
+        raise CheckpointError(dag.size_mismatch(layers, params) or str(error)) from None
 
 
 def _layers(net: Mapping[str, Any]) -> dict[str, dag.Layer]:
