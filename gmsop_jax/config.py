@@ -41,6 +41,7 @@ def model_defaults() -> ConfigDict:
     m.stage_strides = (1, 2, 2, 1)  # of each stage's first block; first-order heads end with 2
     m.stem_width = 16  # channels of the first convolution
     m.pixel_scale = 60.0  # the stem's kernel starts at He's scale over this, learns at its square
+    m.projection_widths = ()  # gap and srsop: 1×1 convolutions before the pooling
     m.num_candidates = 16  # N, size of the bank
     m.num_selected = 8  # K, candidates per image
     m.candidate_widths = (256, 128)  # 1×1 convolutions of a candidate; the last one is pooled
@@ -279,8 +280,8 @@ def _validate_model(m: ConfigDict) -> None:
             f"config.model.num_selected (K = {m.num_selected}) exceeds config.model.num_candidates"
             f" (N = {m.num_candidates}); lower K or raise N"
         )
-    for name in ("stage_widths", "stage_strides", "candidate_widths", "gate_widths"):
-        if not m[name] or any(type(v) is not int or v < 1 for v in m[name]):
+    for name in ("stage_widths", "stage_strides", "candidate_widths", "gate_widths", "projection_widths"):
+        if (not m[name] and name != "projection_widths") or any(type(v) is not int or v < 1 for v in m[name]):
             raise ConfigError(
                 f"config.model.{name} must be positive integers, like {model_defaults()[name]}; got {m[name]}"
             )

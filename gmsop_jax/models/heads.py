@@ -8,6 +8,7 @@
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -31,6 +32,7 @@ class _PoolingHead(nn.Module):
     """One pooling for every image, then the classifier."""
 
     num_classes: int
+    projection_widths: Sequence[int] = ()
     dtype: jnp.dtype | None = None
 
     def _pool(self, x: Array) -> Array:
@@ -39,6 +41,11 @@ class _PoolingHead(nn.Module):
     @nn.compact
     def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
         """Pools and classifies; `gate_noise` is ignored, there is no gate."""
+        for i, width in enumerate(self.projection_widths, 1):
+            convolution = nn.Dense(
+                width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name=f"projection{i}"
+            )
+            x = jax.nn.relu(convolution(x))
         features = self._pool(x.reshape(x.shape[0], -1, x.shape[-1]))
         aux = {
             "features": features,
@@ -49,11 +56,13 @@ class _PoolingHead(nn.Module):
 
 
 class GAPHead(_PoolingHead):
-    """Global average pooling: f = c.
+    """Global average pooling: f = c, or the last of `projection_widths`.
 
     Attributes:
       num_classes: of the classifier.
-      dtype: of the classifier; None follows features and parameters.
+      projection_widths: of 1×1 convolutions without bias, each with ReLU, before the pooling; one of 512
+        or 8256 makes the paper's -512d and -8256d baselines.
+      dtype: of projection and classifier; None follows features and parameters.
     """
 
     def _pool(self, x):
@@ -65,7 +74,9 @@ class SecondOrderHead(_PoolingHead):
 
     Attributes:
       num_classes: of the classifier.
-      dtype: of the classifier; None follows features and parameters.
+      projection_widths: as in `GAPHead`; those of a mixture's candidate make parametric SR-SOP, which is
+        one candidate without a gate.
+      dtype: of projection and classifier; None follows features and parameters.
       num_iters: Newton–Schulz steps; 3 as GM-SOP, 5 as iSQRT-COV.
     """
 

@@ -81,9 +81,9 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
 
 def _create_head(config: Any, dtype: Any, axis_name: str | None, per_device_bn: bool) -> nn.Module:
     if config.head == "gap":
-        return GAPHead(config.num_classes, dtype)
+        return GAPHead(config.num_classes, tuple(config.projection_widths), dtype)
     if config.head == "srsop":
-        return SecondOrderHead(config.num_classes, dtype, config.num_iters)
+        return SecondOrderHead(config.num_classes, tuple(config.projection_widths), dtype, config.num_iters)
     if config.head not in HEADS:
         raise ValueError(f"config.model.head must be one of {', '.join(HEADS)}; got {config.head!r}")
     return GatedMixtureHead(

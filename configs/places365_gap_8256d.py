@@ -1,0 +1,21 @@
+"""ResNet-18 with average pooling after a 1×1 convolution to 8256 channels, on Places365 at 100×100.
+
+    python -m gmsop_jax.main --config configs/places365_gap_8256d.py
+
+Published: 49.99 % top-1, 19.32 % top-5 error; 8256 dimensions. The recipe is that of the ImageNet row; the authors' for
+Places365 is not published.
+"""
+
+from gmsop_jax.config import ConfigDict, default_config
+
+
+def get_config() -> ConfigDict:
+    c = default_config()
+    c.data.dir = "data/places365"
+    c.data.source = "places365"
+    c.model.head = "gap"
+    c.model.stage_strides = (1, 2, 2, 2)  # 13×13 map
+    c.model.projection_widths = (8256,)
+    c.train.learning_rates = ((0.075, 50), (0.0075, 15), (0.00075, 10))
+    c.train.num_epochs = 75
+    return c

@@ -1,0 +1,21 @@
+"""GM-GAP-16-8 + ResNet-18, on Places365 at 100×100.
+
+    python -m gmsop_jax.main --config configs/places365_gmgap.py
+
+Published: 48.07 % top-1, 17.84 % top-5 error; 512 dimensions. The recipe is that of the ImageNet row; the authors' for
+Places365 is not published.
+"""
+
+from gmsop_jax.config import ConfigDict, default_config
+
+
+def get_config() -> ConfigDict:
+    c = default_config()
+    c.data.dir = "data/places365"
+    c.data.source = "places365"
+    c.model.head = "gmgap"
+    c.model.stage_strides = (1, 2, 2, 2)  # 13×13 map
+    c.model.candidate_widths = (512,)
+    c.train.learning_rates = ((0.075, 50), (0.0075, 15), (0.00075, 10))
+    c.train.num_epochs = 75
+    return c
