@@ -75,15 +75,15 @@ def default_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.batch_size = 256  # over all devices
-    c.train.num_epochs = 60
+    c.train.num_epochs = 60  # passes over the training split
     c.train.learning_rates = ((0.1, 40), (0.01, 10), (0.001, 5), (0.0001, 5))  # (rate, epochs) …
-    c.train.momentum = 0.9
+    c.train.momentum = 0.9  # of SGD, without Nesterov's change
     c.train.weight_decay = 1e-4  # on every parameter: biases, batch norm and gate too
     c.train.balance_weight = 100.0  # α; the loss is the mean cross entropy + α/B · balance loss
     c.train.drop_last = True  # False trains on the smaller last batch of an epoch, as the authors
     c.train.sub_batches = 1  # parts of a batch, one after the other: less memory, a forward pass more
     c.train.on_nonfinite = "stop"  # rollback: go on from the last checkpoint without that step's batch
-    c.train.log_every_steps = 100
+    c.train.log_every_steps = 100  # training metrics are told so often, and at each epoch's end
 
     c.parallel = ConfigDict()
     c.parallel.mode = "jit"  # one program that XLA splits over all devices | pmap: one for each device
@@ -92,8 +92,8 @@ def default_config() -> ConfigDict:
     c.parallel.shard_classifier = False  # split the classifier over the devices (jit)
 
     c.eval = ConfigDict()
-    c.eval.split = "val"
-    c.eval.batch_size = 256
+    c.eval.split = "val"  # evaluated after each epoch
+    c.eval.batch_size = 256  # over all devices; also of --mode predict
 
     c.checkpoint = ConfigDict()
     c.checkpoint.keep = 3  # the last n are kept, and the best
