@@ -40,6 +40,8 @@ class Run:
         head = {"gap": "GAP", "srsop": "SR-SOP", "gmgap": "GM-GAP", "gmsop": "GM-SOP"}[m.head]
         if m.head.startswith("gm"):
             head += f"-{m.num_candidates}-{m.num_selected}"
+        elif m.projection_widths:
+            head += f" of {m.projection_widths[-1]} channels"
         widths = ", ".join(str(width * m.width_factor) for width in m.stage_widths)
         return f"{head} on {m.blocks_per_stage} blocks × ({widths})"
 
