@@ -5,6 +5,7 @@ the whole batch, and `pmap`, where each device runs the program of its part and 
 collectives that are written out.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +94,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(state: Any, mesh: Mesh, *, optimizer: bool = False, classifier: bool = False) -> Any:
+def state_shardings(
+    state: Any, mesh: Mesh, *, optimizer: bool = False, classifier: bool = False, least: int = 2**16
+) -> Any:
     """Where each array of a training state lies: on every device, or split over them.
 
     An array that is split is so along its largest axis that the devices divide; one without such an
@@ -104,6 +107,7 @@ def state_shardings(state: Any, mesh: Mesh, *, optimizer: bool = False, classifi
       mesh: the devices.
       optimizer: split the optimiser's state.
       classifier: split the classifier, and its optimiser's state.
+      least: numbers that an array must have to be split.
 
     Returns: the same tree, of shardings.
     """
@@ -112,7 +116,7 @@ def state_shardings(state: Any, mesh: Mesh, *, optimizer: bool = False, classifi
         names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
         split = (optimizer and names[0] == "opt_state") or (classifier and "classifier" in names)
         axes = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
-        if not (split and axes):
+        if not (split and axes) or leaf.size < least:
             return replicated(mesh)
         largest = max(axes, key=lambda i: leaf.shape[i])
         return NamedSharding(mesh, PartitionSpec(*[None] * largest, AXIS))
@@ -175,6 +179,43 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A training step compiled for a mesh: (state, this process's rows, rows of the global batch) → (state, metrics).
+
+    The old state's memory is given to the new one. A batch that doesn't split evenly over devices and
+    sub-batches (the last of an epoch may not) is computed whole by each device.
+
+    Attributes:
+      mesh: the devices.
+      sub_batches: of the step.
+      one_program: for the whole batch, which XLA splits.
+      split_program: for one device's part of it; None to leave the splitting to XLA.
+      place_parts: puts a batch where `split_program` wants it.
+    """
+
+    mesh: Mesh
+    sub_batches: int
+    one_program: Any
+    split_program: Any
+    place_parts: Callable[[HostBatch], Any]
+
+    def __call__(self, state: Any, batch: HostBatch, size: int) -> tuple[Any, dict[str, jax.Array]]:
+        """Trains on a batch."""
+        program, placed = self._choose(batch, size)
+        return program(state, placed)
+
+    def lower(self, state: Any, batch: HostBatch, size: int) -> Any:
+        """The program for such a batch, as `jax.jit(…).lower` gives it."""
+        program, placed = self._choose(batch, size)
+        return program.lower(state, placed)
+
+    def _choose(self, batch: HostBatch, size: int) -> tuple[Any, Any]:
+        if self.split_program is not None and size % (self.mesh.size * self.sub_batches) == 0:
+            return self.split_program, self.place_parts(batch)
+        return self.one_program, place_batch(batch, self.mesh, size)
+
+
 def compile_train_step(
     make_step: Callable[[str | None], Callable],
     mesh: Mesh,
@@ -183,8 +224,8 @@ def compile_train_step(
     mode: str = "jit",
     per_device_bn: bool = False,
     sub_batches: int = 1,
-) -> Callable[[Any, HostBatch, int], tuple[Any, dict[str, jax.Array]]]:
-    """Compiles a training step for a mesh; the old state's memory is given to the new one.
+) -> TrainStep:
+    """Compiles a training step for a mesh, with its first call.
 
     Args:
       make_step: axis name → step (state, batch) → (state, metrics): for one part of a batch that is
@@ -194,43 +235,29 @@ def compile_train_step(
       mode: `jit` or `pmap`.
       per_device_bn: whether the model that `make_step` makes for an axis normalises by each device's own
         moments; in mode `jit` it then runs under shard_map.
-      sub_batches: of the step; a batch that doesn't split evenly over devices and sub-batches is
-        computed whole by each device, whatever the mode.
-
-    Returns: (state, this process's rows, rows of the global batch) → (state, metrics).
+      sub_batches: of the step.
     """
+    out_shardings = (shardings, replicated(mesh))
     one_program = jax.jit(
-        make_step(None),
-        donate_argnums=0,
-        out_shardings=(shardings, replicated(mesh)),
-        compiler_options=compiler_options(),
+        make_step(None), donate_argnums=0, out_shardings=out_shardings, compiler_options=compiler_options()
     )
-    split_program = _split_program(make_step, mesh, shardings, mode, per_device_bn)
-
-    def train_step(state, batch, size):
-        if split_program is not None and size % (mesh.size * sub_batches) == 0:
-            return split_program(state, batch, size)
-        return one_program(state, place_batch(batch, mesh, size))
-
-    return train_step
-
-
-def _split_program(
-    make_step: Callable, mesh: Mesh, shardings: Any, mode: str, per_device_bn: bool
-) -> Callable[[Any, HostBatch, int], Any] | None:
+    split_program, place_parts = None, functools.partial(place_batch, mesh=mesh)
     if mode == "pmap":
         devices = list(mesh.devices.flat)
-        mapped = jax.pmap(
+        split_program = jax.pmap(
             make_step(AXIS), AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
         )
         local = sum(device.process_index == jax.process_index() for device in devices)
-        return lambda state, batch, _: mapped(state, {k: x.reshape(local, -1, *x.shape[1:]) for k, x in batch.items()})
-    if per_device_bn:
+        place_parts = functools.partial(_split_rows, parts=local)
+    elif per_device_bn:
         parts, whole = PartitionSpec(AXIS), PartitionSpec()
         mapped = jax.shard_map(make_step(AXIS), mesh=mesh, in_specs=(whole, parts), out_specs=whole, check_vma=False)
-        compiled = jax.jit(mapped, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        return lambda state, batch, size: compiled(state, place_batch(batch, mesh, size))
-    return None
+        split_program = jax.jit(mapped, donate_argnums=0, out_shardings=out_shardings)
+    return TrainStep(mesh, sub_batches, one_program, split_program, place_parts)
+
+
+def _split_rows(batch: HostBatch, parts: int) -> dict[str, np.ndarray]:
+    return {name: x.reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
 def jit_eval_step(step: Callable, mesh: Mesh) -> Callable:

@@ -69,7 +69,8 @@ def select_top_k(
     if rng is not None and k < n:
         draw = draw_rows(jax.random.uniform, rng, logits.shape, axis_name)
         logits = jnp.where(_all_tie(logits, axis_name), draw, logits)
-    return jax.lax.top_k(logits, k)[1]
+    # a stable sort: for top_k XLA would gather a batch that is split over devices
+    return jnp.argsort(-logits, axis=-1, stable=True)[..., :k]
 
 
 def _all_tie(logits: Array, axis_name: str | None) -> Array:

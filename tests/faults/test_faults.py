@@ -1,0 +1,336 @@
+"""Everything that can go wrong while a run goes on, one after the other."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from gmsop_jax import parallel, train
+from gmsop_jax.checkpoint import Checkpoints
+from gmsop_jax.errors import CheckpointError, DataError
+from gmsop_jax.restore import load
+from gmsop_jax.train import NonFiniteError, train_and_evaluate
+from gmsop_jax.workdir import Workdir
+from gmsop_jax.writer import read_metrics
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(compiled: Path):
+    """Every run here compiles the same programs: keeps them for the module."""
+    fields = {
+        "jax_compilation_cache_dir": str(compiled),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in fields}
+    for name, value in fields.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def finished(fault_config: Path, tmp_path_factory, compile_once) -> Path:
+    from gmsop_jax.config import load as load_config
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train_and_evaluate(load_config(fault_config), workdir)
+    return workdir
+
+
+def classifier(workdir: Path) -> np.ndarray:
+    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    _, variables, _ = load(workdir / "checkpoints" / str(max(steps)))
+    return np.asarray(variables["params"]["head"]["classifier"]["kernel"])
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "metrics", "checksums"])
+def test_damaged_last_checkpoint(finished, config, tmp_path, capsys, damage):
+    """The run goes back to the one before, says so, and ends in the same bits."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    last = workdir / "checkpoints" / "9"
+    arrays = max((path for path in last.glob("params/**/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    if damage == "flip":
+        data = bytearray(arrays.read_bytes())
+        data[len(data) // 2] ^= 1
+        arrays.write_bytes(data)
+    elif damage == "truncate":
+        os.truncate(arrays, arrays.stat().st_size // 2)
+    elif damage == "delete":
+        arrays.unlink()
+    elif damage == "metrics":
+        (last / "metrics" / "metrics").write_text("{")
+    else:
+        (last / "checksums.json").write_text("[]")
+    train_and_evaluate(config, workdir)
+    told = capsys.readouterr().err
+    assert f"checkpoint {last} is damaged" in told
+    assert "going on from step 6" in told
+    np.testing.assert_array_equal(classifier(workdir), classifier(finished))
+    assert steps_in(workdir / "checkpoints") == steps_in(finished / "checkpoints")
+    assert (workdir / "damaged-checkpoints" / "9").is_dir()
+
+
+def test_all_checkpoints_damaged(finished, config, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = steps_in(workdir / "checkpoints")
+    for step in before:
+        (workdir / "checkpoints" / str(step) / "progress" / "metadata").write_text("")
+    with pytest.raises(CheckpointError, match="none is left to go on from"):
+        train_and_evaluate(config, workdir)
+    assert steps_in(workdir / "checkpoints") == before  # nothing is thrown away
+
+
+def test_damaged_checkpoint_is_not_evaluated(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "checkpoints" / "9" / "progress" / "metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"9 is damaged .progress/metadata is missing"):
+        load(workdir / "checkpoints" / "9")
+
+
+def test_half_written_checkpoint_is_cleaned_up(finished, config, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    half = workdir / "checkpoints" / "12.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / "9" / "params", half / "params")
+    train_and_evaluate(config, workdir)
+    assert not half.exists()
+
+
+# ---- the working directory
+
+
+def test_second_run_in_a_workdir_is_refused(config, tmp_path):
+    with (
+        Workdir(tmp_path / "run", config),
+        pytest.raises(CheckpointError, match=rf"a run is going on in .* .process {os.getpid()} on"),
+    ):
+        train_and_evaluate(config, tmp_path / "run")
+    with Workdir(tmp_path / "run", config):
+        pass  # the lock is gone
+
+
+def test_lock_ends_with_its_process(start: Callable[..., subprocess.Popen[str]], config, tmp_path):
+    process = start("--workdir", tmp_path / "run", "--config.train.num_epochs=500")
+    assert process.stderr is not None
+    next(line for line in process.stderr if "epoch   1/" in line)
+    config.train.num_epochs = 500
+    with pytest.raises(CheckpointError, match=f"process {process.pid} on"), Workdir(tmp_path / "run", config):
+        pass
+    process.kill()
+    process.communicate()
+    with Workdir(tmp_path / "run", config):
+        pass
+
+
+def test_vanished_workdir(config, tmp_path, monkeypatch):
+    def vanish(*arguments):
+        shutil.rmtree(tmp_path / "run")
+        return evaluate(*arguments)
+
+    evaluate = train.evaluate_split
+    monkeypatch.setattr(train, "evaluate_split", vanish)
+    with pytest.raises(CheckpointError, match=r"the folder has vanished.*no checkpoint is there"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("make", ["file", "missing_parent"])
+def test_unwritable_workdir(config, tmp_path, make):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / "file" / ("run" if make == "missing_parent" else "")
+    with pytest.raises(CheckpointError, match=r"can't write to the working directory .* name another --workdir"):
+        train_and_evaluate(config, workdir)
+
+
+FULL_DISK = """
+import os, resource, signal
+import gmsop_jax.train as train
+save = train.Checkpoints.save
+def save_then_fill(self, state, progress, *more):
+    if progress.step == {step}:
+        self.wait()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails from here on, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+    return save(self, state, progress, *more)
+train.Checkpoints.save = save_then_fill
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 300])
+def test_full_disk(start: Callable[..., subprocess.Popen[str]], finished, tmp_path, limit):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    process = start("--workdir", tmp_path / "run", prologue=FULL_DISK.format(step=6, limit=limit))
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, output + errors
+    assert "error: can't write" in errors
+    assert "step 3 is saved there. Free space" in errors
+    assert "Traceback" not in errors
+    assert 3 in steps_in(tmp_path / "run" / "checkpoints")
+    process = start("--workdir", tmp_path / "run")  # there is room again
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    assert "going on from step 3" in errors
+    np.testing.assert_array_equal(classifier(tmp_path / "run"), classifier(finished))
+
+
+# ---- the loss
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> Callable[[set[int]], None]:
+    """Makes the network's numbers infinite in the update of some steps."""
+
+    def poison(steps: set[int]) -> None:
+        compile_step = parallel.compile_train_step
+
+        def compile_poisoned(*arguments, **options):
+            step = compile_step(*arguments, **options)
+
+            def run(state, batch, size):
+                if int(state.step) + 1 in steps:
+                    state = state.replace(params=jax.tree.map(lambda x: x * np.inf, state.params))
+                return step(state, batch, size)
+
+            return run
+
+        monkeypatch.setattr(parallel, "compile_train_step", compile_poisoned)
+
+    return poison
+
+
+def test_stops_at_a_loss_that_is_not_finite(config, tmp_path, poisoned):
+    poisoned({5})
+    with pytest.raises(NonFiniteError, match=r"not finite at step 5 \(the last good checkpoint is step 3\)") as caught:
+        train_and_evaluate(config, tmp_path / "run")
+    assert caught.value.step == 5
+    assert steps_in(tmp_path / "run" / "checkpoints") == [3]
+
+
+@pytest.mark.parametrize("steps", [{2}, {5, 6}])
+def test_rolls_back(config, tmp_path, poisoned, capsys, steps):
+    config.train.on_nonfinite = "rollback"
+    poisoned(steps)
+    result = train_and_evaluate(config, tmp_path / "run")
+    assert result["step"] == 9
+    told = capsys.readouterr().err
+    assert f"whose loss was not finite: {', '.join(map(str, sorted(steps)))}" in told
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.best_step in {3, 6, 9}
+    progress = json.loads((tmp_path / "run" / "checkpoints" / "9" / "progress" / "metadata").read_text())
+    assert progress["skipped"] == sorted(steps)
+    records = [r["step"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
+    assert records == [step for step in range(1, 10) if step not in steps]
+    assert np.isfinite(classifier(tmp_path / "run")).all()
+
+
+def test_rolling_back_gives_up(config, tmp_path, poisoned):
+    config.train.on_nonfinite = "rollback"
+    config.train.num_epochs = 10
+    poisoned(set(range(5, 31)))
+    with pytest.raises(NonFiniteError):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+# ---- data
+
+
+def damage_record(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 255  # within a record's pixels
+    shard.write_bytes(data)
+
+
+def test_damaged_record(fault_data, config, tmp_path, caplog):
+    config.data.dir = str(shutil.copytree(fault_data, tmp_path / "data"))
+    config.data.verify = False
+    shard = sorted((tmp_path / "data").glob("train-*"))[0]
+    damage_record(shard)
+    with pytest.raises(DataError, match=rf"record \d+ of shard {shard}.*on_corrupt=skip"):
+        train_and_evaluate(config, tmp_path / "stop")
+    config.data.on_corrupt = "skip"
+    with caplog.at_level(logging.WARNING):
+        first = train_and_evaluate(config, tmp_path / "first")
+    assert f"of shard {shard}" in caplog.text
+    second = train_and_evaluate(config, tmp_path / "second")
+    assert first["last_top1_error"] == second["last_top1_error"]
+    np.testing.assert_array_equal(classifier(tmp_path / "first"), classifier(tmp_path / "second"))
+
+
+def test_missing_shard(fault_data, config, tmp_path):
+    config.data.dir = str(shutil.copytree(fault_data, tmp_path / "data"))
+    shard = sorted((tmp_path / "data").glob("train-*"))[1]
+    shard.unlink()
+    with pytest.raises(DataError, match=f"shard {shard} is missing"):
+        train_and_evaluate(config, tmp_path / "run")
+    config.data.on_corrupt = "skip"
+    assert train_and_evaluate(config, tmp_path / "run")["step"] == 9
+
+
+def test_damaged_record_is_left_out_of_the_evaluation(fault_data, config, tmp_path):
+    config.data.dir = str(shutil.copytree(fault_data, tmp_path / "data"))
+    config.data.on_corrupt = "skip"
+    (shard,) = (tmp_path / "data").glob("val-*")
+    damage_record(shard)
+    train_and_evaluate(config, tmp_path / "run")
+    errors = [r["top1_error"] for r in read_metrics(tmp_path / "run") if r["kind"] == "eval"]
+    for error in errors:
+        assert error * 47 / 100 == pytest.approx(round(error * 47 / 100), abs=1e-6)  # of 47 images, not 48
+
+
+def test_dead_reader_process(config, tmp_path, monkeypatch):
+    config.data.num_workers = 1
+    config.train.num_epochs = 200
+    step = parallel.compile_train_step
+
+    def compile_and_kill(*arguments, **options):
+        compiled, done = step(*arguments, **options), []
+
+        def run(*arguments):
+            done.append(1)
+            if len(done) == 5:
+                for child in children():
+                    os.kill(child, signal.SIGKILL)
+            return compiled(*arguments)
+
+        return run
+
+    monkeypatch.setattr(parallel, "compile_train_step", compile_and_kill)
+    with pytest.raises(DataError, match=r"a process that reads the data died.*goes on from the last checkpoint"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert 3 in steps_in(tmp_path / "run" / "checkpoints")
+
+
+def children() -> list[int]:
+    """Processes started here to read data."""
+    tasks = Path(f"/proc/{os.getpid()}/task")
+    found = {int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()}
+    return [child for child in found if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_signals_outside_the_main_thread(config, tmp_path):
+    """Python allows handlers in the main thread only; training elsewhere goes on without."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train_and_evaluate(config, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert results[0]["step"] == 9

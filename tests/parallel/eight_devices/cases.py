@@ -1,0 +1,253 @@
+"""Training on eight devices; run by test_eight_devices.py in a process that has them."""
+
+import functools
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from gmsop_jax import parallel
+from gmsop_jax.checkpoint import Checkpoints, Progress
+from gmsop_jax.config import ConfigDict, model_defaults
+from gmsop_jax.models import create_model
+from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.parallel import AXIS, create_mesh
+from gmsop_jax.scaling import count
+from gmsop_jax.train_step import TrainState, create_state, make_train_step, normalize
+
+MEAN_RGB = (70.0, 80.0, 90.0)
+
+
+def small_model(head: str = "gmsop", dropout_rate: float = 0.3) -> ConfigDict:
+    c = model_defaults()
+    c.head = head
+    c.num_classes = 8
+    c.blocks_per_stage = 1
+    c.stage_widths = (4, 8)
+    c.stage_strides = (2, 1)
+    c.stem_width = 4
+    c.num_candidates = 4
+    c.num_selected = 2
+    c.candidate_widths = (8,)
+    c.gate_widths = (4,)
+    c.dropout_rate = dropout_rate
+    return c
+
+
+def batches(count: int, size: int, side: int = 8) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": rng.integers(0, 256, (size, side, side, 3), np.uint8),
+            "label": rng.integers(0, 8, size).astype(np.int32),
+        }
+        for _ in range(count)
+    ]
+
+
+class Trainer:
+    """What `train.py` does with a step, without files."""
+
+    def __init__(
+        self,
+        num_devices: int,
+        model: ConfigDict | None = None,
+        *,
+        mode: str = "jit",
+        per_device_bn: bool = False,
+        sub_batches: int = 1,
+        optimizer: bool = False,
+        classifier: bool = False,
+    ):
+        model = model or small_model()
+        self.mesh = parallel.create_mesh(jax.devices()[:num_devices])
+        sgd = create_optimizer(piecewise_schedule([(0.05, 9)], 1))
+
+        def make_step(axis_name):
+            network = create_model(model, axis_name=axis_name, per_device_bn=per_device_bn and axis_name is not None)
+            return make_train_step(
+                network, sgd, mean_rgb=MEAN_RGB, seed=3, sub_batches=sub_batches, axis_name=axis_name
+            )
+
+        def initial() -> TrainState:
+            return create_state(create_model(model).init(jax.random.key(1), jnp.zeros((1, 8, 8, 3))), sgd)
+
+        self.shardings = parallel.state_shardings(
+            jax.eval_shape(initial), self.mesh, optimizer=optimizer, classifier=classifier, least=1
+        )
+        self.initial = jax.jit(initial, out_shardings=self.shardings)
+        self.step = parallel.compile_train_step(
+            make_step, self.mesh, self.shardings, mode=mode, per_device_bn=per_device_bn, sub_batches=sub_batches
+        )
+
+    def run(self, data: list[dict[str, np.ndarray]], state: TrainState | None = None) -> tuple[TrainState, np.ndarray]:
+        """Trains; returns (state, losses and balance losses [steps, 2])."""
+        state = self.initial() if state is None else state
+        told = []
+        for batch in data:
+            state, metrics = self.step(state, batch, len(batch["label"]))
+            assert int(metrics["count"]) == len(batch["label"])
+            told.append([float(metrics["loss_sum"]), float(metrics["balance_loss"])])
+        return state, np.array(told)
+
+
+def assert_same(a, b, rtol: float = 2e-4, atol: float = 2e-4) -> None:
+    a, b = jax.device_get((a, b))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@functools.cache
+def one_device():
+    return Trainer(1).run(batches(3, 16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "pmap"}, {"optimizer": True, "classifier": True}],
+    ids=["jit", "pmap", "sharded"],
+)
+def test_eight_devices_train_as_one(options):
+    state, told = Trainer(8, **options).run(batches(3, 16))
+    expected_state, expected = one_device()
+    np.testing.assert_allclose(told, expected, rtol=1e-5)
+    assert_same(state, expected_state)
+
+
+def test_sharded_state_is_split():
+    trainer = Trainer(8, optimizer=True, classifier=True)
+    state = trainer.initial()
+    kernel = state.params["head"]["classifier"]["kernel"]
+    assert kernel.shape == (36, 8)
+    assert kernel.addressable_shards[0].data.shape == (36, 1)
+    stem = state.params["backbone"]["stem"]["kernel"]
+    assert stem.sharding.is_fully_replicated
+    momenta = jax.tree.leaves(state.opt_state)
+    assert sum(x.addressable_shards[0].data.size for x in momenta) < sum(x.size for x in momenta) / 2
+
+
+SLOW_PMAP = pytest.param("pmap", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("mode", ["jit", SLOW_PMAP])
+def test_smaller_last_batch(mode):
+    data = [*batches(1, 16), *batches(1, 12), *batches(1, 8)]  # 12 doesn't split over 8 devices
+    model = small_model("gap")
+    state, told = Trainer(8, model, mode=mode).run(data)
+    expected_state, expected = Trainer(1, model).run(data)
+    np.testing.assert_allclose(told, expected, rtol=1e-5)
+    assert_same(state, expected_state)
+
+
+@pytest.mark.parametrize("mode", ["jit", SLOW_PMAP])
+def test_batch_norm_per_device_is_that_of_sub_batches(mode):
+    """Two devices that normalise by themselves do what one does with two sub-batches."""
+    model = small_model(dropout_rate=0.0)
+    model.num_candidates = model.num_selected = 2  # no draw of candidates
+    data = [{**batch, "gate_noise": np.linspace(-1, 1, 16, dtype=np.float32)} for batch in batches(2, 16)]
+    interleaved = np.arange(16).reshape(2, 8).T.reshape(-1)  # sub-batch j has the rows j, j + 2, …
+    parts = [{name: x[interleaved] for name, x in batch.items()} for batch in data]
+    state, told = Trainer(2, model, mode=mode, per_device_bn=True).run(data)
+    expected_state, expected = Trainer(1, model, sub_batches=2).run(parts)
+    np.testing.assert_allclose(told, expected, rtol=1e-5)
+    assert_same(state, expected_state)
+
+
+@pytest.mark.slow
+def test_sub_batches_on_many_devices():
+    state, told = Trainer(4, sub_batches=2).run(batches(2, 16))
+    for trainer in (Trainer(1, sub_batches=2), Trainer(4, sub_batches=2, mode="pmap")):
+        other_state, other = trainer.run(batches(2, 16))
+        np.testing.assert_allclose(told, other, rtol=1e-5)
+        assert_same(state, other_state)
+
+
+@pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_checkpoint_goes_onto_other_devices(tmp_path: Path, num_devices):
+    data = batches(3, 16)
+    trainer = Trainer(8, optimizer=True, classifier=True)
+    state, _ = trainer.run(data[:2])
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(state, Progress(2, 0, 1.0))
+        checkpoints.wait()
+        other = Trainer(num_devices)
+        like = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, other.shardings
+        )
+        restored, progress = checkpoints.restore(like, 2)
+    assert progress == Progress(2, 0, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+    assert {len(x.devices()) for x in jax.tree.leaves(restored)} == {num_devices}
+    _, told = other.run(data[2:], restored)
+    np.testing.assert_allclose(told, one_device()[1][2:], rtol=1e-5)
+
+
+@functools.cache
+def training_pass(axis_name: str | None):
+    """(variables, images, labels' worth of rows) → (logits, balance loss), with noise, ties and dropout."""
+    model = create_model(small_model(), axis_name=axis_name)
+    variables = create_model(small_model()).init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
+    rngs = {"gating": jax.random.key(2), "dropout": jax.random.key(3)}
+
+    def apply(images):
+        (logits, aux), _ = model.apply(
+            variables, normalize(images, MEAN_RGB), train=True, rngs=rngs, mutable=["batch_stats"]
+        )
+        return logits, aux["balance_loss"]
+
+    return apply
+
+
+@pytest.mark.parametrize("transformation", ["jit", "vmap", SLOW_PMAP, "shard_map"])
+def test_network_under_transformations(transformation):
+    images = batches(1, 16)[0]["image"]
+    expected, balance = training_pass(None)(images)
+    parts = images.reshape(8, 2, *images.shape[1:])
+    apply = training_pass(AXIS)
+    if transformation == "jit":
+        logits, balances = jax.jit(training_pass(None))(images)
+    elif transformation == "vmap":
+        logits, balances = jax.vmap(apply, axis_name=AXIS)(parts)
+    elif transformation == "pmap":
+        logits, balances = jax.pmap(apply, axis_name=AXIS)(parts)
+    else:
+        rows, same = PartitionSpec(AXIS), PartitionSpec()
+        mapped = jax.shard_map(apply, mesh=create_mesh(), in_specs=rows, out_specs=(rows, same), check_vma=False)
+        logits, balances = jax.jit(mapped)(images)
+    np.testing.assert_allclose(np.reshape(logits, expected.shape), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(balances, np.full(np.shape(balances), balance), rtol=1e-5)
+
+
+# ---- docs/scaling.md
+
+_COLLECTIVE = re.compile(
+    r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+_SHAPE = re.compile(r"\b(pred|s32|f32)\[([\d,]*)\]")
+
+
+def collectives(program: str) -> tuple[set[str], int, int]:
+    """Kinds, number and bytes of the collectives in a compiled program."""
+    kinds, number, size = set(), 0, 0
+    for found in filter(None, map(_COLLECTIVE.search, program.splitlines())):
+        kinds.add(found["kind"])
+        number += 1
+        for dtype, shape in _SHAPE.findall(found["shapes"]):
+            size += {"pred": 1, "s32": 4, "f32": 4}[dtype] * math.prod(map(int, filter(None, shape.split(","))))
+    return kinds, number, size
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("head", ["gmsop", pytest.param("srsop", marks=pytest.mark.slow)])
+def test_collectives_are_those_of_the_count(mode, head):
+    model = small_model(head)
+    trainer, counts = Trainer(8, model, mode=mode), count(model, 8)
+    program = trainer.step.lower(trainer.initial(), batches(1, 16)[0], 16).compile().as_text()
+    kinds, number, size = collectives(program)
+    assert kinds == {"all-reduce"}
+    assert size == counts.bytes_reduced(mode)
+    assert counts.batch_norms < number <= counts.most_reductions

@@ -1,0 +1,78 @@
+"""Counts what a training step costs on many devices: parameters, bytes sent, memory, bound on efficiency.
+
+python tools/scaling.py                       the tables of docs/scaling.md
+python tools/scaling.py --flops 2e14 --bandwidth 4.5e11 --latency 5e-6
+"""
+
+import argparse
+from pathlib import Path
+
+from gmsop_jax import config as configs
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.scaling import Counts, Machine, count
+
+DEVICES = tuple(2**i for i in range(11))
+_NETWORKS = (("gap", "GAP"), ("srsop", "SR-SOP"), ("gmsop", "GM-SOP-16-8"), ("wrn_gmsop", "GM-SOP, WRN"))
+
+
+def cases() -> dict[str, tuple[ConfigDict, int]]:
+    """The networks of the tables: name → (model, side of an image)."""
+    folder = Path(__file__).parents[1] / "configs"
+    models = {
+        f"ImageNet-64, {title}": (_model(folder / f"imagenet64_{name}.py", 1000), 64) for name, title in _NETWORKS
+    }
+    return {**models, "Places365, GM-SOP-16-8": (_model(folder / "imagenet64_gmsop.py", 365), 100)}
+
+
+def _model(file: Path, num_classes: int) -> ConfigDict:
+    model = configs.load(file).model
+    model.num_classes = num_classes
+    model.dispatch = "gather"  # as on accelerators
+    return model
+
+
+def tables(machine: Machine, per_device: int = 256, whole: int = 256) -> str:
+    """The tables of docs/scaling.md, as Markdown."""
+    lines = [
+        "| network | parameters | all-reduced, jit | pmap | all-reduces, at most | kept an image | MFLOP an image |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    counted = {name: count(model, side) for name, (model, side) in cases().items()}
+    for name, c in counted.items():
+        lines.append(
+            f"| {name} | {c.parameters:,} | {c.bytes_reduced():,} B | {c.bytes_reduced('pmap'):,} B |"
+            f" {c.most_reductions} | {4 * c.activations / 2**20:.1f} MiB | {c.flops / 1e6:,.0f} |"
+        )
+    for name in ("ImageNet-64, GM-SOP-16-8", "Places365, GM-SOP-16-8"):
+        c = counted[name]
+        lines += [
+            f"\n{name}:\n",
+            f"| devices | sent by each | memory, {per_device} a device | bound | memory, {whole} in all | bound |",
+            "|---|---|---|---|---|---|",
+        ]
+        for devices in DEVICES:
+            sent = 2 * (devices - 1) / devices * c.bytes_reduced() / 1e6
+            cells = [f"{devices:,}", f"{sent:.1f} MB"]
+            for images in (per_device, whole / devices):
+                fits = images >= 1
+                cells += [_gib(c, images), f"{machine.efficiency(c, devices, images):.1%}"] if fits else ["–", "–"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _gib(counts: Counts, images: float) -> str:
+    return f"{counts.bytes_per_device(images) / 2**30:.2f} GiB"
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--flops", type=float, default=2e13, help="FLOP/s that a device sustains (default: 2e13)")
+    parser.add_argument("--bandwidth", type=float, default=5e10, help="bytes/s that it sends (default: 5e10)")
+    parser.add_argument("--latency", type=float, default=1e-5, help="seconds of one message (default: 1e-5)")
+    options = parser.parse_args()
+    print(tables(Machine(options.flops, options.bandwidth, options.latency)))
+
+
+if __name__ == "__main__":
+    main()
