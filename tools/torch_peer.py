@@ -100,7 +100,7 @@ class Trainer:
 
     def __init__(self, num_candidates: int, device: str, compiled: bool = False):
         self.device = device
-        model = nn.Sequential(resnet18(), Head(num_candidates)).to(device).to(memory_format=torch.channels_last)
+        model = nn.Sequential(resnet18(), Head(num_candidates)).to(device=device, memory_format=torch.channels_last)
         self.model = torch.compile(model) if compiled else model
         self.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
 

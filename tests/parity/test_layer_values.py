@@ -14,6 +14,7 @@ from gmsop_jax.models import BatchNorm
 from gmsop_jax.ops import (
     average_pool,
     covariance_pool,
+    matrix_power,
     newton_schulz_sqrt,
     second_order_pool,
     triangle_vector,
@@ -21,6 +22,7 @@ from gmsop_jax.ops import (
 
 COVARIANCES = cases("layers/cov_*.npz")
 WITH_COVARIANCE = [path for path in COVARIANCES if "cov_f64" in load(path)]
+WITH_POWER = [path for path in COVARIANCES if "mpn_out_f64" in load(path)]
 WITH_ITERATES = [path for path in COVARIANCES if "ns3_Y_f64" in load(path)]
 MISC = load(cases("layers/misc.npz")[0])
 by_name: Any = {"ids": lambda path: path.stem}
@@ -56,6 +58,20 @@ def test_second_order_pooling_in_single(path):
         assert y.dtype == jnp.float32
         assert_close("second-order pooling, f32", y, to_ours(values[f"ns{k}_out_f32"]), SINGLE)
         assert_close("second-order pooling, f32", y, to_ours(values[f"ns{k}_out_f64"]), SINGLE)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("path", WITH_POWER, **by_name)
+def test_eigenvalue_power(path):
+    """Theirs is √(λ + 10⁻¹²) and ours √λ; on these full-rank covariances that is less than the bound."""
+    values = load(path)
+    x = jnp.asarray(values["x"], jnp.float64)
+    assert (values["mpn_rank"] == x.shape[-1]).all()
+    y, vjp = jax.vjp(lambda x: triangle_vector(matrix_power(covariance_pool(positions(x)), 0.5)), x)
+    (dx,) = vjp(jnp.asarray(to_ours(values["dvec"]), jnp.float64))
+    for code in ("mpn", "mpn_m"):  # the compiled and the MATLAB version
+        assert_close("eigenvalue power", y, to_ours(values[f"{code}_out_f64"]))
+        assert_close("eigenvalue power, gradient", dx, values[f"{code}_dx_f64"])
 
 
 @pytest.mark.usefixtures("x64")
