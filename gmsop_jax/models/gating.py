@@ -31,7 +31,8 @@ class Gate(nn.Module):
 
     f comes from a trunk of 1×1 convolutions, each with batch norm and ReLU, and pooling. γ ~ N(0, 1)
     is one number per image. W_g and W_n have no bias and start at the constant 1/F, so that all
-    logits tie at first (`ops.select_top_k` then draws the candidates at random).
+    logits tie at first (`ops.select_top_k` then draws the candidates at random). While W_n's columns are
+    equal, γ moves all logits of an image alike and changes no weight.
 
     Attributes:
       num_candidates: n, candidates to choose from.

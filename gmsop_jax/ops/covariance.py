@@ -1,6 +1,7 @@
 """Pooling of a map of features into one vector: first and second order."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,6 @@ def average_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c"]:
     return jnp.mean(_at_least_float32(x), axis=-2)
 
 
-@jax.custom_vjp
 def covariance_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c c"]:
     """Covariance of the features over positions.
 
@@ -51,6 +51,11 @@ def covariance_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c c"]:
         raise ValueError(f"covariance_pool needs [..., p, c] with p ≥ 1 positions, got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"covariance_pool needs floating features, got {x.dtype}")
+    return _covariance(x)
+
+
+@jax.custom_vjp
+def _covariance(x: Array) -> Any:
     centred = _centre(x)
     return _product("...pc,...pd->...cd", centred, centred) / x.shape[-2]
 
@@ -61,7 +66,7 @@ def _centre(x: Array) -> Array:
 
 
 def _covariance_forward(x):
-    return covariance_pool(x), x
+    return _covariance(x), x
 
 
 def _covariance_backward(x, g):
@@ -70,7 +75,7 @@ def _covariance_backward(x, g):
     return (dx.astype(x.dtype),)
 
 
-covariance_pool.defvjp(_covariance_forward, _covariance_backward)
+_covariance.defvjp(_covariance_forward, _covariance_backward)
 
 
 def second_order_pool(x: Float[Array, "*b p c"], num_iters: int = 3) -> Float[Array, "*b t"]:

@@ -1,6 +1,7 @@
 """Powers of covariance matrices by eigendecomposition (MPN-COV)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ from jaxtyping import Array, Float
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def matrix_power(sigma: Float[Array, "*b d d"], alpha: float = 0.5) -> Float[Array, "*b d d"]:
     """Powers Σ^α of symmetric positive semi-definite matrices.
 
@@ -36,16 +36,21 @@ def matrix_power(sigma: Float[Array, "*b d d"], alpha: float = 0.5) -> Float[Arr
       Array([[2., 0.],
              [0., 3.]], dtype=float32)
     """
-    return _forward(sigma, alpha)[0]
-
-
-def _forward(sigma, alpha):
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
     if sigma.ndim < 2 or sigma.shape[-1] != sigma.shape[-2]:
         raise ValueError(f"sigma must be square matrices [..., d, d], got shape {sigma.shape}")
     if sigma.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"matrix_power needs float32 or float64, got {sigma.dtype}; convert with sigma.astype")
+    return _power(sigma, alpha)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _power(sigma: Array, alpha: float) -> Any:
+    return _forward(sigma, alpha)[0]
+
+
+def _forward(sigma, alpha):
     values, vectors = jnp.linalg.eigh(sigma)
     largest = values[..., -1:]
     values = jnp.where(values > jnp.spacing(largest), values, 0)
@@ -74,4 +79,4 @@ def _product(*factors: Array) -> Array:
     return functools.reduce(functools.partial(jnp.matmul, precision=_HIGHEST), factors)
 
 
-matrix_power.defvjp(_forward, _backward)
+_power.defvjp(_forward, _backward)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ _HIGHEST = jax.lax.Precision.HIGHEST  # TF32 or bfloat16 passes would lose the i
 _ROOT = 2 + 2 * math.cosh(math.acosh(5) / 3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def newton_schulz_sqrt(sigma: Float[Array, "*b d d"], num_iters: int = 3) -> Float[Array, "*b d d"]:
     """Square roots of symmetric positive semi-definite matrices by coupled Newton–Schulz iteration.
 
@@ -44,8 +44,7 @@ def newton_schulz_sqrt(sigma: Float[Array, "*b d d"], num_iters: int = 3) -> Flo
              [0., 2.]], dtype=float32)
     """
     _check(sigma, num_iters)
-    a, trace = _normalize(sigma)
-    return jnp.sqrt(trace) * _polynomial(a, num_iters)
+    return _sqrt(sigma, num_iters)
 
 
 def _check(sigma: Array, num_iters: int) -> None:
@@ -58,6 +57,12 @@ def _check(sigma: Array, num_iters: int) -> None:
             f"newton_schulz_sqrt needs float32 or float64, got {sigma.dtype}: the iteration loses its"
             " digits in less; convert with sigma.astype(jnp.float32)"
         )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sqrt(sigma: Array, num_iters: int) -> Any:
+    a, trace = _normalize(sigma)
+    return jnp.sqrt(trace) * _polynomial(a, num_iters)
 
 
 def _normalize(sigma: Array) -> tuple[Array, Array]:
@@ -87,7 +92,7 @@ def _polynomial(a: Array, num_iters: int) -> Array:
 
 
 def _forward(sigma, num_iters):
-    return newton_schulz_sqrt(sigma, num_iters), sigma
+    return _sqrt(sigma, num_iters), sigma
 
 
 def _backward(num_iters, sigma, g):
@@ -104,4 +109,4 @@ def _inner(x: Array, y: Array) -> Array:
     return jnp.sum(x * y, axis=(-2, -1), keepdims=True)
 
 
-newton_schulz_sqrt.defvjp(_forward, _backward)
+_sqrt.defvjp(_forward, _backward)

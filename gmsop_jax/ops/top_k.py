@@ -28,7 +28,8 @@ def top_k_gate(
         softmax over the selected, as the authors' code.
       rng: key for the draw of k candidates when all logits tie (see `select_top_k`).
 
-    Returns: (weights with k non-zeros a row that sum to 1, indices of the selected).
+    Returns: (weights with k non-zeros a row that sum to 1, indices of the selected). A selected logit some
+      100 below the largest gets less than float32 can hold, which is 0.
 
     Raises:
       ValueError: if k is out of range or `gradient` unknown.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,6 @@ def _take(x: Array, positions: np.ndarray) -> Array:
     return jnp.take(x, positions, axis=-1, mode="clip", unique_indices=False)
 
 
-# The adjoint of a gather is a scatter, slow to compile and to run; here either function's adjoint is
-# the other's gather with the entries off the diagonal weighted, so both directions stay gathers.
-
-
-@jax.custom_vjp
 def triangle_vector(m: Shaped[Array, "*b d d"]) -> Shaped[Array, "*b t"]:
     """Upper triangles with the diagonal, row by row: t = d(d + 1)/2, off-diagonals unscaled.
 
@@ -47,11 +43,9 @@ def triangle_vector(m: Shaped[Array, "*b d d"]) -> Shaped[Array, "*b t"]:
     """
     if m.ndim < 2 or m.shape[-1] != m.shape[-2]:
         raise ValueError(f"triangle_vector needs square matrices [..., d, d], got shape {m.shape}")
-    d = m.shape[-1]
-    return _take(m.reshape(*m.shape[:-2], d * d), _positions(d)[0])
+    return _vector(m)
 
 
-@jax.custom_vjp
 def triangle_matrix(v: Shaped[Array, "*b t"]) -> Shaped[Array, "*b d d"]:
     """Symmetric matrices from their upper triangles: the inverse of `triangle_vector`.
 
@@ -68,8 +62,7 @@ def triangle_matrix(v: Shaped[Array, "*b t"]) -> Shaped[Array, "*b d d"]:
       Array([[1, 2],
              [2, 5]], dtype=int32)
     """
-    d = triangle_side(v.shape[-1])
-    return _take(v, _positions(d)[1]).reshape(*v.shape[:-1], d, d)
+    return _matrix(v)
 
 
 def triangle_side(t: int) -> int:
@@ -84,21 +77,29 @@ def triangle_side(t: int) -> int:
     return d
 
 
-def _vector_forward(m):
-    return triangle_vector(m), None
+# The adjoint of a gather is a scatter, slow to compile and to run; here either function's adjoint is
+# the other's gather with the entries off the diagonal weighted, so both directions stay gathers.
+
+
+@jax.custom_vjp
+def _vector(m: Array) -> Any:
+    d = m.shape[-1]
+    return _take(m.reshape(*m.shape[:-2], d * d), _positions(d)[0])
+
+
+@jax.custom_vjp
+def _matrix(v: Array) -> Any:
+    d = triangle_side(v.shape[-1])
+    return _take(v, _positions(d)[1]).reshape(*v.shape[:-1], d, d)
 
 
 def _vector_backward(_, g):
-    return (jnp.triu(triangle_matrix(g)),)
-
-
-def _matrix_forward(v):
-    return triangle_matrix(v), None
+    return (jnp.triu(_matrix(g)),)
 
 
 def _matrix_backward(_, g):
-    return (triangle_vector(g + jnp.swapaxes(jnp.tril(g, -1), -1, -2)),)
+    return (_vector(g + jnp.swapaxes(jnp.tril(g, -1), -1, -2)),)
 
 
-triangle_vector.defvjp(_vector_forward, _vector_backward)
-triangle_matrix.defvjp(_matrix_forward, _matrix_backward)
+_vector.defvjp(lambda m: (_vector(m), None), _vector_backward)
+_matrix.defvjp(lambda v: (_matrix(v), None), _matrix_backward)
