@@ -65,7 +65,7 @@ class Checkpoints:
         self.set_aside: list[str] = []
         if not read_only:
             first_process_does(self._set_damaged_aside)
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells its every step there
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells its every step there, and errors twice
         keep_policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
@@ -163,7 +163,9 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """What was measured at a step; None if it was not evaluated."""
-        return self._manager.metrics(step)
+        with self._explaining_reads(step):
+            values = self._manager.metrics(step)
+            return values and {**values, "top1_error": float(values["top1_error"])}
 
     def save(self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None) -> None:
         """Starts saving; `wait` returns once it is on disk. A step that is there already is kept.
@@ -198,15 +200,20 @@ class Checkpoints:
         abstract = {name: jax.tree.map(_abstract, tree) for name, tree in trees.items()}
         self._check_shapes(abstract, step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        try:
+        with self._explaining_reads(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()))
-        except (ValueError, OSError, KeyError) as error:
+        items = {name: restored[name] for name in trees}
+        return items, self._progress(restored["progress"], step)
+
+    @contextlib.contextmanager
+    def _explaining_reads(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: Orbax checks little of what it reads
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} can't be read ({_first_line(error)});"
                 " delete that folder to go on from the one before"
             ) from error
-        items = {name: restored[name] for name in trees}
-        return items, self._progress(restored["progress"], step)
 
     def _progress(self, stored: Any, step: int) -> Progress:
         try:
@@ -219,7 +226,8 @@ class Checkpoints:
         return progress
 
     def _check_shapes(self, abstract: Mapping[str, Any], step: int) -> None:
-        stored_items = self._manager.item_metadata(step)
+        with self._explaining_reads(step):
+            stored_items = self._manager.item_metadata(step)
         lines = []
         for name, tree in abstract.items():
             stored = stored_items[name]

@@ -41,7 +41,8 @@ class Counts:
         sums that those of scale and bias need too, and are not sent twice; the gate's use of each
         candidate; the loss and two error counts; whether all logits tie (one byte).
         pmap: gradients, moments and their gradients apart, the running moments' mean, the use of each
-        candidate both ways, the loss and three counts, and the tie as a number.
+        candidate both ways, the loss and three counts, and the tie as a number; XLA merges equal ones,
+        such as the bias gradients of batch norms whose results are added, so this is a bound.
         """
         gated = self.num_candidates > 0
         if mode == "jit":

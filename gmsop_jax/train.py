@@ -28,7 +28,7 @@ from gmsop_jax.train_step import TrainState
 from gmsop_jax.workdir import Workdir
 from gmsop_jax.writer import Writer, plot_curves, write_atomic
 
-_MOST_SKIPPED = 10  # steps that may be left out after one checkpoint before the run gives up
+_MOST_SKIPPED = 10  # steps in a row that may be left out before the run gives up
 
 
 class NonFiniteError(UserError):
@@ -103,8 +103,8 @@ def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, started: float,
         try:
             return _loop(run, state, progress, workdir, checkpoints, started, profile)
         except NonFiniteError as error:
-            since = [step for step in skipped if step > progress.step]
-            if run.config.train.on_nonfinite == "stop" or len(since) == _MOST_SKIPPED:
+            before = range(error.step - _MOST_SKIPPED, error.step)
+            if run.config.train.on_nonfinite == "stop" or skipped.issuperset(before):
                 raise
             skipped.add(error.step)
             started = time.monotonic()
