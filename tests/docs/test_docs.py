@@ -1,0 +1,96 @@
+import pathlib
+import re
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gmsop_jax import config, main
+from gmsop_jax.report.published import find_published
+
+ROOT = pathlib.Path(__file__).parents[2]
+make_docs = runpy.run_path(str(ROOT / "tools" / "make_docs.py"))
+
+
+def test_configuration_reference_is_that_of_the_code():
+    """After a change of config.py run tools/make_docs.py."""
+    assert (ROOT / "docs" / "configuration.md").read_text("utf-8") == make_docs["configuration_reference"]()
+
+
+def test_reference_has_every_field():
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    assert set(re.findall(r"^\| `([\w.]+)`", text, re.M)) == set(dict(config.flatten(config.default_config())))
+
+
+def test_a_field_without_description_is_told():
+    source = (ROOT / "gmsop_jax" / "config.py").read_text("utf-8")
+    with pytest.raises(make_docs["DocsError"], match=r"train\.batch_size have no trailing comment"):
+        make_docs["comments"](re.sub(r"(train\.batch_size = \d+)  #.*", r"\1", source))
+
+
+def test_site_builds_without_warnings(tmp_path):
+    make_docs["build"](tmp_path)
+    assert "Newton–Schulz" in (tmp_path / "api" / "gmsop_jax" / "ops.html").read_text("utf-8")
+    for page in tmp_path.glob("*.html"):
+        for target in re.findall(r'(?:href|src)="([\w/.-]+\.(?:html|svg))"', page.read_text("utf-8")):
+            assert (tmp_path / target).exists(), (page.name, target)
+
+
+def test_dead_links_are_told(tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text("[here](page.md) [there](gone.md#part) [web](https://example.org/x.md)")
+    monkeypatch.setitem(make_docs["check_links"].__globals__, "ROOT", tmp_path)
+    with pytest.raises(make_docs["DocsError"], match=r"page\.md: gone\.md$"):
+        make_docs["check_links"]([tmp_path / "page.md"])
+
+
+def test_python_of_the_prediction_guide_runs(trained_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(trained_run)
+    rng = np.random.default_rng(0)
+    for name in ("shoe.jpg", "other.png"):
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), np.uint8)).save(name)
+    arguments = ["--mode", "predict", "--checkpoint", "runs/first", "--input", "shoe.jpg", "other.png"]
+    assert main.main([*arguments, "--features", "out.npz"]) == 0
+    nearest, in_python = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "predict.md").read_text(), re.S)
+    predicted = capsys.readouterr().out.splitlines()[1].split()[1]
+    exec(nearest, {})
+    assert capsys.readouterr().out.startswith("['shoe.jpg'")
+    exec(in_python, {})
+    assert capsys.readouterr().out.startswith(predicted)
+
+
+def test_the_picture_of_the_method(trained_run, tmp_path, monkeypatch, capsys):
+    def draw(*arguments) -> object:
+        monkeypatch.setattr(sys, "argv", ["draw_method.py", str(trained_run), *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / "tools" / "draw_method.py"), run_name="__main__")
+        return exit_.value.code
+
+    assert draw("--image", 1, "--output", tmp_path / "a.svg") == 0
+    assert draw("--image", 1, "--output", tmp_path / "b.svg") == 0
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert draw("--image", 1000, "--output", tmp_path / "c.svg") == 2
+    assert "--image 1000 is outside 0…199" in capsys.readouterr().err
+
+
+def test_the_picture_shows_what_the_network_does(trained_run):
+    steps = runpy.run_path(str(ROOT / "tools" / "draw_method.py"))["follow"](trained_run, 0)
+    weights = steps.weights[steps.selected]
+    np.testing.assert_allclose(np.tensordot(weights, steps.roots, 1), steps.fused, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
+def test_published_figures_are_those_of_the_configurations(file):
+    published = find_published(config.load(file))
+    written = re.search(r"Published: ([\d.]+) % top-1(?:, ([\d.]+) % top-5)?", file.read_text("utf-8"))
+    if written is None:
+        assert published is None
+    else:
+        assert published is not None
+        assert f"{published.top1_error:.2f}" == f"{float(written[1]):.2f}"
+        assert (published.top5_error is None) == (written[2] is None)
+        if written[2]:
+            assert published.top5_error == float(written[2])
