@@ -67,10 +67,15 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
     """
     _need("flatbuffers")
     model, variables, info = gmsop_jax.load(path)
-    step = make_predict_step(model, mean_rgb=info.inputs.mean_rgb)
+    # the artefact's platform, not this machine's, says how the candidates are run
+    on_cpu, elsewhere = (_step(info, dispatch) for dispatch in ("loop", "gather"))
+
+    def predict(images: jax.Array) -> dict[str, jax.Array]:
+        return jax.lax.platform_dependent(variables, images, cpu=on_cpu, default=elsewhere)
+
     batch = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((*batch, *info.inputs.image_size, 3), jnp.uint8)
-    artefact = jax.export.export(jax.jit(lambda images: step(variables, images)), platforms=PLATFORMS)(images)
+    artefact = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(images)
     description = _describe(info, variables) | {"platforms": list(PLATFORMS)}
     files = _write(output, description, STABLEHLO_FILE, artefact.serialize())
     restored: Any = jax.export.deserialize(bytearray(files[0].read_bytes()))
@@ -152,6 +157,12 @@ def _write(
     except OSError as error:
         raise ExportError(f"can't write to {folder} ({error.strerror or error}); name another --output") from error
     return folder / name, folder / JSON_FILE
+
+
+def _step(info: Info, dispatch: str) -> Callable[..., dict[str, jax.Array]]:
+    config = configs.from_json(configs.to_json(info.config))
+    config.model.dispatch = dispatch
+    return make_predict_step(create_model(config.model), mean_rgb=info.inputs.mean_rgb)
 
 
 def _original(model: Network, variables: Mapping[str, Any], info: Info) -> Callable[[np.ndarray], Outputs]:
