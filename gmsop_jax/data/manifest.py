@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 FILE_NAME = "dataset.json"
 JOB_DIR = ".convert"  # a conversion's own folder while it is unfinished
 
+_LEAST_RECORD = 20  # bytes: the header
+_MOST_BYTES = 2**26  # of dataset.json
 _CONVERT = "make it with `python tools/convert.py SOURCE --output DIR`"
 
 
@@ -143,6 +145,8 @@ def _read(path: Path) -> Any:
         empty = next(path.iterdir(), None) is None
         held = "the folder is empty" if empty else f"the folder holds other files and no {FILE_NAME}"
         raise DataError(f"no data set at {path.absolute()}: {held}; {_CONVERT}")
+    if (size := file.stat().st_size) > _MOST_BYTES:
+        raise DataError(f"{file} has {size} bytes, which no manifest has; {_CONVERT}")
     try:
         return json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -203,6 +207,11 @@ def _check(manifest: Manifest, file: Path) -> None:
             parts = PurePosixPath(shard.file).parts
             if len(parts) != 1 or parts[0] in ("..", ".", "/") or "\\" in shard.file:
                 raise DataError(f"{file} names a shard outside its folder: {shard.file!r}; don't trust this data set")
+            if not 0 <= shard.num_records * _LEAST_RECORD <= shard.bytes:
+                raise DataError(
+                    f"{file}: {shard.num_records} records don't fit into the {shard.bytes} bytes of {shard.file}; "
+                    "convert the data set again"
+                )
         records = sum(shard.num_records for shard in split.shards)
         if len(split.class_counts) != manifest.num_classes:
             raise DataError(

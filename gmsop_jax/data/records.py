@@ -152,11 +152,7 @@ def _pixels(record: bytes, header: np.void) -> np.ndarray:
     if header["codec"] == 0:
         shape = _raw_shape(record, header)
         return np.frombuffer(record, np.uint8, offset=HEADER.itemsize).reshape(shape)
-    pixels = _from_png(record[HEADER.itemsize :])
-    shape = (header["height"], header["width"], header["channels"])
-    if pixels.shape != shape:
-        raise DataError(f"damaged record: a PNG of shape {pixels.shape} for {shape}")
-    return pixels
+    return _from_png(record[HEADER.itemsize :], (int(header["height"]), int(header["width"]), int(header["channels"])))
 
 
 def _checksum(record: bytes | bytearray) -> int:
@@ -170,9 +166,12 @@ def _to_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _from_png(data: bytes) -> np.ndarray:
+def _from_png(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
+            found = (png.height, png.width, len(png.getbands()))
+            if found != shape or png.mode not in ("L", "RGB"):  # before memory is taken for its pixels
+                raise DataError(f"damaged record: a PNG of shape {found} for {shape}")
             pixels = np.asarray(png)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"damaged record: {error}") from error

@@ -87,14 +87,13 @@ class Trainer:
 
     def run(self, data: list[dict[str, np.ndarray]], state: TrainState | None = None) -> tuple[TrainState, np.ndarray]:
         """Trains; returns (state, losses and balance losses [steps, 2])."""
-        state = self.initial() if state is None else state
-        assert state is not None
+        current: TrainState = self.initial() if state is None else state
         told = []
         for batch in data:
-            state, metrics = self.step(state, batch, len(batch["label"]))
+            current, metrics = self.step(current, batch, len(batch["label"]))
             assert int(metrics["count"]) == len(batch["label"])
             told.append([float(metrics["loss_sum"]), float(metrics["balance_loss"])])
-        return state, np.array(told)
+        return current, np.array(told)
 
 
 def assert_same(a, b, rtol: float = 2e-4, atol: float = 2e-4) -> None:
