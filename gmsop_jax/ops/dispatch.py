@@ -19,7 +19,7 @@ Pool = Callable[[Array], Array]
 
 def apply_candidates(
     x: Float[Array, "b p c"],
-    kernels: Sequence[Float[Array, "n i o"]],
+    kernels: Sequence[Float[Array, "n _ _"]],
     indices: Int[Array, "b k"],
     pool: Pool,
     dispatch: Dispatch = "auto",

@@ -1,15 +1,10 @@
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import DTypeLike
 
-from gmsop_jax import ops
-from gmsop_jax.ops import covariance_pool
-
-newton_schulz_sqrt: Any = ops.newton_schulz_sqrt
+from gmsop_jax.ops import covariance_pool, newton_schulz_sqrt
 
 ITERATIONS = range(1, 9)
 
