@@ -43,7 +43,8 @@ class Run:
         elif m.projection_widths:
             head += f" of {m.projection_widths[-1]} channels"
         widths = ", ".join(str(width * m.width_factor) for width in m.stage_widths)
-        return f"{head} on {m.blocks_per_stage} blocks × ({widths})"
+        blocks = f"{m.blocks_per_stage} block{'s' if m.blocks_per_stage > 1 else ''}"
+        return f"{head} on {blocks} × ({widths})"
 
     @property
     def images_per_second(self) -> float | None:

@@ -55,7 +55,7 @@ def test_page_says_the_essentials_without_scripts(page, trained_run):
     text = _Outline(page).text
     result = json.loads((trained_run / "result.json").read_text())
     assert f"{result['top1_error']:.2f} %" in text
-    assert "GM-SOP-4-2 on 1 blocks × (8, 12)" in text
+    assert "GM-SOP-4-2 on 1 block × (8, 12)" in text
     for title in ("Cross entropy", "Learning rate", "Balance loss", "Throughput", "Confusion", "Worst-confused pairs",
                   "Most certain, and wrong", "Least certain", "Use of each candidate over training",
                   "Which candidates go together", "Gate entropy by class", "Images that weigh most on each candidate",
