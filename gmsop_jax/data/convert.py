@@ -5,18 +5,17 @@ renamed when whole, and noted. A killed conversion started again skips the noted
 the others.
 """
 
-import concurrent.futures
 import contextlib
-import itertools
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,11 @@ from gmsop_jax.data.records import CODECS, HEADER, Codec
 from gmsop_jax.data.shards import Task, split_order, write_shard
 from gmsop_jax.data.sources import Options, Request, Source, open_source
 from gmsop_jax.data.sources.files import check_space
-from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.errors import ConfigError, DataError, UserError
 
 _SHARD_BYTES = 128 * 2**20  # a shard's usual size
 _RECORD_OVERHEAD = HEADER.itemsize + 72  # the container's bytes per record, rounded up
 _SMALL = 20_000  # images below which starting processes takes longer than the work
-_TICK = 32  # images between two looks at the shared counter
 
 Range = tuple[int, int]
 
@@ -135,40 +133,59 @@ def _run(work: _Work, tasks: list[Task], workers: int | None, images: int, advan
 
 
 def _run_in_processes(work: _Work, tasks: list[Task], workers: int, advance: Callable[[int], None]) -> None:
+    """Shares the tasks out beforehand: no queue and no lock that a killed worker could hold."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads, such as JAX's, may hang
-    done, stop = context.Value("q", 0), context.Event()
-    initial = (work, done, stop)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, initial) as pool:
-        try:
-            calls = [pool.submit(_write_in_worker, task) for task in tasks]
-            if work.hash_files:
-                calls.append(pool.submit(_write_sums_in_worker))
-            waiting = set(calls)
-            shown = 0
-            while waiting:
-                finished, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                advance(done.value - shown)
-                shown = done.value
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process ended unexpectedly (often: not enough memory); run again to "
-                "resume, with fewer workers"
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+    done = context.RawArray("q", workers)  # images made by each
+    errors, running = {}, []
+    try:
+        for number in range(workers):
+            errors[number], send = context.Pipe(duplex=False)
+            arguments = (work, tasks[number::workers], number, number == workers - 1, done, send)
+            running.append(context.Process(target=_worker, args=arguments, daemon=True))
+            running[-1].start()
+        shown = 0
+        while any(process.exitcode is None for process in running):
+            multiprocessing.connection.wait([p.sentinel for p in running if p.exitcode is None], 0.2)
+            now = sum(done)
+            advance(now - shown)
+            shown = now
+            for number, process in enumerate(running):
+                if process.exitcode:
+                    raise _why(process.exitcode, errors[number])
+    finally:
+        for process in running:
+            process.terminate()
+            process.join()
+            for leftover in work.output.glob(f"*.tmp-{process.pid}"):
+                leftover.unlink()
 
 
-_worker: tuple[_Work, Any, Any] | None = None
+def _why(exit_code: int, errors: Connection) -> Exception:
+    """The error a worker sent before it ended; another one if it couldn't."""
+    with contextlib.suppress(EOFError):
+        if errors.poll():
+            return errors.recv()
+    return DataError(
+        f"a worker process ended unexpectedly (exit code {exit_code}; often: not enough memory); run again to "
+        "resume, with fewer workers"
+    )
 
 
-def _start_worker(work: _Work, done: Any, stop: Any) -> None:
-    global _worker
-    _worker = work, done, stop
+def _worker(work: _Work, tasks: list[Task], number: int, last: bool, done: Any, errors: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_die_with_parent, daemon=True).start()
+
+    def tick() -> None:
+        done[number] += 1
+
+    try:
+        for task in tasks:
+            work.write(task, tick)
+        if last and work.hash_files:
+            work.write_sums()
+    except UserError as error:
+        errors.send(error)
+        sys.exit(1)
 
 
 def _die_with_parent() -> None:
@@ -176,28 +193,6 @@ def _die_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def _write_in_worker(task: Task) -> None:
-    assert _worker is not None
-    work, done, stop = _worker
-    count = itertools.count(1)
-
-    def tick() -> None:
-        if next(count) % _TICK == 0:
-            with done.get_lock():
-                done.value += _TICK
-            if stop.is_set():
-                raise DataError("stopped")  # the parent is already reporting why
-
-    work.write(task, tick)
-    with done.get_lock():
-        done.value += (task.stop - task.start) % _TICK
-
-
-def _write_sums_in_worker() -> None:
-    assert _worker is not None
-    _worker[0].write_sums()
 
 
 @contextlib.contextmanager

@@ -173,6 +173,38 @@ def test_sigkill_resumes_to_the_same_bytes(workers: int, tmp_path: Path):
     assert contents(output) == contents(tmp_path / "reference")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the workers in /proc")
+def test_a_killed_worker_is_told(tmp_path: Path):
+    write_imagenet(tmp_path / "in", "pickle", count=8000, side=16)
+    arguments = [
+        "imagenet64",
+        "--input",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "set",
+        "--shards",
+        "12",
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools/convert.py", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list((tmp_path / "set").glob("*.arrayrecord")):
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, told = process.communicate()
+    assert process.returncode == 2
+    assert "error: a worker process ended unexpectedly" in told
+    assert "Traceback" not in told
+
+
 def test_shard_ranges_join(imagenet: Path, reference: Path, tmp_path: Path):
     output, other = tmp_path / "set", tmp_path / "other"
     for at, where in enumerate((output, other, output)):
@@ -288,6 +320,15 @@ def test_too_many_unreadable_are_refused(tmp_path: Path):
     manifest = convert("image-folder", tmp_path / "in", tmp_path / "set", max_unreadable=0.5, **arguments)
     assert manifest is not None
     assert manifest.splits["train"].image_size == (8, 8)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_image_no_record_holds(tmp_path: Path, workers: int):
+    write_photos(tmp_path / "in", broken=0)
+    Image.new("L", (2**16, 1)).save(tmp_path / "in/train/a/long.png")
+    with pytest.raises(DataError, match="image is 1×65536; sides go from 1 to 65535"):
+        convert("image-folder", tmp_path / "in", tmp_path / "set", workers=workers, shards=2, progress=False)
+    assert not list((tmp_path / "set").glob("*.tmp-*"))
 
 
 def test_another_stored_mean_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
