@@ -63,6 +63,7 @@ class Trainer:
         sub_batches: int = 1,
         optimizer: bool = False,
         classifier: bool = False,
+        side: int = 8,
     ):
         model = model or small_model()
         self.mesh = parallel.create_mesh(jax.devices()[:num_devices])
@@ -75,7 +76,7 @@ class Trainer:
             )
 
         def initial() -> TrainState:
-            return create_state(create_model(model).init(jax.random.key(1), jnp.zeros((1, 8, 8, 3))), sgd)
+            return create_state(create_model(model).init(jax.random.key(1), jnp.zeros((1, side, side, 3))), sgd)
 
         self.shardings = parallel.state_shardings(
             jax.eval_shape(initial), self.mesh, optimizer=optimizer, classifier=classifier, least=1
@@ -253,4 +254,18 @@ def test_collectives_are_those_of_the_count(mode, head):
         assert size == counts.bytes_reduced(mode)
     else:  # XLA sends equal sums once: the bias gradients of a block's last two batch norms
         assert 0.99 * counts.bytes_reduced(mode) < size <= counts.bytes_reduced(mode)
+    assert counts.batch_norms < number <= counts.most_reductions
+
+
+@pytest.mark.slow
+def test_collectives_of_the_published_network():
+    """GM-SOP-16-8 on ResNet-18, 64×64, 1,000 classes: the figure of docs/scaling.md."""
+    model = model_defaults()
+    model.num_classes = 1000
+    trainer = Trainer(8, model, side=64)
+    program = trainer.step.lower(trainer.initial(), batches(1, 8, side=64)[0], 8).compile().as_text()
+    kinds, number, size = collectives(program)
+    counts = count(model, 64)
+    assert kinds == {"all-reduce"}
+    assert size == counts.bytes_reduced() == 41_489_901
     assert counts.batch_norms < number <= counts.most_reductions
