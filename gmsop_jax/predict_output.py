@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -50,11 +51,14 @@ def run(
     files = list_files(inputs)
     predictor = Predictor(checkpoint)
     unreadable: list[Unreadable] = []
-    with _saving(features) as save:
-        results = _noting(predictor.predict(files, batch_size=batch_size), unreadable, save)
-        for text in FORMATS[output_format](results, predictor.info, top, files):
-            sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        with _saving(features) as save:
+            results = _noting(predictor.predict(files, batch_size=batch_size), unreadable, save)
+            for text in FORMATS[output_format](results, predictor.info, top, files):
+                sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `… | head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for item in unreadable:
         print(f"unreadable: {item.file}: {item.reason}", file=sys.stderr)
     return 1 if unreadable else 0

@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -199,3 +201,11 @@ def test_features_wait_on_disk(tmp_path):
     with np.load(tmp_path / "f.npz") as saved:
         assert saved["features"].shape == (10_000, 2000)
         assert (saved["features"][9_999] == 9_999).all()
+
+
+def test_a_reader_who_has_enough_is_no_error(trained_run, folder):
+    command = ["-m", "gmsop_jax.main", "--mode", "predict", "--checkpoint", trained_run, "--input", folder]
+    head = ["bash", "-c", '"$@" | head -n 1', "", sys.executable, *command]
+    done = subprocess.run(head, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("file")
+    assert "Traceback" not in done.stderr
