@@ -211,12 +211,14 @@ def entropy(study: Study, num_selected: int, most: int = 40) -> Chart:
     """Mean entropy of the gate weights by class, the most decided first; of many classes both ends."""
     values = study.by_class(study.entropy)
     order = [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
+    maximum = math.log2(num_selected)
+    title = f"Gate entropy by class (equal weights: {maximum:.2f} bits)"
     if len(order) > most:
+        title += f": the {most // 2} lowest and the {most // 2} highest"
         order = order[: most // 2] + order[-most // 2 :]
     bars = [{"class": study.classes[i], "bits": round(float(values[i]), 4)} for i in order]
-    maximum = math.log2(num_selected)
     return _chart(
-        f"Gate entropy by class (equal weights: {maximum:.2f} bits)",
+        title,
         bars,
         {
             "height": 18 * len(bars),

@@ -125,7 +125,7 @@ def test_tool(trained_run, tmp_path, monkeypatch, capsys):
     status, out, _ = run(trained_run, "--output", tmp_path / "page.html", "--max-images", 64)
     assert status == 0
     assert re.fullmatch(r".*page\.html: \d\.\d MB\n", out)
-    assert "64 of 200, drawn at random," in (tmp_path / "page.html").read_text()
+    assert "64 images of the split “val”, drawn at random from its 200." in (tmp_path / "page.html").read_text()
     status, _, err = run(tmp_path, "--output", tmp_path / "x.html")
     assert status == 2
     assert re.fullmatch(r"error: .*config\.json can't be read .*\n", err)
