@@ -8,11 +8,12 @@ makes; the share is of the ceiling measured beside it: the faster of a large mat
 """
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -169,7 +170,7 @@ def mixture_cases(batch: int) -> list[Case]:
         dispatches: tuple[Dispatch, ...] = ("gather", "loop")
         for dispatch in dispatches:
 
-            def run(x, kernels, dispatch=dispatch, chosen=chosen):
+            def run(x, kernels, dispatch: Dispatch = dispatch, chosen=chosen):
                 return ops.apply_candidates(x, kernels, chosen, ops.second_order_pool, dispatch)
 
             program = compiled(with_gradient(run), (x, kernels), g)
@@ -272,7 +273,7 @@ def step_cases(peer: str | None, batch: int, compute_dtype: str) -> list[Case]:
 
 
 def peak_memory(kind: str, batch: int) -> float:
-    """MB that three steps add to a fresh process with its libraries loaded; on a CPU only."""
+    """MB that parameters, optimiser and steps add to a fresh process with its libraries loaded; on Linux, on a CPU."""
     command = [sys.executable, __file__, "step", "--batch", str(batch), "--peak-of", kind]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.split()[-1])
@@ -285,11 +286,21 @@ def print_peak(kind: str, batch: int) -> None:
 
         torch.ones(1).sum()
     jnp.ones(1).block_until_ready()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     step = torch_step(16, batch) if kind == "torch" else JaxTrainer(16, batch, "").step
+    step()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what compiling needed
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """MB of this process in memory: now (`VmRSS`) or at most (`VmHWM`); from Linux's /proc."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) / 1024
 
 
 def table(cases: list[Case]) -> list[dict[str, Any]]:
