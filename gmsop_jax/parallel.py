@@ -203,7 +203,17 @@ class TrainStep:
     def __call__(self, state: Any, batch: HostBatch, size: int) -> tuple[Any, dict[str, jax.Array]]:
         """Trains on a batch."""
         program, placed = self._choose(batch, size)
-        return program(state, placed)
+        state, metrics = program(state, placed)
+        if jax.process_count() > 1:
+            state = jax.tree.map(self._on_all_devices, state)
+        return state, metrics
+
+    def _on_all_devices(self, array: jax.Array) -> jax.Array:
+        """An array as one over the whole mesh: pmap gives each process one over its own devices."""
+        if array.sharding.device_set == set(self.mesh.devices.flat):
+            return array
+        copies = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, replicated(self.mesh), copies)
 
     def lower(self, state: Any, batch: HostBatch, size: int) -> Any:
         """The program for such a batch, as `jax.jit(…).lower` gives it."""

@@ -13,12 +13,12 @@ from gmsop_jax.restore import load
 from gmsop_jax.writer import read_metrics
 
 
-def two_processes(start, workdir: Path, *arguments: object) -> list[subprocess.Popen[str]]:
+def two_processes(start, workdir: Path, *arguments: object, devices: int = 2) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = ["--workdir", workdir, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, *arguments]
-    return [start(*common, "--process-id", i, devices=2) for i in range(2)]
+    return [start(*common, "--process-id", i, devices=devices) for i in range(2)]
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[str, str]]:
@@ -52,6 +52,18 @@ def test_two_processes_train_as_one(start, alone, tmp_path):
         rtol=1e-3,
         atol=1e-4,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_a_last_batch_that_does_not_split(start, tmp_path, mode):
+    """48 images in batches of 20, 20 and 8 on two processes with five devices each."""
+    options = ["--config.train.batch_size=20", "--config.train.drop_last=False", "--config.eval.batch_size=20"]
+    mode = f"--config.parallel.mode={mode}"
+    finish(start("--workdir", tmp_path / "one", *options))
+    finish(*two_processes(start, tmp_path / "two", *options, mode, devices=5))
+    assert len(training_losses(tmp_path / "one")) == 9
+    np.testing.assert_allclose(training_losses(tmp_path / "two"), training_losses(tmp_path / "one"), rtol=1e-4)
 
 
 def test_stopped_in_two_processes_goes_on_in_one(start, alone, tmp_path):
