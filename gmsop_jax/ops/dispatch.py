@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 Dispatch = Literal["auto", "gather", "loop"]
 Pool = Callable[[Array], Array]
 
+_CACHE_BYTES = 4 << 20  # of activations, above which the loop was measured to be the faster one
+
 
 def apply_candidates(
     x: Float[Array, "b p c"],
@@ -35,8 +37,8 @@ def apply_candidates(
       pool: of one tile or many, [*, p, d] → [*, f].
       dispatch: `gather` copies each pair's weights and runs all pairs as batched products: for
         accelerators. `loop` runs pair after pair, each in cache, and its backward pass computes a pair
-        again instead of keeping anything of it: for a single CPU device. `auto` chooses between them by
-        the default backend. Both give the same values and gradients, to rounding.
+        again instead of keeping anything of it: for a single CPU device. `auto` is `loop` there, if the
+        pairs together don't fit into a cache, and `gather` elsewhere. Both give the same values and gradients, to rounding.
 
     Returns: the pooled vector of each pair.
 
@@ -44,12 +46,19 @@ def apply_candidates(
       ValueError: if `dispatch` is unknown.
     """
     if dispatch == "auto":
-        dispatch = "loop" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "gather"
+        dispatch = _choose(x, kernels, indices)
     if dispatch == "gather":
         return _tile(x[:, None], [kernel[indices] for kernel in kernels], pool)
     if dispatch == "loop":
         return _loop(x, tuple(kernels), indices, pool)
     raise ValueError(f"dispatch must be 'auto', 'gather' or 'loop', got {dispatch!r}")
+
+
+def _choose(x: Array, kernels: Sequence[Array], indices: Array) -> Dispatch:
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return "gather"
+    widths = sum(kernel.shape[-1] for kernel in kernels)
+    return "loop" if indices.size * x.shape[-2] * widths * x.dtype.itemsize > _CACHE_BYTES else "gather"
 
 
 def _tile(x: Array, weights: Sequence[Array], pool: Pool) -> Array:
