@@ -38,7 +38,8 @@ def apply_candidates(
       dispatch: `gather` copies each pair's weights and runs all pairs as batched products: for
         accelerators. `loop` runs pair after pair, each in cache, and its backward pass computes a pair
         again instead of keeping anything of it: for a single CPU device. `auto` is `loop` there, if the
-        pairs together don't fit into a cache, and `gather` elsewhere. Both give the same values and gradients, to rounding.
+        pairs together don't fit into a cache, and `gather` elsewhere. Both give the same values and
+        gradients, to rounding.
 
     Returns: the pooled vector of each pair.
 
