@@ -7,6 +7,7 @@ upper quartile. Operations (a multiply-add counts two) and bytes are those that 
 makes; the share is of the ceiling measured beside it: the faster of a large matrix product's rate and a copy's.
 """
 
+# pyright: reportMissingImports=false
 import argparse
 import ctypes
 import dataclasses

@@ -3,6 +3,7 @@
 Selected images are gathered for each candidate (`index_select`), the square root is differentiated by autograd.
 """
 
+# pyright: reportMissingImports=false
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -100,7 +101,8 @@ class Trainer:
 
     def __init__(self, num_candidates: int, device: str, compiled: bool = False):
         self.device = device
-        model = nn.Sequential(resnet18(), Head(num_candidates)).to(device=device, memory_format=torch.channels_last)
+        model = nn.Sequential(resnet18(), Head(num_candidates)).to(device)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model = torch.compile(model) if compiled else model
         self.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
 
