@@ -68,7 +68,7 @@ def default_config() -> ConfigDict:
     c.data.auto_convert = False  # convert the source's embedded sample if dir doesn't exist
     c.data.image_size = 0  # side to which images are resized; 0: as stored
     c.data.flip = True  # mirror half of the training images
-    c.data.num_threads = 4  # batches prepared at once
+    c.data.num_threads = 2  # batches prepared at once; more gain nothing but where images are resized
     c.data.num_workers = 0  # processes that prepare them instead; for slow resizing
     c.data.on_corrupt = "stop"  # at a damaged shard or record; skip: go on without, and say which
     c.data.verify = True  # compare the shards' checksums before the first step

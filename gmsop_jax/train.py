@@ -49,11 +49,12 @@ def train_and_evaluate(
     """Trains, evaluates after every epoch, and leaves the results in a folder.
 
     A working directory that holds checkpoints is gone on with, in this order:
-      1. the data set's manifest is read, and its shards' checksums compared;
+      1. the data set's manifest is read;
       2. the folder is locked, and the configuration compared with its `config.json`;
-      3. checkpoints that are damaged are set aside;
-      4. parameters, batch norm's moments and the optimiser's state are the last checkpoint's;
-      5. data order, augmentation, gate noise and dropout go on, being functions of seed and step.
+      3. the shards' checksums are compared;
+      4. checkpoints that are damaged are set aside;
+      5. parameters, batch norm's moments and the optimiser's state are the last checkpoint's;
+      6. data order, augmentation, gate noise and dropout go on, being functions of seed and step.
 
     Args:
       config: a validated configuration.
@@ -72,12 +73,14 @@ def train_and_evaluate(
     """
     started = time.monotonic()
     checked = None if config.data.on_corrupt == "stop" else ()  # splits whose shards must be whole
-    manifest = Manifest.load(config.data.dir, config.data.verify, checked)
+    manifest = Manifest.load(config.data.dir, splits=checked)
     config = resolve(config, manifest)
     run = prepare(config, manifest)
     height, width, _ = image_shape(config, manifest)
     inputs = Inputs(manifest.name, manifest.classes, manifest.mean_rgb, (height, width))
     with Workdir(workdir, config) as folder, folder.explaining_errors():
+        if config.data.verify:
+            Manifest.load(config.data.dir, verify_checksums=True, splits=checked)
         first_process_does(lambda: inputs.save(folder.path))
         with Checkpoints(folder.path / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
             progress = _train(run, folder, checkpoints, started, profile)
