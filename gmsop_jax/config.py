@@ -111,6 +111,7 @@ _MAY_DIFFER = (
     "data.on_corrupt",
     "data.verify",
     "model.dispatch",
+    "train.num_epochs",  # a finished run may be given more: the last learning rate goes on
     "train.log_every_steps",
     "train.on_nonfinite",
     "parallel.mode",

@@ -1,4 +1,4 @@
-"""Evaluation: a whole split through the network, and the restoring of what is evaluated."""
+"""Evaluation: a whole split through the network."""
 
 import json
 import pathlib
@@ -12,8 +12,10 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
+from gmsop_jax.inputs import Inputs
 from gmsop_jax.metrics import summarize
 from gmsop_jax.models import create_model
+from gmsop_jax.restore import restore_variables
 from gmsop_jax.train_step import make_eval_step
 from gmsop_jax.writer import write_atomic
 
@@ -76,7 +78,8 @@ def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
 def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, Any]:
     """Evaluates a checkpoint on `config.eval.split` and writes `evaluation-<split>.json` beside it.
 
-    The training split's shards need not be there.
+    The training split's shards need not be there. The mean colour subtracted is that of the images which
+    the network was trained on (`inputs.json`).
 
     Args:
       config: of the run; its model must fit the checkpoint.
@@ -89,7 +92,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.
       DataError: if the data set is missing or damaged.
     """
-    folder, step = checkpoint.locate(path)
+    folder, _ = checkpoint.locate(path)
     split = config.eval.split
     checked = [split] if config.data.on_corrupt == "stop" else []
     manifest = Manifest.load(config.data.dir, config.data.verify, splits=checked)
@@ -97,17 +100,10 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     mesh = parallel.create_mesh()
     parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     model = create_model(config.model)
-    images = jax.ShapeDtypeStruct((1, *image_shape(config, manifest)), "float32")
-    like = jax.eval_shape(model.init, jax.random.key(0), images)
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
-    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-        if step is None:
-            best = checkpoints.best_step
-            step = best if best is not None else checkpoints.latest_step
-        assert step is not None  # locate found one
-        variables, _ = checkpoints.restore_variables({"batch_stats": {}, **like}, step)
-    eval_step = parallel.jit_eval_step(make_eval_step(model, mean_rgb=manifest.mean_rgb), mesh)
+    shape = image_shape(config, manifest)
+    variables, step, _ = restore_variables(model, shape, path, parallel.replicated(mesh))
+    trained_on = Inputs.load(folder.parent)
+    eval_step = parallel.jit_eval_step(make_eval_step(model, mean_rgb=trained_on.mean_rgb), mesh)
     result = {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
     if jax.process_index() == 0:
         write_atomic(folder.parent / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from gmsop_jax import checkpoint
 from gmsop_jax import config as configs
@@ -54,7 +54,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
       CheckpointError: if there is no checkpoint, a file of its run is missing or damaged, or the
         configuration doesn't fit it.
     """
-    folder, step = checkpoint.locate(os.fspath(path))
+    folder, _ = checkpoint.locate(os.fspath(path))
     config = configs.from_json(checkpoint.read_config(os.fspath(path)))
     inputs = Inputs.load(folder.parent)
     configs.validate(config)
@@ -64,8 +64,29 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
             f" {len(inputs.classes)}; they are of different runs"
         )
     model = create_model(config.model)
-    images = jax.ShapeDtypeStruct((1, *inputs.image_size, 3), "float32")
     sharding = SingleDeviceSharding(jax.local_devices()[0])
+    variables, step, metrics = restore_variables(model, (*inputs.image_size, 3), path, sharding)
+    return model, variables, Info(config, inputs, step, metrics)
+
+
+def restore_variables(
+    model: Network, image_shape: tuple[int, int, int], path: str | os.PathLike[str], sharding: Sharding
+) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
+    """A network's parameters and moments from a checkpoint.
+
+    Args:
+      model: the network.
+      image_shape: height, width and channels of its images.
+      path: as `load`.
+      sharding: where each array goes.
+
+    Returns: (variables, step, what was measured at that step).
+
+    Raises:
+      CheckpointError: if there is no checkpoint, it doesn't fit the model, or is damaged.
+    """
+    folder, step = checkpoint.locate(os.fspath(path))
+    images = jax.ShapeDtypeStruct((1, *image_shape), "float32")
     like = dict(jax.eval_shape(model.init, jax.random.key(0), images))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
@@ -74,5 +95,4 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
             step = best if best is not None else checkpoints.latest_step
         assert step is not None  # locate found one
         variables, _ = checkpoints.restore_variables({"batch_stats": {}, **like}, step)
-        metrics = checkpoints.metrics(step)
-    return model, variables, Info(config, inputs, step, metrics)
+        return variables, step, checkpoints.metrics(step)

@@ -86,7 +86,8 @@ def report(run: ImportedRun, output: str) -> None:
     if run.epoch < run.config.train.num_epochs:
         print(f"train on:   python -m gmsop_jax.main --config {output}/config.py --workdir {output}")
     else:
-        print(f"all {run.config.train.num_epochs} epochs are done; to train on, add --config.train.num_epochs=… here")
+        more = f"--config {output}/config.py --workdir {output} --config.train.num_epochs=…"
+        print(f"all {run.config.train.num_epochs} epochs are done; more: python -m gmsop_jax.main {more}")
 
 
 def count_parts(params: dict) -> dict[str, int]:
