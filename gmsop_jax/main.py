@@ -161,7 +161,7 @@ def _use_compilation_cache() -> None:
     """Keeps compiled programs for the next start, where JAX_COMPILATION_CACHE_DIR says if it is set."""
     import jax
 
-    if not jax.config.values["jax_compilation_cache_dir"]:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "gmsop_jax"))
 
