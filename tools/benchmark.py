@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -349,9 +350,7 @@ def main() -> None:
         print_peak(options.peak_of, options.batch)
         return
     kinds = ("ops", "mixture", "step", "pipeline") if options.what == "all" else (options.what,)
-    print(
-        f"{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}, Python {sys.version.split()[0]}"
-    )
+    print(f"{device()}, jax {jax.__version__}, Python {platform.python_version()}")
     report: dict[str, Any] = {}
     for kind in kinds:
         print(f"\n{kind}")
@@ -359,6 +358,16 @@ def main() -> None:
     if options.json:
         with open(options.json, "w") as file:
             json.dump(report, file, indent=1)
+
+
+def device() -> str:
+    """The accelerator's name, or the processor's as Linux tells it."""
+    kind = jax.devices()[0].device_kind
+    info = pathlib.Path("/proc/cpuinfo")
+    if kind != "cpu" or not info.exists():
+        return kind
+    model = next(line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line)
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def measure_pipeline() -> None:
@@ -375,9 +384,7 @@ def measure_pipeline() -> None:
 def run(kind: str, options: argparse.Namespace) -> Any:
     """One table."""
     if kind == "pipeline":
-        return subprocess.run(
-            [sys.executable, __file__.replace("benchmark.py", "bench_data.py")], check=True
-        ).returncode
+        return measure_pipeline()
     cases = ceilings()
     if kind == "ops":
         cases += ops_cases(options.peer, 64)
