@@ -139,6 +139,17 @@ def test_one_program_for_all_steps(gated):
     assert step._cache_size() == max(before, 1)
 
 
+def asks_the_host(program: str) -> bool:
+    return any(word in program for word in ("infeed", "outfeed", " send(", " recv(", "callback"))
+
+
+def test_the_program_never_asks_the_host(gated):
+    _, step, state = gated
+    assert not asks_the_host(step.lower(state, batch()).compile().as_text())
+    control = jax.jit(lambda x: jax.pure_callback(lambda x: x, x, x)).lower(jnp.ones(2)).compile().as_text()
+    assert asks_the_host(control)
+
+
 def test_gate_noise_of_the_batch_replaces_the_draw(gated):
     _, step, state = gated
     gate = state.params["head"]["mixture"]["gate"]
