@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
+from gmsop_jax.config_checks import check_values
 from gmsop_jax.errors import ConfigError
-from gmsop_jax.models.network import HEADS
 
 if TYPE_CHECKING:
 
@@ -33,24 +33,39 @@ else:
 def model_defaults() -> ConfigDict:
     """Fields of `config.model`; the defaults are GM-SOP-16-8 on ResNet-18, 64×64 images."""
     m = ConfigDict()
-    m.head = "gmsop"  # gap | srsop | gmgap (gated mixture, first order) | gmsop (second order)
     m.num_classes = 0  # 0: as many as the data set has
-    m.blocks_per_stage = 2  # basic blocks; 2 is ResNet-18, 4 WRN-36
-    m.width_factor = 1  # multiplies stage_widths; 2 is WRN-36-2
-    m.stage_widths = (16, 32, 64, 128)  # channels of each stage
-    m.stage_strides = (1, 2, 2, 1)  # of each stage's first block; first-order heads end with 2
-    m.stem_width = 16  # channels of the first convolution
-    m.pixel_scale = 60.0  # the stem's kernel starts at He's scale over this, learns at its square
-    m.projection_widths = ()  # gap and srsop: 1×1 convolutions before the pooling
-    m.num_candidates = 16  # N, size of the bank
-    m.num_selected = 8  # K, candidates per image
-    m.candidate_widths = (256, 128)  # 1×1 convolutions of a candidate; the last one is pooled
-    m.gate_widths = (256, 128)  # 1×1 convolutions of the gate's trunk
-    m.gate_gradient = "straight_through"  # or masked, the authors'
-    m.dispatch = "auto"  # how the selected candidates are run: gather | loop; auto by the backend
-    m.num_iters = 3  # Newton–Schulz steps
-    m.dropout_rate = 0.2  # before the classifier of a mixture
     m.compute_dtype = ""  # '' follows the parameters (float32); bfloat16 for the convolutions
+    # backbone
+    m.backbone = "narrow"  # basic blocks; or resnet50 | resnet101 | resnext50_32x4d | resnext101_{32,64}x4d
+    m.blocks_per_stage = 2  # narrow: 2 is ResNet-18, 4 WRN-36, 6 the authors' 64×64 "ResNet-50"
+    m.width_factor = 1  # narrow: multiplies stage_widths; 2 is WRN-36-2
+    m.stage_widths = (16, 32, 64, 128)  # narrow: channels of each stage
+    m.stem_width = 16  # narrow: channels of the first convolution
+    m.stem = "small"  # 3×3 at stride 1; large: 7×7 at stride 2 and max-pool, for 224×224 (not narrow)
+    m.stage_strides = (1, 2, 2, 1)  # of each stage's first block; first-order heads end with 2
+    m.pixel_scale = 60.0  # the stem's kernel starts at He's scale over this, learns at its square
+    m.batch_norm_rate = 0.3  # share of the batch in the running moments
+    # head
+    m.head = "gmsop"  # gap | sop | srsop | mpncov, and mixtures {gm,ave,concat} of {gap,sop}: gmgap …
+    m.projection_widths = ()  # heads without mixture: 1×1 convolutions before the pooling
+    m.projection_batch_norm = False  # batch norm after each of them, as iSQRT-COV
+    m.num_iters = 3  # Newton–Schulz steps; iSQRT-COV takes 5
+    m.power = 0.5  # α of mpncov
+    # mixtures
+    m.num_candidates = 16  # N, size of the bank
+    m.num_selected = 8  # K, candidates per image; gated mixtures only
+    m.candidate_widths = (256, 128)  # 1×1 convolutions of a candidate; the last one is pooled
+    m.dispatch = "auto"  # how the selected candidates are run: gather | loop; auto by the backend
+    m.dropout_rate = 0.2  # before the classifier of a mixture
+    # gate
+    m.gate_widths = (256, 128)  # 1×1 convolutions of the gate's trunk
+    m.gate_order = 0  # of the gate's pooling: 1 average, 2 covariance; 0: as the candidates'
+    m.gate_init = "constant"  # every logit ties at the start; random
+    m.gate_noise = "image"  # one draw an image, learned scale | candidate | fixed (1/N) | none
+    m.gate_softmax = "selected"  # the weights sum to 1 | all: softmax over the N, the others dropped
+    m.gate_gradient = "straight_through"  # or masked, the authors'
+    m.balance_on = "weights"  # of the selected | softmax: over all N
+    m.balance_ddof = 1  # variance over N − 1; 0: over N
     return m
 
 
@@ -68,6 +83,9 @@ def default_config() -> ConfigDict:
     c.data.auto_convert = False  # convert the source's embedded sample if dir doesn't exist
     c.data.image_size = 0  # side to which images are resized; 0: as stored
     c.data.flip = True  # mirror half of the training images
+    c.data.crop = "none"  # padded: random crop after padding | resized: random part, resized
+    c.data.crop_padding = 4  # pixels of padding around the image, mean colour
+    c.data.crop_area = (0.08, 1.0)  # least and largest share of the image that is cut out and resized
     c.data.num_threads = 2  # batches prepared at once; more gain nothing but where images are resized
     c.data.num_workers = 0  # processes that prepare them instead; for slow resizing
     c.data.on_corrupt = "stop"  # at a damaged shard or record; skip: go on without, and say which
@@ -76,9 +94,19 @@ def default_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.batch_size = 256  # over all devices
     c.train.num_epochs = 60  # passes over the training split
+    c.train.optimizer = "sgd"  # adamw
     c.train.learning_rates = ((0.1, 40), (0.01, 10), (0.001, 5), (0.0001, 5))  # (rate, epochs) …
-    c.train.momentum = 0.9  # of SGD, without Nesterov's change
+    c.train.schedule = "steps"  # cosine: from the one rate of learning_rates to 0 in its epochs
+    c.train.warmup_epochs = 0.0  # in which the rate rises linearly to what the schedule says
+    c.train.rate_factors = ()  # ((part, factor), …), like (("backbone", 0.1),); 0 freezes the part
+    c.train.momentum = 0.9  # of SGD; β₁ of AdamW
+    c.train.beta2 = 0.999  # of AdamW
+    c.train.nesterov = False  # Nesterov's momentum
     c.train.weight_decay = 1e-4  # on every parameter: biases, batch norm and gate too
+    c.train.label_smoothing = 0.0  # share of the target that is spread over all classes
+    c.train.mixup_alpha = 0.0  # of the Beta(α, α) that mixes pairs of images; 0: none
+    c.train.ema_decay = 0.0  # of averaged parameters, which are then evaluated; 0: none
+    c.train.init_from = ""  # folder of a run whose parameters this one starts from
     c.train.balance_weight = 100.0  # α; the loss is the mean cross entropy + α/B · balance loss
     c.train.drop_last = True  # False trains on the smaller last batch of an epoch, as the authors
     c.train.sub_batches = 1  # parts of a batch, one after the other: less memory, a forward pass more
@@ -94,6 +122,8 @@ def default_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.split = "val"  # evaluated after each epoch
     c.eval.batch_size = 256  # over all devices; also of --mode predict
+    c.eval.resize = 0  # shorter side before the centre is cut out; 0: whole images to data.image_size
+    c.eval.flip_average = False  # mean of the logits of each image and its mirror image
 
     c.checkpoint = ConfigDict()
     c.checkpoint.keep = 3  # the last n are kept, and the best
@@ -235,91 +265,7 @@ def validate(config: ConfigDict) -> None:
     missing = [name for name in known if name not in fields]
     if missing:
         raise ConfigError(f"config.{missing[0]} is missing; start from default_config()")
-    _validate_model(config.model)
-    for name, least in _LEAST.items():
-        if fields[name] < least:
-            raise ConfigError(f"config.{name} must be at least {least}, got {fields[name]}")
-    _validate_schedule(config.train.learning_rates)
-    _validate_parallel(config.parallel)
-    _one_of("data.on_corrupt", config.data.on_corrupt, ("stop", "skip"))
-    _one_of("train.on_nonfinite", config.train.on_nonfinite, ("stop", "rollback"))
-    if not 0 <= config.train.momentum < 1:
-        raise ConfigError(f"config.train.momentum must be in [0, 1), got {config.train.momentum}")
-
-
-_LEAST = {
-    "seed": 0,
-    "data.image_size": 0,
-    "data.num_threads": 1,
-    "data.num_workers": 0,
-    "train.batch_size": 1,
-    "train.num_epochs": 1,
-    "train.weight_decay": 0.0,
-    "train.balance_weight": 0.0,
-    "train.sub_batches": 1,
-    "train.log_every_steps": 1,
-    "eval.batch_size": 1,
-    "checkpoint.keep": 1,
-    "checkpoint.every_steps": 0,
-    "model.num_classes": 0,
-    "model.blocks_per_stage": 1,
-    "model.width_factor": 1,
-    "model.stem_width": 1,
-    "model.num_candidates": 1,
-    "model.num_selected": 1,
-    "model.num_iters": 1,
-}
-
-
-def _validate_model(m: ConfigDict) -> None:
-    _one_of("model.head", m.head, HEADS)
-    _one_of("model.gate_gradient", m.gate_gradient, ("straight_through", "masked"))
-    _one_of("model.dispatch", m.dispatch, ("auto", "gather", "loop"))
-    _one_of("model.compute_dtype", m.compute_dtype, ("", "float32", "bfloat16", "float64"))
-    if m.num_selected > m.num_candidates:
-        raise ConfigError(
-            f"config.model.num_selected (K = {m.num_selected}) exceeds config.model.num_candidates"
-            f" (N = {m.num_candidates}); lower K or raise N"
-        )
-    for name in ("stage_widths", "stage_strides", "candidate_widths", "gate_widths", "projection_widths"):
-        if (not m[name] and name != "projection_widths") or any(type(v) is not int or v < 1 for v in m[name]):
-            raise ConfigError(
-                f"config.model.{name} must be positive integers, like {model_defaults()[name]}; got {m[name]}"
-            )
-    if len(m.stage_widths) != len(m.stage_strides):
-        raise ConfigError(
-            f"config.model.stage_widths {m.stage_widths} and stage_strides {m.stage_strides}"
-            " need one entry for each stage"
-        )
-    if not m.pixel_scale > 0:
-        raise ConfigError(f"config.model.pixel_scale must be positive, got {m.pixel_scale}")
-    if not 0 <= m.dropout_rate < 1:
-        raise ConfigError(f"config.model.dropout_rate must be in [0, 1), got {m.dropout_rate}")
-
-
-def _validate_schedule(rates: tuple) -> None:
-    pairs = all(isinstance(r, tuple | list) and len(r) == 2 for r in rates)
-    numbers = pairs and all(type(r) in (int, float) and type(e) is int for r, e in rates)
-    if not rates or not numbers or any(not r > 0 or e < 1 for r, e in rates):
-        raise ConfigError(
-            "config.train.learning_rates must be pairs (rate > 0, epochs ≥ 1), like"
-            f" ((0.1, 40), (0.01, 10)); got {rates}"
-        )
-
-
-def _validate_parallel(p: ConfigDict) -> None:
-    _one_of("parallel.mode", p.mode, ("jit", "pmap"))
-    _one_of("parallel.batch_norm", p.batch_norm, ("global", "device"))
-    for name in ("shard_optimizer", "shard_classifier"):
-        if p.mode == "pmap" and p[name]:
-            raise ConfigError(f"config.parallel.{name} needs config.parallel.mode = 'jit', got 'pmap'")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        close = difflib.get_close_matches(value, allowed, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"config.{name} must be one of {allowed}, got {value!r}{hint}")
+    check_values(config, default_config())
 
 
 def to_json(config: ConfigDict) -> str:

@@ -2,21 +2,22 @@
 
 `head(x, train=…, gate_noise=None)` takes any [b, h, w, c] and returns `(logits, aux)`: logits are
 [b, num_classes], float32 or float64; `aux` holds `features` [b, f] (the pooled vector), `gate_weights`
-[b, n] and `balance_loss`, which for a head without gate are ones [b, 1] and 0.
+[b, n], `importance` [b, n] and `balance_loss`, which for a head without gate are ones [b, 1] and 0.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmsop_jax.models.gating import pool
-from gmsop_jax.models.layers import BatchNorm, Dropout, he_normal
-from gmsop_jax.models.mixture import GatedMixture
+from gmsop_jax.models.gating import GateOptions
+from gmsop_jax.models.layers import BatchNorm, Dropout, ModuleFactory, he_normal
+from gmsop_jax.models.mixture import GatedMixture, Mixture
+from gmsop_jax.ops import average_pool, covariance_pool, matrix_power, second_order_pool, triangle_vector
 from gmsop_jax.ops.dispatch import Dispatch
-from gmsop_jax.ops.top_k import Gradient
 
 _Map = Float[Array, "b h w c"]
 _Output = tuple[Float[Array, "b classes"], Mapping[str, Array]]
@@ -28,54 +29,77 @@ def _classify(features: Array, num_classes: int, dtype: jnp.dtype | None) -> Arr
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
+def _without_gate(features: Array) -> dict[str, Array]:
+    one = jnp.ones((len(features), 1), features.dtype)
+    return {"balance_loss": jnp.zeros((), features.dtype), "gate_weights": one, "importance": one}
+
+
 class _PoolingHead(nn.Module):
-    """One pooling for every image, then the classifier."""
+    """One pooling for every image, then the classifier.
+
+    Attributes:
+      num_classes: of the classifier.
+      projection_widths: of 1×1 convolutions without bias, each with ReLU, before the pooling.
+      projection_batch_norm: whether each of them has batch norm before its ReLU.
+      norm: makes these batch norms.
+      dtype: of projection and classifier; None follows features and parameters.
+    """
 
     num_classes: int
     projection_widths: Sequence[int] = ()
+    projection_batch_norm: bool = False
+    norm: ModuleFactory = BatchNorm
     dtype: jnp.dtype | None = None
 
-    def _pool(self, x: Array) -> Array:
+    def _pool(self, x: Float[Array, "b p c"]) -> Float[Array, "b f"]:
         raise NotImplementedError
 
     @nn.compact
     def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
         """Pools and classifies; `gate_noise` is ignored, there is no gate."""
         for i, width in enumerate(self.projection_widths, 1):
-            convolution = nn.Dense(
-                width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name=f"projection{i}"
-            )
-            x = jax.nn.relu(convolution(x))
+            name = f"projection{i}"
+            x = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name=name)(x)
+            if self.projection_batch_norm:
+                x = self.norm(dtype=self.dtype, name=f"{name}_bn")(x, train=train)
+            x = jax.nn.relu(x)
         features = self._pool(x.reshape(x.shape[0], -1, x.shape[-1]))
-        aux = {
-            "features": features,
-            "gate_weights": jnp.ones((x.shape[0], 1), features.dtype),
-            "balance_loss": jnp.zeros((), features.dtype),
-        }
+        aux = {**_without_gate(features), "features": features}
         return _classify(features, self.num_classes, self.dtype), aux
 
 
 class GAPHead(_PoolingHead):
     """Global average pooling: f = c, or the last of `projection_widths`.
 
-    Attributes:
-      num_classes: of the classifier.
-      projection_widths: of 1×1 convolutions without bias, each with ReLU, before the pooling; one of 512
-        or 8256 makes the paper's -512d and -8256d baselines.
-      dtype: of projection and classifier; None follows features and parameters.
+    One projection to 512 or 8256 makes the paper's -512d and -8256d baselines. Attributes: as
+    `SecondOrderHead`'s, without `num_iters`.
     """
 
     def _pool(self, x):
-        return pool(x, 1, 1)
+        return average_pool(x)
+
+
+class CovarianceHead(_PoolingHead):
+    """Plain second-order pooling (SOP): the covariance's triangle as it is, f = c(c + 1)/2.
+
+    Attributes: as `SecondOrderHead`'s, without `num_iters`.
+    """
+
+    def _pool(self, x):
+        return triangle_vector(covariance_pool(x))
 
 
 class SecondOrderHead(_PoolingHead):
-    """SR-SOP (iSQRT-COV): square-root-normalised covariance pooling, f = c(c + 1)/2.
+    """SR-SOP: square-root-normalised covariance pooling, f = c(c + 1)/2.
+
+    With projection to 256, batch norm and 5 steps this is iSQRT-COV's head (Li et al. 2018).
 
     Attributes:
       num_classes: of the classifier.
-      projection_widths: as in `GAPHead`; those of a mixture's candidate make parametric SR-SOP, which is
-        one candidate without a gate.
+      projection_widths: of 1×1 convolutions without bias, each with ReLU, before the pooling; those of a
+        mixture's candidate make parametric SR-SOP, which is one candidate without a gate.
+      projection_batch_norm: whether each of them has batch norm before its ReLU.
+      norm: makes these batch norms.
       dtype: of projection and classifier; None follows features and parameters.
       num_iters: Newton–Schulz steps; 3 as GM-SOP, 5 as iSQRT-COV.
     """
@@ -83,7 +107,65 @@ class SecondOrderHead(_PoolingHead):
     num_iters: int = 3
 
     def _pool(self, x):
-        return pool(x, 2, self.num_iters)
+        return second_order_pool(x, self.num_iters)
+
+
+class MPNCOVHead(_PoolingHead):
+    """MPN-COV: powers of the covariance by eigendecomposition (Li et al. 2017), f = c(c + 1)/2.
+
+    Attributes:
+      power: α of Σ^α, see `ops.matrix_power`.
+      others: as `SecondOrderHead`'s.
+    """
+
+    power: float = 0.5
+
+    def _pool(self, x):
+        return triangle_vector(matrix_power(covariance_pool(x), self.power))
+
+
+class MixtureHead(nn.Module):
+    """Averaged or concatenated mixture: `Mixture` → batch norm → dropout → classifier.
+
+    Ave-GAP and Ave-SOP of the paper, and their concatenations: every candidate runs on every image.
+    Training with dropout needs the RNG stream `dropout`.
+
+    Attributes:
+      num_classes: of the classifier.
+      num_candidates, candidate_widths, order, num_iters, combine: as in `Mixture`.
+      dropout_rate: 0 for none.
+      axis_name: pmap or shard_map axis over which the batch is split; dropout is then that of the whole.
+      norm: makes the batch norm.
+      dtype: as in `ResNet`.
+    """
+
+    num_classes: int
+    num_candidates: int = 16
+    candidate_widths: Sequence[int] = (256, 128)
+    order: int = 2
+    num_iters: int = 3
+    combine: Literal["average", "concatenate"] = "average"
+    dropout_rate: float = 0.2
+    axis_name: str | None = None
+    norm: ModuleFactory = BatchNorm
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
+        """Pools and classifies; `gate_noise` is ignored, there is no gate."""
+        features = Mixture(
+            self.num_candidates,
+            self.candidate_widths,
+            self.order,
+            self.num_iters,
+            self.dtype,
+            self.combine,
+            name="mixture",
+        )(x)
+        y = self.norm(name="bn")(features, train=train)
+        y = Dropout(self.dropout_rate, self.axis_name)(y, train=train)
+        aux = {**_without_gate(features), "features": features}
+        return _classify(y, self.num_classes, self.dtype), aux
 
 
 class GatedMixtureHead(nn.Module):
@@ -96,6 +178,7 @@ class GatedMixtureHead(nn.Module):
     Attributes:
       num_classes: of the classifier.
       dropout_rate: 0 for none.
+      norm: makes the batch norms.
       others: as in `GatedMixture`.
     """
 
@@ -106,31 +189,31 @@ class GatedMixtureHead(nn.Module):
     gate_widths: Sequence[int] = (256, 128)
     order: int = 2
     num_iters: int = 3
-    gradient: Gradient = "straight_through"
+    gate_options: GateOptions = GateOptions()
     dispatch: Dispatch = "auto"
     dropout_rate: float = 0.2
-    dtype: jnp.dtype | None = None
     axis_name: str | None = None
-    per_device_bn: bool = False
+    norm: ModuleFactory = BatchNorm
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
-        """Pools and classifies; `gate_noise` [b] replaces the draw from the stream `gating`."""
+        """Pools and classifies; `gate_noise` replaces the draw from the stream `gating`."""
         mixture = GatedMixture(
             self.num_candidates,
-            self.num_selected,
             self.candidate_widths,
-            self.gate_widths,
             self.order,
             self.num_iters,
-            self.gradient,
+            self.dtype,
+            self.num_selected,
+            self.gate_widths,
+            self.gate_options,
             self.dispatch,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            per_device_bn=self.per_device_bn,
+            self.axis_name,
+            self.norm,
             name="mixture",
         )
         features, aux = mixture(x, train=train, gate_noise=gate_noise)
-        y = BatchNorm(axis_name=None if self.per_device_bn else self.axis_name, name="bn")(features, train=train)
+        y = self.norm(name="bn")(features, train=train)
         y = Dropout(self.dropout_rate, self.axis_name)(y, train=train)
         return _classify(y, self.num_classes, self.dtype), {**aux, "features": features}

@@ -1,11 +1,15 @@
 """Layers that the backbones and heads share."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gmsop_jax.ops import draw_rows
+
+ModuleFactory = Callable[..., nn.Module]  # a module's class, or a functools.partial of it
 
 # N(0, 2/fan_in), as the authors initialise every convolution and the classifier
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")

@@ -1,52 +1,117 @@
-"""Global gated mixture of pooling candidates."""
+"""Mixtures of pooling candidates: gated, averaged, concatenated."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmsop_jax.models.gating import Gate, pool
-from gmsop_jax.ops import apply_candidates, balance_loss, draw_rows, select_top_k, selection_weights
+from gmsop_jax.models.gating import Gate, GateOptions, noise_shape, pool
+from gmsop_jax.models.layers import BatchNorm, ModuleFactory
+from gmsop_jax.ops import (
+    apply_all_candidates,
+    apply_candidates,
+    balance_loss,
+    draw_rows,
+    select_top_k,
+    selection_weights,
+)
 from gmsop_jax.ops.dispatch import Dispatch
-from gmsop_jax.ops.top_k import Gradient
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class GatedMixture(nn.Module):
-    """Pools a map of features by the weighted sum of the candidates that its gate selects.
-
-    z = Σ_{i ∈ TopK} wᵢ(x) · Mᵢ(x)   (GM-SOP, eq. 2)
+class _Bank(nn.Module):
+    """The candidates that the images share.
 
     Candidate Mᵢ (the paper's component module, an expert of the mixture-of-experts literature) is a
-    stack of 1×1 convolutions without bias, each with ReLU, then average (order 1, GM-GAP) or
-    square-root-normalised covariance pooling (order 2, GM-SOP). Only the selected ones are computed.
-
-    Attributes:
-      num_candidates: n, size of the bank.
-      num_selected: k, candidates per image.
-      candidate_widths: of each candidate's convolutions; the last is the width d that is pooled.
-      gate_widths: of the gate's trunk.
-      order: 1 or 2, of the candidates' and the gate's pooling.
-      num_iters: Newton–Schulz steps.
-      gradient: `straight_through`, or the authors' `masked` (see `ops.top_k_gate`).
-      dtype: as in `ResNet`; pooling, gate weights and result are never below float32.
-      axis_name: pmap or shard_map axis over which the batch is split; batch norm, balance loss and draws
-        are those of the whole batch.
-      per_device_bn: batch norm uses the moments of each device's part instead.
+    stack of 1×1 convolutions without bias, each with ReLU, then average (order 1) or square-root-normalised
+    covariance pooling (order 2).
     """
 
     num_candidates: int = 16
-    num_selected: int = 8
     candidate_widths: Sequence[int] = (256, 128)
-    gate_widths: Sequence[int] = (256, 128)
     order: int = 2
     num_iters: int = 3
-    gradient: Gradient = "straight_through"
-    dispatch: Dispatch = "auto"
     dtype: jnp.dtype | None = None
+
+    def _kernels(self, x: Array) -> list[Array]:
+        """The candidates' weights, layer by layer [n, in, out], in the dtype of the computation."""
+        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", batch_axis=(0,))
+        c, kernels = x.shape[-1], []
+        for i, width in enumerate(self.candidate_widths, 1):
+            kernels.append(self.param(f"candidates{i}", init, (self.num_candidates, c, width)))
+            c = width
+        dtype = self.dtype or jnp.result_type(x, *kernels)
+        return [kernel.astype(dtype) for kernel in kernels]
+
+    def _pool(self, x: Array) -> Array:
+        return pool(x, self.order, self.num_iters)
+
+
+class Mixture(_Bank):
+    """Pools a map of features by all candidates, without a gate.
+
+    z = (1/n) Σᵢ Mᵢ(x)  (Ave-GAP, Ave-SOP), or all Mᵢ(x) one after the other.
+
+    Attributes:
+      num_candidates: n, size of the bank; each image runs through all of them.
+      candidate_widths: of each candidate's convolutions; the last is the width d that is pooled.
+      order: 1 or 2, of the candidates' pooling.
+      num_iters: Newton–Schulz steps.
+      dtype: as in `ResNet`; pooling and result are never below float32.
+      combine: `average`, or `concatenate` for n times as many features.
+    """
+
+    combine: Literal["average", "concatenate"] = "average"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b f"]:
+        """Pooled features.
+
+        Raises:
+          ValueError: if `combine` is unknown.
+        """
+        b, h, w, c = x.shape
+        x = x.reshape(b, h * w, c)
+        pooled = apply_all_candidates(x, self._kernels(x), self._pool)
+        if self.combine == "average":
+            return jnp.mean(pooled, axis=1)
+        if self.combine == "concatenate":
+            return pooled.reshape(b, -1)
+        raise ValueError(f"combine must be 'average' or 'concatenate', got {self.combine!r}")
+
+
+class GatedMixture(_Bank):
+    """Pools a map of features by the weighted sum of the candidates that its gate selects.
+
+    z = Σ_{i ∈ TopK} wᵢ(x) · Mᵢ(x)   (GM-SOP, eq. 2; order 1 is GM-GAP)
+
+    Only the selected candidates are computed.
+
+    Attributes:
+      num_candidates: n, size of the bank.
+      candidate_widths: of each candidate's convolutions; the last is the width d that is pooled.
+      order: 1 or 2, of the candidates' and the gate's pooling.
+      num_iters: Newton–Schulz steps.
+      dtype: as in `ResNet`; pooling, gate weights and result are never below float32.
+      num_selected: k, candidates per image.
+      gate_widths: of the gate's trunk.
+      gate_options: its noise, weights, gradient, start and balance loss.
+      dispatch: as in `ops.apply_candidates`.
+      axis_name: pmap or shard_map axis over which the batch is split; balance loss and draws are those of
+        the whole batch.
+      norm: makes the gate's batch norms.
+    """
+
+    num_selected: int = 8
+    gate_widths: Sequence[int] = (256, 128)
+    gate_options: GateOptions = GateOptions()
+    dispatch: Dispatch = "auto"
     axis_name: str | None = None
-    per_device_bn: bool = False
+    norm: ModuleFactory = BatchNorm
 
     @nn.compact
     def __call__(
@@ -54,19 +119,21 @@ class GatedMixture(nn.Module):
         x: Float[Array, "b h w c"],
         *,
         train: bool,
-        gate_noise: Float[Array, "b"] | None = None,
+        gate_noise: Float[Array, "b ..."] | None = None,
     ) -> tuple[Float[Array, "b f"], Mapping[str, Array]]:
         """Pools the map.
 
         Args:
           x: features.
           train: whether noise is drawn (RNG stream `gating`) and batch norm uses the batch's moments.
-          gate_noise: γ of each image, instead of the draw.
+          gate_noise: γ of each image [b] (or of each of its candidates [b, n], see `GateOptions`), instead
+            of the draw.
 
-        Returns: (pooled features, {`balance_loss`, `gate_weights` [b, n]}).
+        Returns: (pooled features, {`balance_loss`, `gate_weights` [b, n], `importance` [b, n]}); the last
+          is what the balance loss is of.
 
         Raises:
-          ValueError: if num_selected exceeds num_candidates, or gate_noise is not [b].
+          ValueError: if num_selected exceeds num_candidates, or gate_noise is of another shape.
         """
         b, h, w, c = x.shape
         x = x.reshape(b, h * w, c)
@@ -75,34 +142,34 @@ class GatedMixture(nn.Module):
             noise_rng, tie_rng = jax.random.split(self.make_rng("gating"))
         noise = self._noise(b, x.dtype, train, gate_noise, noise_rng)
 
-        gate = Gate(
+        logits = Gate(
             self.num_candidates,
             self.gate_widths,
-            self.order,
+            self.gate_options.order or self.order,
             self.num_iters,
-            dtype=self.dtype,
-            axis_name=None if self.per_device_bn else self.axis_name,
+            self.gate_options.noise,
+            self.gate_options.init,
+            self.norm,
+            self.dtype,
             name="gate",
-        )
-        logits = gate(x, train=train, noise=noise)
+        )(x, train=train, noise=noise)
         indices = select_top_k(logits, self.num_selected, tie_rng, self.axis_name)
-        weights = selection_weights(logits, indices, self.gradient)
+        weights = selection_weights(logits, indices, self.gate_options.gradient, self.gate_options.softmax)
+        importance = weights if self.gate_options.balance_on == "weights" else jax.nn.softmax(logits, axis=-1)
 
-        pooled = apply_candidates(x, self._bank(c, x), indices, self._pool, self.dispatch)
+        pooled = apply_candidates(x, self._kernels(x), indices, self._pool, self.dispatch)
         selected = jnp.take_along_axis(weights, indices, axis=-1)
-        fused = jnp.einsum("bk,bkf->bf", selected, pooled, precision=jax.lax.Precision.HIGHEST)
-        aux = {"balance_loss": balance_loss(weights, self.axis_name), "gate_weights": weights}
-        return fused, aux
-
-    def _pool(self, x: Array) -> Array:
-        return pool(x, self.order, self.num_iters)
+        fused = jnp.einsum("bk,bkf->bf", selected, pooled, precision=_HIGHEST)
+        balance = balance_loss(importance, self.axis_name, self.gate_options.balance_ddof)
+        return fused, {"balance_loss": balance, "gate_weights": weights, "importance": importance}
 
     def _noise(self, b, dtype, train, given, rng) -> Array | None:
+        shape = noise_shape(self.gate_options.noise, b, self.num_candidates)
         if given is not None:
-            if given.shape != (b,):
-                raise ValueError(f"gate_noise must have shape ({b},), got {given.shape}")
+            if given.shape != shape:
+                raise ValueError(f"gate_noise must have shape {shape}, got {given.shape}")
             return given
-        if not train or self.is_initializing():
+        if not train or self.is_initializing() or self.gate_options.noise == "none":
             return None
         if rng is None:
             raise ValueError(
@@ -112,14 +179,4 @@ class GatedMixture(nn.Module):
         def draw(rng, shape):
             return jax.random.normal(rng, shape, jnp.promote_types(dtype, jnp.float32))
 
-        return draw_rows(draw, rng, (b,), self.axis_name)
-
-    def _bank(self, c: int, x: Array) -> list[Array]:
-        """The candidates' weights, layer by layer [n, in, out], in the dtype of the computation."""
-        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", batch_axis=(0,))
-        kernels = []
-        for i, width in enumerate(self.candidate_widths, 1):
-            kernels.append(self.param(f"candidates{i}", init, (self.num_candidates, c, width)))
-            c = width
-        dtype = self.dtype or jnp.result_type(x, *kernels)
-        return [kernel.astype(dtype) for kernel in kernels]
+        return draw_rows(draw, rng, shape, self.axis_name)

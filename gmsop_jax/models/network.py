@@ -1,6 +1,7 @@
 """A backbone and a head make a network; a configuration names both."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,10 +9,42 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmsop_jax.models.heads import GAPHead, GatedMixtureHead, SecondOrderHead
-from gmsop_jax.models.resnet import ResNet
+from gmsop_jax.models.gating import GateOptions
+from gmsop_jax.models.heads import (
+    CovarianceHead,
+    GAPHead,
+    GatedMixtureHead,
+    MixtureHead,
+    MPNCOVHead,
+    SecondOrderHead,
+)
+from gmsop_jax.models.layers import BatchNorm
+from gmsop_jax.models.resnet import BottleneckResNet, ResNet
 
-HEADS = ("gap", "srsop", "gmgap", "gmsop")
+_Fields = dict[str, Any]
+
+# name → head, from the configuration's fields that plain heads, all mixtures and gated ones take
+_HEADS: dict[str, Callable[[Any, _Fields, _Fields, _Fields], nn.Module]] = {
+    "gap": lambda m, plain, mixture, gated: GAPHead(**plain),
+    "sop": lambda m, plain, mixture, gated: CovarianceHead(**plain),
+    "srsop": lambda m, plain, mixture, gated: SecondOrderHead(**plain, num_iters=m.num_iters),
+    "mpncov": lambda m, plain, mixture, gated: MPNCOVHead(**plain, power=m.power),
+    "gmgap": lambda m, plain, mixture, gated: GatedMixtureHead(**mixture, **gated, order=1),
+    "gmsop": lambda m, plain, mixture, gated: GatedMixtureHead(**mixture, **gated, order=2),
+    "avegap": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=1),
+    "avesop": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=2),
+    "concatgap": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=1, combine="concatenate"),
+    "concatsop": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=2, combine="concatenate"),
+}
+_BOTTLENECKS = {
+    "resnet50": {"blocks_per_stage": (3, 4, 6, 3)},
+    "resnet101": {"blocks_per_stage": (3, 4, 23, 3)},
+    "resnext50_32x4d": {"blocks_per_stage": (3, 4, 6, 3), "groups": 32, "group_width": 4},
+    "resnext101_32x4d": {"blocks_per_stage": (3, 4, 23, 3), "groups": 32, "group_width": 4},
+    "resnext101_64x4d": {"blocks_per_stage": (3, 4, 23, 3), "groups": 64, "group_width": 4},
+}
+HEADS = tuple(_HEADS)
+BACKBONES = ("narrow", *_BOTTLENECKS)
 
 
 class Network(nn.Module):
@@ -50,7 +83,7 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
       → `(logits, aux)`.
 
     Raises:
-      ValueError: if the head is unknown or num_classes is not set.
+      ValueError: if head or backbone is unknown or num_classes is not set.
 
     Example:
       >>> from gmsop_jax.config import model_defaults
@@ -65,42 +98,64 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
     """
     if config.num_classes < 1:
         raise ValueError(f"config.model.num_classes must be at least 1, got {config.num_classes}")
-    dtype = jnp.dtype(config.compute_dtype) if config.compute_dtype else None
-    backbone = ResNet(
-        blocks_per_stage=config.blocks_per_stage,
-        width_factor=config.width_factor,
-        stage_widths=tuple(config.stage_widths),
-        stage_strides=tuple(config.stage_strides),
-        stem_width=config.stem_width,
-        pixel_scale=config.pixel_scale,
-        dtype=dtype,
-        axis_name=None if per_device_bn else axis_name,
-    )
-    return Network(backbone, _create_head(config, dtype, axis_name, per_device_bn))
-
-
-def _create_head(config: Any, dtype: Any, axis_name: str | None, per_device_bn: bool) -> nn.Module:
-    if config.head == "gap":
-        return GAPHead(config.num_classes, tuple(config.projection_widths), dtype)
-    if config.head == "srsop":
-        return SecondOrderHead(config.num_classes, tuple(config.projection_widths), dtype, config.num_iters)
     if config.head not in HEADS:
         raise ValueError(f"config.model.head must be one of {', '.join(HEADS)}; got {config.head!r}")
-    return GatedMixtureHead(
-        config.num_classes,
-        num_candidates=config.num_candidates,
-        num_selected=config.num_selected,
-        candidate_widths=tuple(config.candidate_widths),
-        gate_widths=tuple(config.gate_widths),
-        order=1 if config.head == "gmgap" else 2,
-        num_iters=config.num_iters,
-        gradient=config.gate_gradient,
-        dispatch=config.dispatch,
-        dropout_rate=config.dropout_rate,
-        dtype=dtype,
-        axis_name=axis_name,
-        per_device_bn=per_device_bn,
+    if config.backbone not in BACKBONES:
+        raise ValueError(f"config.model.backbone must be one of {', '.join(BACKBONES)}; got {config.backbone!r}")
+    shared = {
+        "norm": functools.partial(
+            BatchNorm,
+            running_rate=config.batch_norm_rate,
+            axis_name=None if per_device_bn else axis_name,
+        ),
+        "dtype": jnp.dtype(config.compute_dtype) if config.compute_dtype else None,
+    }
+    return Network(_create_backbone(config, shared), _create_head(config, shared, axis_name))
+
+
+def _create_backbone(m: Any, shared: _Fields) -> nn.Module:
+    fields = {**shared, "stage_strides": tuple(m.stage_strides), "pixel_scale": m.pixel_scale}
+    if m.backbone in _BOTTLENECKS:
+        return BottleneckResNet(**_BOTTLENECKS[m.backbone], **fields, stem=m.stem)
+    return ResNet(
+        **fields,
+        blocks_per_stage=m.blocks_per_stage,
+        width_factor=m.width_factor,
+        stage_widths=tuple(m.stage_widths),
+        stem_width=m.stem_width,
     )
+
+
+def _create_head(m: Any, shared: _Fields, axis_name: str | None) -> nn.Module:
+    shared = {**shared, "num_classes": m.num_classes}
+    plain = {
+        **shared,
+        "projection_widths": tuple(m.projection_widths),
+        "projection_batch_norm": m.projection_batch_norm,
+    }
+    mixture = {
+        **shared,
+        "num_candidates": m.num_candidates,
+        "candidate_widths": tuple(m.candidate_widths),
+        "num_iters": m.num_iters,
+        "dropout_rate": m.dropout_rate,
+        "axis_name": axis_name,
+    }
+    gated = {
+        "num_selected": m.num_selected,
+        "gate_widths": tuple(m.gate_widths),
+        "dispatch": m.dispatch,
+        "gate_options": GateOptions(
+            noise=m.gate_noise,
+            softmax=m.gate_softmax,
+            gradient=m.gate_gradient,
+            order=m.gate_order,
+            init=m.gate_init,
+            balance_on=m.balance_on,
+            balance_ddof=m.balance_ddof,
+        ),
+    }
+    return _HEADS[m.head](m, plain, mixture, gated)
 
 
 def count_parameters(params: Any) -> int:

@@ -1,55 +1,91 @@
-"""Residual networks of basic blocks: the authors' narrow ResNet and its wide form (WRN)."""
+"""Residual networks: the authors' narrow ones of basic blocks, and ImageNet's of bottlenecks."""
 
+import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmsop_jax.models.layers import BatchNorm, he_normal
+from gmsop_jax.models.layers import BatchNorm, ModuleFactory, he_normal
 
 _Map = Float[Array, "b h w c"]
 
 
-class BasicBlock(nn.Module):
-    """ReLU(x' + BN(conv3×3(ReLU(BN(conv3×3(x)))))); x' is x, or BN(conv1×1(x)) if its shape differs.
+class _Block(nn.Module):
+    """What the residual blocks share: convolutions with batch norm, and the shortcut.
 
     Attributes:
-      width: output channels.
-      stride: of the first convolution and of the shortcut.
-      dtype, axis_name: as in `ResNet`.
+      width: channels of its convolutions.
+      stride: of the block.
+      norm: makes the batch norms.
+      dtype: as in `ResNet`.
     """
 
     width: int
     stride: int = 1
+    norm: ModuleFactory = BatchNorm
     dtype: jnp.dtype | None = None
-    axis_name: str | None = None
+
+    def _convolution(self, x, width, size, stride, name, *, train, groups=1):
+        pad = (size - 1) // 2  # at stride 2 too, where 'SAME' would pad one side only
+        x = nn.Conv(
+            width,
+            (size, size),
+            stride,
+            padding=((pad, pad), (pad, pad)),
+            feature_group_count=groups,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=he_normal,
+            name=name,
+        )(x)
+        return self.norm(dtype=self.dtype, name=f"{name}_bn")(x, train=train)
+
+    def _add_shortcut(self, x, y, *, train):
+        if x.shape[-1] != y.shape[-1] or self.stride != 1:
+            x = self._convolution(x, y.shape[-1], 1, self.stride, "shortcut", train=train)
+        return jax.nn.relu(x + y)
+
+
+class BasicBlock(_Block):
+    """ReLU(x' + BN(conv3×3(ReLU(BN(conv3×3(x)))))); x' is x, or BN(conv1×1(x)) if its shape differs.
+
+    The first convolution has the stride.
+    """
 
     @nn.compact
     def __call__(self, x: _Map, *, train: bool) -> _Map:
-        """Applies the block."""
+        """Applies the block: `width` channels."""
+        y = jax.nn.relu(self._convolution(x, self.width, 3, self.stride, "conv1", train=train))
+        y = self._convolution(y, self.width, 3, 1, "conv2", train=train)
+        return self._add_shortcut(x, y, train=train)
 
-        def convolution(x, size, stride, name):
-            pad = (size - 1) // 2  # at stride 2 too, where 'SAME' would pad one side only
-            x = nn.Conv(
-                self.width,
-                (size, size),
-                stride,
-                padding=((pad, pad), (pad, pad)),
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=he_normal,
-                name=name,
-            )(x)
-            normalize = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"{name}_bn")
-            return normalize(x, train=train)
 
-        y = jax.nn.relu(convolution(x, 3, self.stride, "conv1"))
-        y = convolution(y, 3, 1, "conv2")
-        if x.shape[-1] != self.width or self.stride != 1:
-            x = convolution(x, 1, self.stride, "shortcut")
-        return jax.nn.relu(x + y)
+class BottleneckBlock(_Block):
+    """1×1, 3×3 in groups, 1×1 convolution, each with batch norm, ReLU between; shortcut as `BasicBlock`'s.
+
+    The 3×3 convolution has the stride (as in torchvision; He et al. 2016 have it in the first one).
+
+    Attributes:
+      groups: of the 3×3 convolution; 1 in ResNet, the cardinality in ResNeXt (Xie et al. 2017).
+      group_width: channels of each group in a block of width 64; wider blocks have as many times more.
+      others: as in `BasicBlock`.
+    """
+
+    groups: int = 1
+    group_width: int = 64
+
+    @nn.compact
+    def __call__(self, x: _Map, *, train: bool) -> _Map:
+        """Applies the block: 4 · `width` channels."""
+        inner = self.width * self.group_width // 64 * self.groups
+        y = jax.nn.relu(self._convolution(x, inner, 1, 1, "conv1", train=train))
+        y = self._convolution(y, inner, 3, self.stride, "conv2", train=train, groups=self.groups)
+        y = self._convolution(jax.nn.relu(y), 4 * self.width, 1, 1, "conv3", train=train)
+        return self._add_shortcut(x, y, train=train)
 
 
 class ResNet(nn.Module):
@@ -68,8 +104,8 @@ class ResNet(nn.Module):
       pixel_scale: typical size of an input value. The stem's kernel starts divided by it; the trainer
         divides that kernel's learning rate by its square. 60 for mean-subtracted pixels of 0–255 (as
         the authors), 1 for standardised input.
+      norm: makes the batch norms.
       dtype: of the computation; None follows the input and the parameters.
-      axis_name: pmap or shard_map axis over which batch norm takes its moments.
     """
 
     blocks_per_stage: int = 2
@@ -78,8 +114,8 @@ class ResNet(nn.Module):
     stage_strides: Sequence[int] = (1, 2, 2, 1)
     stem_width: int = 16
     pixel_scale: float = 60.0
+    norm: ModuleFactory = BatchNorm
     dtype: jnp.dtype | None = None
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: _Map, *, train: bool) -> _Map:
@@ -94,29 +130,78 @@ class ResNet(nn.Module):
         Raises:
           TypeError: for integer images.
         """
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise TypeError(
-                f"images must be floating with their mean subtracted, got {images.dtype};"
-                " for example images.astype(jnp.float32) - mean_rgb"
-            )
-        x = nn.Conv(
-            self.stem_width,
-            (3, 3),
-            padding=((1, 1), (1, 1)),
-            dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0 / self.pixel_scale**2, "fan_in", "normal"),
-            name="stem",
-        )(images)
-        x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="stem_bn")(x, train=train)
-        x = jax.nn.relu(x)
+        stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
+        x = stem(images, self.stem_width, 3, 1, use_bias=True, train=train)
         stages = zip(self.stage_widths, self.stage_strides, strict=True)
         for stage, (width, first_stride) in enumerate(stages, 1):
             for block in range(1, self.blocks_per_stage + 1):
-                x = BasicBlock(
-                    width * self.width_factor,
+                stride = first_stride if block == 1 else 1
+                name = f"stage{stage}_block{block}"
+                x = BasicBlock(width * self.width_factor, stride, self.norm, self.dtype, name=name)(x, train=train)
+        return x
+
+
+class BottleneckResNet(nn.Module):
+    """ImageNet's ResNet and ResNeXt: a stem and four stages of `BottleneckBlock`s, 2048 channels.
+
+    Attributes:
+      blocks_per_stage: (3, 4, 6, 3) in the networks of 50 layers, (3, 4, 23, 3) in those of 101.
+      groups, group_width: 1 and 64 in ResNet; the two numbers of 32x4d and 64x4d in ResNeXt.
+      stem: `large`, 7×7 at stride 2 and 3×3 max-pool at stride 2, for 224×224; `small`, 3×3 at stride 1
+        without pool, for 64×64.
+      stage_strides: stride of each stage's first block; (1, 2, 2, 2) for first-order heads, and 1 in the
+        end for second-order ones, as in iSQRT-COV.
+      pixel_scale, norm, dtype: as in `ResNet`.
+    """
+
+    blocks_per_stage: Sequence[int] = (3, 4, 6, 3)
+    groups: int = 1
+    group_width: int = 64
+    stem: Literal["large", "small"] = "large"
+    stage_strides: Sequence[int] = (1, 2, 2, 2)
+    pixel_scale: float = 60.0
+    norm: ModuleFactory = BatchNorm
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, images: _Map, *, train: bool) -> _Map:
+        """Features of the last stage; arguments and errors as of `ResNet`."""
+        stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
+        if self.stem == "large":
+            x = stem(images, 64, 7, 2, use_bias=False, train=train)
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        else:
+            x = stem(images, 64, 3, 1, use_bias=False, train=train)
+        stages = zip(self.blocks_per_stage, (64, 128, 256, 512), self.stage_strides, strict=True)
+        for stage, (blocks, width, first_stride) in enumerate(stages, 1):
+            for block in range(1, blocks + 1):
+                x = BottleneckBlock(
+                    width,
                     first_stride if block == 1 else 1,
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
+                    self.norm,
+                    self.dtype,
+                    self.groups,
+                    self.group_width,
                     name=f"stage{stage}_block{block}",
                 )(x, train=train)
         return x
+
+
+def _stem(images, width, size, stride, *, use_bias, pixel_scale, norm, dtype, train):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images must be floating with their mean subtracted, got {images.dtype};"
+            " for example images.astype(jnp.float32) - mean_rgb"
+        )
+    pad = (size - 1) // 2
+    x = nn.Conv(
+        width,
+        (size, size),
+        stride,
+        padding=((pad, pad), (pad, pad)),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.variance_scaling(2.0 / pixel_scale**2, "fan_in", "normal"),
+        name="stem",
+    )(images)
+    return jax.nn.relu(norm(dtype=dtype, name="stem_bn")(x, train=train))

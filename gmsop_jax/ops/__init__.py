@@ -4,7 +4,7 @@ Axes: b batch, p positions (height × width), c channels, d width of a matrix, n
 """
 
 from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool
-from gmsop_jax.ops.dispatch import apply_candidates
+from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates
 from gmsop_jax.ops.draw import draw_rows
 from gmsop_jax.ops.matrix_power import matrix_power
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
@@ -12,6 +12,7 @@ from gmsop_jax.ops.top_k import balance_loss, select_top_k, selection_weights, t
 from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
 __all__ = [
+    "apply_all_candidates",
     "apply_candidates",
     "average_pool",
     "balance_loss",

@@ -55,6 +55,16 @@ def apply_candidates(
     raise ValueError(f"dispatch must be 'auto', 'gather' or 'loop', got {dispatch!r}")
 
 
+def apply_all_candidates(
+    x: Float[Array, "b p c"], kernels: Sequence[Float[Array, "n _ _"]], pool: Pool
+) -> Float[Array, "b n f"]:
+    """Runs every image through every candidate; arguments as in `apply_candidates`.
+
+    Returns: the pooled vectors, in the bank's order.
+    """
+    return _tile(x[:, None], kernels, pool)
+
+
 def _choose(x: Array, kernels: Sequence[Array], indices: Array) -> Dispatch:
     if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return "gather"

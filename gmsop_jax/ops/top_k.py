@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from gmsop_jax.ops.draw import draw_rows
 
 Gradient = Literal["straight_through", "masked"]
+Softmax = Literal["selected", "all"]
 
 
 def top_k_gate(
@@ -85,15 +86,29 @@ def selection_weights(
     logits: Float[Array, "b n"],
     indices: Int[Array, "b k"],
     gradient: Gradient = "straight_through",
+    softmax: Softmax = "selected",
 ) -> Float[Array, "b n"]:
-    """Softmax over the selected logits, 0 elsewhere; `gradient` as in `top_k_gate`.
+    """Softmax of the selected logits, 0 elsewhere.
+
+    Args:
+      logits: h.
+      indices: of the selected.
+      gradient: `straight_through` passes the gradient of softmax(h) over all n; `masked` that of the
+        weights as they are.
+      softmax: `selected` normalises over the selected, whose weights sum to 1 (GM-SOP, eq. 5); `all` over
+        all n before the others are dropped, so that they sum to less (V-MoE, eq. 1: TOPₖ(softmax(h))).
 
     Raises:
-      ValueError: if `gradient` is unknown.
+      ValueError: if `gradient` or `softmax` is unknown.
     """
+    if softmax not in ("selected", "all"):
+        raise ValueError(f"softmax must be 'selected' or 'all', got {softmax!r}")
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     selected = jnp.any(indices[..., None] == jnp.arange(logits.shape[-1]), axis=-2)
-    hard = jax.nn.softmax(jnp.where(selected, logits, -jnp.inf), axis=-1)
+    if softmax == "selected":
+        hard = jax.nn.softmax(jnp.where(selected, logits, -jnp.inf), axis=-1)
+    else:
+        hard = jnp.where(selected, jax.nn.softmax(logits, axis=-1), 0)
     if gradient == "masked":
         return hard
     if gradient == "straight_through":
@@ -102,15 +117,16 @@ def selection_weights(
     raise ValueError(f"gradient must be 'straight_through' or 'masked', got {gradient!r}")
 
 
-def balance_loss(weights: Float[Array, "b n"], axis_name: str | None = None) -> Float[Array, ""]:
+def balance_loss(weights: Float[Array, "b n"], axis_name: str | None = None, ddof: int = 1) -> Float[Array, ""]:
     """How unevenly a batch uses the candidates: 0 when all carry the same weight.
 
-    L = (std(s)/mean(s))², sᵢ = Σ_batch wᵢ, std with n − 1   (GM-SOP, eq. 6, without its factor α)
+    L = (std(s)/mean(s))², sᵢ = Σ_batch wᵢ   (GM-SOP, eq. 6, without its factor α)
 
     Args:
-      weights: gate weights.
+      weights: gate weights; or the softmax over all n, as in V-MoE's importance loss.
       axis_name: pmap or shard_map axis over which the batch is split; s is summed over it first, since
         the loss of the whole batch is not the mean of its parts'.
+      ddof: the variance is the sum of squares over n − ddof: 1 as the authors, 0 as Shazeer et al. 2017.
 
     Returns: a scalar; 0 for a single candidate.
     """
@@ -119,4 +135,4 @@ def balance_loss(weights: Float[Array, "b n"], axis_name: str | None = None) -> 
         usage = jax.lax.psum(usage, axis_name)
     if usage.shape[0] == 1:
         return jnp.zeros((), usage.dtype)
-    return jnp.var(usage, ddof=1) / jnp.mean(usage) ** 2
+    return jnp.var(usage, ddof=ddof) / jnp.mean(usage) ** 2

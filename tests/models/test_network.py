@@ -83,8 +83,25 @@ def test_published_parameter_counts(head, fields, count):
 
 # ---- the one contract
 
+DIMENSIONS = {
+    "gap": 8,
+    "sop": 36,
+    "srsop": 36,
+    "mpncov": 36,
+    "gmgap": 3,
+    "gmsop": 6,
+    "avegap": 3,
+    "avesop": 6,
+    "concatgap": 12,
+    "concatsop": 24,
+}
 
-@pytest.mark.parametrize(("head", "dimension"), [("gap", 8), ("srsop", 36), ("gmgap", 3), ("gmsop", 6)])
+
+def test_every_head_is_tried():
+    assert tuple(DIMENSIONS) == HEADS
+
+
+@pytest.mark.parametrize(("head", "dimension"), list(DIMENSIONS.items()))
 def test_contract_of_each_head(head, dimension):
     model = create_model(tiny(head))
     variables = jax.jit(model.init)(KEY, images())
@@ -92,10 +109,10 @@ def test_contract_of_each_head(head, dimension):
         variables, images()
     )
     assert logits.shape == (3, 5)
-    assert set(aux) == {"balance_loss", "gate_weights", "features"}
+    assert set(aux) == {"balance_loss", "gate_weights", "importance", "features"}
     assert aux["features"].shape == (3, dimension)
     assert aux["balance_loss"].shape == ()
-    gates = 1 if head in ("gap", "srsop") else 4
+    gates = 4 if head.startswith("gm") else 1
     assert aux["gate_weights"].shape == (3, gates)
     np.testing.assert_allclose(aux["gate_weights"].sum(-1), 1, rtol=1e-6)
     assert (np.count_nonzero(aux["gate_weights"], axis=-1) == min(gates, 2)).all()
@@ -336,8 +353,13 @@ def test_balance_loss_flows_into_the_gate_only_past_the_backbone(gmsop):
 
 
 def test_unknown_head_is_refused():
-    with pytest.raises(ValueError, match=r"must be one of gap, srsop, gmgap, gmsop; got 'sop'"):
-        create_model(tiny("sop"))
+    with pytest.raises(ValueError, match=r"head must be one of gap, sop, .*, concatsop; got 'gmsopp'"):
+        create_model(tiny("gmsopp"))
+
+
+def test_unknown_backbone_is_refused():
+    with pytest.raises(ValueError, match=r"backbone must be one of narrow, resnet50, .*; got 'resnet51'"):
+        create_model(tiny(backbone="resnet51"))
 
 
 def test_number_of_classes_must_be_set():
