@@ -29,6 +29,29 @@ def test_selected_by_hand():
     np.testing.assert_allclose(weights, [[0, 0.75, 0, 0.25]], rtol=1e-6)
 
 
+def test_softmax_over_all_by_hand():
+    # softmax of ln (4, 3, 2, 1) is (4, 3, 2, 1)/10; the two smallest are dropped, and the rest stays as it is
+    logits = jnp.log(jnp.array([[4.0, 3.0, 2.0, 1.0]]))
+    weights = selection_weights(logits, jnp.array([[0, 1]]), softmax="all")
+    np.testing.assert_allclose(weights, [[0.4, 0.3, 0, 0]], rtol=1e-6)
+
+
+def test_gradient_of_the_softmax_over_all_by_hand():
+    # ∂wᵢ/∂hⱼ = wᵢ(δᵢⱼ − pⱼ) for p the softmax over all; masked: of the selected w₀ alone, straight-through: of any
+    logits = jnp.log(jnp.array([[4.0, 3.0, 2.0, 1.0]]))
+
+    def slope(candidate, gradient):
+        def weight(h):
+            return selection_weights(h, jnp.array([[0, 1]]), gradient, "all")[0, candidate]
+
+        return np.asarray(jax.grad(weight)(logits))[0]
+
+    np.testing.assert_allclose(slope(0, "masked"), 0.4 * np.array([0.6, -0.3, -0.2, -0.1]), rtol=1e-5)
+    np.testing.assert_allclose(slope(0, "straight_through"), slope(0, "masked"), rtol=1e-5)
+    np.testing.assert_array_equal(slope(3, "masked"), np.zeros(4))
+    np.testing.assert_allclose(slope(3, "straight_through"), 0.1 * np.array([-0.4, -0.3, -0.2, 0.9]), rtol=1e-5)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 6))
 def test_k_nonzeros_that_sum_to_one(seed, k):
@@ -38,6 +61,12 @@ def test_k_nonzeros_that_sum_to_one(seed, k):
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     np.testing.assert_array_equal(np.sort(indices), np.sort(np.argsort(-logits, -1)[:, :k]))
     assert (np.take_along_axis(weights, indices, -1) > 0).all()
+
+
+def test_variance_over_n():
+    weights = jnp.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])  # s = (1.5, .5, 0): squares about ⅔ sum to 7/6
+    np.testing.assert_allclose(balance_loss(weights), (7 / 6 / 2) / (4 / 9), rtol=1e-6)
+    np.testing.assert_allclose(balance_loss(weights, ddof=0), (7 / 6 / 3) / (4 / 9), rtol=1e-6)
 
 
 def test_one_of_all_and_all_of_all():
