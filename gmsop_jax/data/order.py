@@ -18,5 +18,13 @@ def coin_flips(count: int, *key: int) -> np.ndarray:
     return _bits(count, key) >> np.uint64(63) == 1
 
 
+def uniforms(count: int, *key: int) -> np.ndarray:
+    """Numbers evenly of [0, 1), multiples of 2⁻⁵³, float64 [count], from a non-negative key alone.
+
+    A longer draw with the same key begins with the shorter one.
+    """
+    return (_bits(count, key) >> np.uint64(11)) * 2.0**-53
+
+
 def _bits(count: int, key: tuple[int, ...]) -> np.ndarray:
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)

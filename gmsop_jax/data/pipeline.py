@@ -3,14 +3,14 @@
 A step's batch is a function of (seed, step) alone:
 
     step → (epoch, row of the epoch) → indices of the global batch in the epoch's permutation
-         → this process's rows → blocks of records → decoded and flipped as one array each
+         → this process's rows → blocks of records → decoded, cropped and flipped as one array each
 
 so any step can be made at once, on any number of processes, and the position in the data is one
 number: the step, which is also Grain's iterator state.
 
 Copies of a pixel on its way from the page cache to the batch: into ArrayRecord's buffer, into the
 record's `bytes`, into an array of some 40 records, into the batch; and once more for the half that
-is flipped. The last two find their bytes in the processor's cache.
+is flipped. The last two find their bytes in the processor's cache, and so do a crop's own copies.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ import grain
 import numpy as np
 from absl import flags
 
+from gmsop_jax.data.augment import Centre, Crop, Pixels, Preparation, Whole, copy_images
 from gmsop_jax.data.manifest import Manifest, Split
-from gmsop_jax.data.order import coin_flips, permutation
+from gmsop_jax.data.order import coin_flips, permutation, uniforms
 from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import decode_batch
-from gmsop_jax.data.resize import resize
 from gmsop_jax.errors import DataError
 
 Directory = str | os.PathLike[str]
@@ -41,7 +41,7 @@ _BLOCK_BYTES = 2**19  # of images read, joined and flipped at a time: they stay 
 OnCorrupt = Literal["stop", "skip"]
 
 _MOST_REPLACEMENTS = 20  # records tried in the place of one that can't be read
-_ORDER, _FLIP = 0, 1  # what a draw is for: keeps the two streams of one seed apart
+_ORDER, _FLIP, _CROP = range(3)  # what a draw is for: keeps the streams of one seed apart
 
 
 def steps_per_epoch(num_images: int, batch_size: int, drop_remainder: bool = True) -> int:
@@ -67,6 +67,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     flip: bool = True,
+    crop: Crop | None = None,
     image_size: Size = None,
     drop_remainder: bool = True,
     process_index: int = 0,
@@ -84,6 +85,7 @@ def train_batches(
       seed: non-negative; with the step it decides everything.
       start_step: the first step to give: what an uninterrupted run would have seen there.
       flip: mirror each image left to right with probability ½.
+      crop: take a random part of each image; None takes it whole.
       image_size: side, or (height, width), to resize to; needed where the split's images differ in
         size.
       drop_remainder: leave out an epoch's smaller last batch; otherwise it comes as it is.
@@ -98,7 +100,8 @@ def train_batches(
       workers: their positions since start_step), and set_state goes there.
     Raises: DataError if the data set is missing or damaged, or the arguments don't fit it.
     """
-    split, rows = _open(directory, "train", image_size, process_index, process_count, on_corrupt)
+    prepare = crop or Whole()
+    split, rows = _open(directory, "train", image_size, prepare, process_index, process_count, on_corrupt)
     if seed < 0 or start_step < 0:
         raise DataError(f"seed {seed} and start_step {start_step} must not be negative")
     _check_share(batch_size, process_count)
@@ -114,6 +117,7 @@ def eval_batches(
     *,
     batch_size: int,
     image_size: Size = None,
+    resize: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
@@ -122,12 +126,16 @@ def eval_batches(
 ) -> grain.DatasetIterator[Batch]:
     """One pass over a split, in its order; the last batch is padded to full size.
 
-    Args: as in `train_batches`.
+    Args: as in `train_batches`, and
+      resize: length to which the shorter side is resized before the centre of `image_size` is cut out; 0 resizes
+        whole images to `image_size`.
     Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'mask': bool
       [b]}; the mask is False on padding (black images with label 0).
     Raises: DataError as `train_batches`.
     """
-    images, rows = _open(directory, split, image_size, process_index, process_count, on_corrupt)
+    images, rows = _open(directory, split, image_size, Centre(resize), process_index, process_count, on_corrupt)
+    if 0 < resize < max(rows.size):
+        raise DataError(f"resize is {resize}; a centre of {rows.size[0]}×{rows.size[1]} can't be cut out of that")
     _check_share(batch_size, process_count)
     steps_per_epoch(images.num_images, batch_size, drop_remainder=False)
     read = functools.partial(_eval_batch, rows=rows)
@@ -188,6 +196,8 @@ class _Rows:
 
     reader: ShardReader
     size: tuple[int, int]
+    prepare: Preparation
+    mean_rgb: np.ndarray
     num_classes: int
     process_index: int
     process_count: int
@@ -198,15 +208,16 @@ class _Rows:
         start, stop = (len(values) * p // self.process_count for p in (self.process_index, self.process_index + 1))
         return values[start:stop]
 
-    def read(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
-        """The images at `indices` [n], those with True in `flips` [n] mirrored."""
+    def read(self, indices: np.ndarray, flips: np.ndarray, draws: np.ndarray) -> Batch:
+        """The images at `indices` [n], prepared by `draws` [n, k], those with True in `flips` [n] mirrored."""
         image = np.empty((len(indices), *self.size, 3), np.uint8)
         label = np.empty(len(indices), np.int32)
         block = max(1, _BLOCK_BYTES * len(image) // max(1, image.nbytes))
         for start in range(0, len(indices), block):
             rows = slice(start, start + block)
             pixels, label[rows] = decode_batch(self.reader.read(indices[rows]))
-            _fill(image[rows], _resize(pixels, self.size), flips[rows])
+            pixels = self.prepare(pixels, draws[rows], self.size, self.mean_rgb)
+            _fill(image[rows], pixels, flips[rows])
         if label.max(initial=0) >= self.num_classes:
             raise DataError(
                 f"a record has label {label.max()}; labels of {self.num_classes} classes go from 0 "
@@ -214,6 +225,10 @@ class _Rows:
                 "again"
             )
         return {"image": image, "label": label}
+
+    def undrawn(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """For images that are not varied: no flips [n], and draws [n, k] that are all 0."""
+        return np.zeros(count, bool), np.zeros((count, self.prepare.num_draws))
 
     def readable(self, indices: np.ndarray) -> np.ndarray:
         """Whether each of the records at `indices` can be read: bool [n].
@@ -225,7 +240,7 @@ class _Rows:
         readable = np.ones(len(indices), bool)
         for row, index in enumerate(indices.tolist()):
             try:
-                self.read(indices[row : row + 1], np.zeros(1, bool))
+                self.read(indices[row : row + 1], *self.undrawn(1))
             except DataError as error:
                 if self.on_corrupt == "stop":
                     hint = "or go on without it: --config.data.on_corrupt=skip"
@@ -258,12 +273,16 @@ def _log_once(message: str) -> None:
 
 
 def _train_batch(step: int, indices: np.ndarray, *, rows: _Rows, seed: int, flip: bool) -> Batch:
-    flips = coin_flips(len(indices), seed, _FLIP, step) if flip else np.zeros(len(indices), bool)
-    indices, flips = rows.mine(indices), rows.mine(flips)
+    flips, draws = rows.undrawn(len(indices))
+    if flip:
+        flips = coin_flips(len(indices), seed, _FLIP, step)
+    if draws.size:
+        draws = uniforms(draws.size, seed, _CROP, step).reshape(draws.shape)
+    indices, flips, draws = rows.mine(indices), rows.mine(flips), rows.mine(draws)
     try:
-        return rows.read(indices, flips)
+        return rows.read(indices, flips, draws)
     except DataError:
-        return rows.read(rows.replace_unreadable(indices), flips)
+        return rows.read(rows.replace_unreadable(indices), flips, draws)
 
 
 def _eval_batch(step: int, indices: np.ndarray, *, rows: _Rows) -> Batch:
@@ -271,35 +290,31 @@ def _eval_batch(step: int, indices: np.ndarray, *, rows: _Rows) -> Batch:
     mine = rows.mine(indices)
     images = mine[mine >= 0]
     try:
-        batch = rows.read(images, np.zeros(len(images), bool))
+        batch = rows.read(images, *rows.undrawn(len(images)))
     except DataError:
         images = images[rows.readable(images)]
-        batch = rows.read(images, np.zeros(len(images), bool))
+        batch = rows.read(images, *rows.undrawn(len(images)))
     missing = len(mine) - len(images)
     padded = {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
     return {**(padded if missing else batch), "mask": np.arange(len(mine)) < len(images)}
 
 
-def _fill(out: np.ndarray, pixels: np.ndarray | list[np.ndarray], flips: np.ndarray) -> None:
+def _fill(out: np.ndarray, pixels: Pixels, flips: np.ndarray) -> None:
     """Copies images into `out` [n, h, w, 3]; NumPy mirrors fastest channel by channel."""
-    if isinstance(pixels, np.ndarray):
-        out[...] = pixels
-    else:
-        for row, image in enumerate(pixels):
-            out[row] = image
+    copy_images(out, pixels)
     for row in np.flatnonzero(flips):
         for channel in range(3):
             out[row, :, :, channel] = pixels[row][:, ::-1, channel % pixels[row].shape[2]]
 
 
-def _resize(pixels: np.ndarray | list[np.ndarray], size: tuple[int, int]) -> np.ndarray | list[np.ndarray]:
-    if isinstance(pixels, np.ndarray) and pixels.shape[1:3] == size:
-        return pixels
-    return [resize(image, size, "pillow") for image in pixels]
-
-
 def _open(
-    directory: Directory, name: str, image_size: Size, process_index: int, process_count: int, on_corrupt: OnCorrupt
+    directory: Directory,
+    name: str,
+    image_size: Size,
+    prepare: Preparation,
+    process_index: int,
+    process_count: int,
+    on_corrupt: OnCorrupt,
 ) -> tuple[Split, _Rows]:
     manifest = Manifest.load(directory, splits=[name] if on_corrupt == "stop" else [])
     split = manifest.split(name)
@@ -311,7 +326,9 @@ def _open(
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)")
     reader = ShardReader(Path(directory), split.shards)
-    return split, _Rows(reader, size, manifest.num_classes, process_index, process_count, on_corrupt)
+    mean_rgb = np.round(manifest.mean_rgb).astype(np.uint8)
+    rows = _Rows(reader, size, prepare, mean_rgb, manifest.num_classes, process_index, process_count, on_corrupt)
+    return split, rows
 
 
 def _check_share(batch_size: int, process_count: int) -> None:
