@@ -16,7 +16,7 @@ from jaxtyping import Array, UInt8
 from numpy.typing import ArrayLike
 
 from gmsop_jax import parallel, restore
-from gmsop_jax.data.resize import resize
+from gmsop_jax.data.augment import evaluation_image, middle
 from gmsop_jax.data.sources import UnreadableImage
 from gmsop_jax.data.sources.images import decode_image
 from gmsop_jax.errors import DataError
@@ -72,15 +72,20 @@ def make_predict_step(
     return predict_step
 
 
-def read_image(file: str | os.PathLike[str], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(
+    file: str | os.PathLike[str], size: tuple[int, int], shorter_side: int = 0
+) -> UInt8[np.ndarray, "h w 3"]:
     """Reads an image file of any size and kind as a network takes it.
 
     Turned upright by its EXIF data, transparency laid over white, gray repeated to three channels; the
-    largest piece in the middle with the aspect of `size` is resized (bicubic).
+    largest piece in the middle with the aspect of `size` is resized (bicubic), or a smaller one that
+    `shorter_side` says.
 
     Args:
       file: in any format that Pillow reads; of an animation the first frame is taken.
       size: height and width.
+      shorter_side: `config.eval.resize` of the run: the length to which the shorter side is resized before
+        the centre is cut out, as in evaluation; 0 leaves out as little as possible.
 
     Raises:
       UnreadableImage: if it is missing or no image.
@@ -91,10 +96,10 @@ def read_image(file: str | os.PathLike[str], size: tuple[int, int]) -> UInt8[np.
         raise UnreadableImage(error.strerror or str(error)) from error
     image = decode_image(data, str(file))
     height, width = image.shape[:2]
-    scale = min(height / size[0], width / size[1])
-    crop = [max(1, round(scale * side)) for side in size]
-    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-    image = resize(image[top : top + crop[0], left : left + crop[1]], size, "pillow")
+    if not shorter_side:
+        scale = min(height / size[0], width / size[1])
+        image = middle(image, (max(1, round(scale * size[0])), max(1, round(scale * size[1]))))
+    image = evaluation_image(image, size, shorter_side)
     return np.repeat(image, 3 // image.shape[2], axis=2)
 
 
@@ -175,7 +180,7 @@ class Predictor:
         return self._predict(files, min(batch_size, len(files)))
 
     def _predict(self, files: list[str], batch_size: int) -> Iterator[Prediction | Unreadable]:
-        read = functools.partial(_read, size=self.info.inputs.image_size)
+        read = functools.partial(_read, size=self.info.inputs.image_size, shorter_side=self.info.config.eval.resize)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
         waiting: list[tuple[str, np.ndarray | Unreadable]] = []
         readable = 0
@@ -209,9 +214,9 @@ class Predictor:
             row += 1
 
 
-def _read(file: str, *, size: tuple[int, int]) -> tuple[str, np.ndarray | Unreadable]:
+def _read(file: str, *, size: tuple[int, int], shorter_side: int) -> tuple[str, np.ndarray | Unreadable]:
     try:
-        return file, read_image(file, size)
+        return file, read_image(file, size, shorter_side)
     except UnreadableImage as error:
         if isinstance(error.__cause__, PIL.UnidentifiedImageError):
             return file, Unreadable(file, "no image, or of no format that Pillow reads")

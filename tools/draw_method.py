@@ -18,6 +18,7 @@ from matplotlib.patches import FancyArrowPatch
 
 import gmsop_jax
 from gmsop_jax.data import cli
+from gmsop_jax.data.augment import evaluation_image
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import decode
@@ -67,7 +68,11 @@ def follow(workdir: pathlib.Path, image: int | pathlib.Path) -> Steps:
     model, variables, info = gmsop_jax.load(workdir)
     if info.config.model.head != "gmsop":
         raise ConfigError(f"{workdir} has the head {info.config.model.head!r}; the picture is of a gmsop")
-    pixels = _stored(info, image) if isinstance(image, int) else read_image(image, info.inputs.image_size)
+    size, shorter_side = info.inputs.image_size, info.config.eval.resize
+    if isinstance(image, int):
+        pixels = evaluation_image(_stored(info, image), size, shorter_side)
+    else:
+        pixels = read_image(image, size, shorter_side)
     x = normalize(jnp.asarray(pixels[None]), info.inputs.mean_rgb)
     output: Any = model.apply(variables, x)
     maps: Any = model.apply(variables, x, method=lambda network, x: network.backbone(x, train=False))

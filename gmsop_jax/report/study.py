@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from gmsop_jax import restore
+from gmsop_jax.data.augment import evaluation_image
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import decode
-from gmsop_jax.data.resize import resize
 from gmsop_jax.errors import DataError
 from gmsop_jax.predict import make_predict_step
 
@@ -123,7 +123,7 @@ def study_run(workdir: Path, data: Path | None, max_images: int) -> Study:
         positions = np.sort(np.random.default_rng(0).choice(len(reader), max_images, replace=False))
     step = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb))
     columns: list[tuple[np.ndarray, ...]] = []
-    for images, labels in _batches(reader, positions, info.inputs.image_size):
+    for images, labels in _batches(reader, positions, info.inputs.image_size, info.config.eval.resize):
         padded = np.pad(images, [(0, _BATCH - len(images)), (0, 0), (0, 0), (0, 0)])
         outputs = jax.device_get(step(variables, padded))
         probabilities, weights = (outputs[name][: len(labels)] for name in ("probabilities", "gate_weights"))
@@ -133,16 +133,13 @@ def study_run(workdir: Path, data: Path | None, max_images: int) -> Study:
 
 
 def _batches(
-    reader: ShardReader, positions: np.ndarray, size: tuple[int, int]
+    reader: ShardReader, positions: np.ndarray, size: tuple[int, int], shorter_side: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, len(positions), _BATCH):
         examples = [decode(record) for record in reader.read(positions[start : start + _BATCH])]
-        yield np.stack([_fit(example["image"], size) for example in examples]), _labels(examples)
+        images = [evaluation_image(example["image"], size, shorter_side) for example in examples]
+        yield np.stack(images), _labels(examples)
 
 
 def _labels(examples: Sequence) -> np.ndarray:
     return np.array([example["label"] for example in examples])
-
-
-def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return image if image.shape[:2] == size else resize(image, size, "pillow")

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -13,6 +14,8 @@ from PIL import Image
 
 import gmsop_jax
 from gmsop_jax import main, predict_output
+from gmsop_jax.data.convert import convert
+from gmsop_jax.data.pipeline import eval_batches
 from gmsop_jax.data.sources import UnreadableImage
 from gmsop_jax.errors import DataError
 from gmsop_jax.predict import Prediction, Predictor, Unreadable, list_files, read_image
@@ -68,6 +71,28 @@ def test_a_prediction_is_the_networks(trained_run, folder):
         np.log(result.probabilities / result.probabilities[0]), logits[0] - logits[0, 0], atol=1e-4
     )
     np.testing.assert_allclose(result.features, aux["features"][0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prediction_is_of_the_centre_that_evaluation_takes(trained_run, folder, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["image_size"], config["eval"]["resize"] = 28, 40
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    _, _, info = gmsop_jax.load(tmp_path / "run")
+    # the data set that the evaluation reads holds the file as it is
+    for split in ("train", "val"):
+        (tmp_path / "files" / split / "class").mkdir(parents=True)
+        shutil.copy(folder / "large.webp", tmp_path / "files" / split / "class")
+    convert("image-folder", tmp_path / "files", tmp_path / "set", workers=1, progress=False)
+    batch = next(eval_batches(tmp_path / "set", "val", batch_size=1, image_size=28, resize=info.config.eval.resize))
+    predictor = Predictor(tmp_path / "run")
+    outputs = predictor._step(predictor._variables, batch["image"])
+    [result] = predictor.predict([folder / "large.webp"])
+    [other] = Predictor(trained_run).predict([folder / "large.webp"])
+    assert isinstance(result, Prediction)
+    assert isinstance(other, Prediction)
+    np.testing.assert_array_equal(result.features, outputs["features"][0])
+    assert (result.features != other.features).any()
 
 
 def test_batches_and_padding_change_nothing(trained_run, folder):
