@@ -38,6 +38,7 @@ def evaluate_split(
         config.eval.split,
         batch_size=config.eval.batch_size,
         image_size=config.data.image_size or None,
+        resize=config.eval.resize,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=config.data.num_threads,

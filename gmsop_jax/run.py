@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from gmsop_jax import parallel
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
+from gmsop_jax.data.augment import create_crop
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import DataError
 from gmsop_jax.evaluate import image_shape
@@ -72,6 +73,7 @@ class Run:
             seed=c.seed,
             start_step=start_step,
             flip=c.data.flip,
+            crop=create_crop(c.data.crop, padding=c.data.crop_padding, area=c.data.crop_area),
             image_size=c.data.image_size or None,
             drop_remainder=c.train.drop_last,
             process_index=jax.process_index(),
