@@ -28,6 +28,7 @@ import grain
 import numpy as np
 
 from gmsop_jax.data import cli
+from gmsop_jax.data.augment import Crop, PaddedCrop, ResizedCrop
 from gmsop_jax.data.manifest import Manifest, sha256
 from gmsop_jax.data.pipeline import train_batches
 from gmsop_jax.data.reading import ShardReader
@@ -108,8 +109,8 @@ def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: floa
     # more than any cache holds, as the page cache is
     memory = [np.full((batch_size, height, width, 3), at, np.uint8) for at in range(64)]
 
-    def pipeline(num_threads: int) -> Iterator[Any]:
-        return train_batches(directory, batch_size=batch_size, seed=0, num_threads=num_threads)
+    def pipeline(num_threads: int, crop: Crop | None = None) -> Iterator[Any]:
+        return train_batches(directory, batch_size=batch_size, seed=0, num_threads=num_threads, crop=crop)
 
     chains: dict[str, Callable[[], Iterator[Any]]] = {
         "plain chain": lambda: _plain_chain(directory, batch_size),
@@ -117,6 +118,8 @@ def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: floa
         "pipeline, 1 thread": lambda: pipeline(1),
         "pipeline, 2 threads (default)": lambda: pipeline(2),
         "pipeline, 4 threads": lambda: pipeline(4),
+        "pipeline, 2 threads, padded crop": lambda: pipeline(2, PaddedCrop()),
+        "pipeline, 2 threads, resized crop": lambda: pipeline(2, ResizedCrop()),
         "memory copy of a batch": lambda: map(np.copy, itertools.cycle(memory)),
     }
     speeds: dict[str, list[float]] = {name: [] for name in chains}
