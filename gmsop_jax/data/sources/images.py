@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import threading
 import warnings
 from collections.abc import Iterable
 
@@ -9,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gmsop_jax.data.sources import UnreadableImage
+
+_warnings = threading.Lock()  # their filters are the process's: threads that change them take turns
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -24,7 +27,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     Raises: UnreadableImage if Pillow can't decode it, or it is a decompression bomb.
     """
     try:
-        with warnings.catch_warnings():
+        with _warnings, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as file:
