@@ -1,4 +1,6 @@
+import concurrent.futures
 import gzip
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -372,6 +374,14 @@ def test_exif_rotation(tmp_path: Path):
 def test_unreadable(cut: int):
     with pytest.raises(UnreadableImage, match=r"broken.jpg"):
         decode_image(jpeg(images(1, 40, 40)[0])[:cut], "broken.jpg")
+
+
+def test_threads_leave_the_warnings_filters_as_they_were():
+    before = list(warnings.filters)
+    data = jpeg(images(1, 200, 200)[0])
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda at: decode_image(data, str(at)), range(200)))
+    assert list(warnings.filters) == before
 
 
 def test_bomb(monkeypatch: pytest.MonkeyPatch):
