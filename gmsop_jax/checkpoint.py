@@ -20,6 +20,7 @@ from gmsop_jax.train_step import TrainState
 DIRECTORY = "checkpoints"
 _DAMAGED = "damaged-checkpoints"  # beside it
 _ITEMS = ("params", "batch_stats", "opt_state")
+_AVERAGES = "ema"  # one more, of params and batch_stats, in a run that has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _error(metrics: Mapping[str, float]) -> float:
 
 
 class Checkpoints:
-    """The checkpoints in one folder, one sub-folder a step; parameters, moments and optimiser apart.
+    """The checkpoints in one folder, one sub-folder a step; parameters, moments, optimiser and averages apart.
 
     Each is written under a temporary name, with its files' checksums, and renamed when it is whole.
 
@@ -81,7 +82,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._before_rename),
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        handlers = {name: ocp.StandardCheckpointHandler() for name in (*_ITEMS, _AVERAGES)}
         registry = ocp.DefaultCheckpointHandlerRegistry()
         for name, handler in handlers.items():
             registry.add(name, ocp.args.StandardSave, handler)
@@ -175,7 +176,7 @@ class Checkpoints:
         """
         if progress.step in self._manager.all_steps():
             return
-        items: dict[str, Any] = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
         items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
         with self._explaining_errors():
             self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics))
@@ -186,13 +187,18 @@ class Checkpoints:
         Raises:
           CheckpointError: if the shapes differ from those of `like`, or files are damaged.
         """
-        trees = {name: getattr(like, name) for name in _ITEMS}
-        items, progress = self._restore(trees, step)
+        items, progress = self._restore(_trees(like), step)
         return like.replace(step=_like(like.step, progress.step), **items), progress
 
     def restore_variables(self, like: Mapping[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
-        """Parameters and moments alone, as `model.apply` takes them; errors as `restore`."""
-        return self._restore(dict(like), step)
+        """Parameters and moments to evaluate, as `model.apply` takes them: the averages if there are any.
+
+        Errors as `restore`.
+        """
+        if not (self.directory / str(step) / _AVERAGES).is_dir():
+            return self._restore(dict(like), step)
+        items, progress = self._restore({_AVERAGES: dict(like)}, step)
+        return items[_AVERAGES], progress
 
     def _restore(self, trees: dict[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
         if damage := find_damage(self.directory / str(step)):
@@ -230,7 +236,7 @@ class Checkpoints:
             stored_items = self._manager.item_metadata(step)
         lines = []
         for name, tree in abstract.items():
-            stored = stored_items[name]
+            stored = stored_items.get(name)
             if stored is None:
                 raise CheckpointError(
                     f"{self.directory / str(step)} has no {name}: it is no checkpoint of gmsop_jax, or damaged"
@@ -257,6 +263,11 @@ class Checkpoints:
         """Waits, then closes the folder; errors as `save`."""
         with self._explaining_errors():
             self._manager.close()
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    names = _ITEMS if state.ema is None else (*_ITEMS, _AVERAGES)
+    return {name: getattr(state, name) for name in names}
 
 
 def _like(array: jax.Array, value: int) -> jax.Array:

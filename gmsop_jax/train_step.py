@@ -13,8 +13,10 @@ import optax
 from jaxtyping import Array, Float, UInt8
 from numpy.typing import ArrayLike
 
+from gmsop_jax.averaging import update_average
 from gmsop_jax.losses import cross_entropy
 from gmsop_jax.metrics import count_errors
+from gmsop_jax.mixup import draw_share, mix_batch
 from gmsop_jax.ops import balance_loss
 
 Batch = Mapping[str, Array]
@@ -29,27 +31,40 @@ class TrainState(flax.struct.PyTreeNode):
       params: parameters.
       batch_stats: batch norm's running moments; {} in a network without.
       opt_state: of the optimiser.
+      ema: averages of `params` and `batch_stats` over the steps; None in a run without.
     """
 
     step: Array
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    ema: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
-        """For `model.apply`."""
+        """For `model.apply` in training."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """For `model.apply` in evaluation: the averages where there are any."""
+        return self.variables if self.ema is None else self.ema
 
-def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, from what `model.init` gave."""
+
+def create_state(
+    variables: Mapping[str, Any], optimizer: optax.GradientTransformation, *, averaged: bool = False
+) -> TrainState:
+    """The state before the first step, from what `model.init` gave; `averaged` adds the averages."""
     params = variables["params"]
     batch_stats = variables.get("batch_stats", {})
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+    # copies: the step gives every array's memory away, which it can do but once
+    return state.replace(ema=jax.tree.map(jnp.copy, state.variables)) if averaged else state
 
 
-def normalize(images: UInt8[Array, "b h w 3"], mean_rgb: ArrayLike) -> Float[Array, "b h w 3"]:
+def normalize(
+    images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mean_rgb: ArrayLike
+) -> Float[Array, "b h w 3"]:
     """Float32 pixels with the training set's mean colour (0–255) subtracted."""
     return images.astype(jnp.float32) - jnp.asarray(mean_rgb, jnp.float32)
 
@@ -69,6 +84,13 @@ class _Forward:
     mean_rgb: ArrayLike
     seed: int
     axis_name: str | None
+    label_smoothing: float
+    mixup_alpha: float
+
+    def __call__(self, params: Any, state: TrainState, batch: Batch, parts: int) -> tuple[Metrics, Array, Any]:
+        if self.mixup_alpha:
+            batch = mix_batch(batch, self._share(state))
+        return self.whole(params, state, batch) if parts == 1 else self.in_parts(params, state, batch, parts)
 
     def whole(self, params: Any, state: TrainState, batch: Batch) -> tuple[Metrics, Array, Any]:
         sums, aux, batch_stats = self._apply(params, state, batch, step_rngs(self.seed, state.step))
@@ -97,8 +119,19 @@ class _Forward:
             mutable=["batch_stats"],
             rngs=rngs,
         )
-        sums = count_errors(logits, batch["label"]) | {"loss_sum": cross_entropy(logits, batch["label"])}
+        sums = count_errors(logits, batch["label"]) | {"loss_sum": self._loss(logits, state, batch)}
         return sums, aux, updates.get("batch_stats", {})
+
+    def _loss(self, logits: Array, state: TrainState, batch: Batch) -> Array:
+        loss = cross_entropy(logits, batch["label"], smoothing=self.label_smoothing)
+        if not self.mixup_alpha:
+            return loss
+        other = cross_entropy(logits, batch["other_label"], smoothing=self.label_smoothing)
+        share = self._share(state)
+        return share * loss + (1 - share) * other
+
+    def _share(self, state: TrainState) -> Array:
+        return draw_share(self.seed, state.step, self.mixup_alpha)
 
 
 def make_train_step(
@@ -108,6 +141,9 @@ def make_train_step(
     mean_rgb: ArrayLike,
     balance_weight: float = 100.0,
     seed: int = 0,
+    label_smoothing: float = 0.0,
+    mixup_alpha: float = 0.0,
+    ema_decay: float = 0.0,
     sub_batches: int = 1,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -126,7 +162,12 @@ def make_train_step(
       optimizer: from `create_optimizer`, or any of optax.
       mean_rgb: [3], mean colour of the training set.
       balance_weight: α.
-      seed: of gate noise and dropout.
+      seed: of gate noise, dropout and mixup.
+      label_smoothing: ε of `losses.cross_entropy`.
+      mixup_alpha: α of mixup, 0 for none: the batch's neighbouring rows are mixed before it is cut into
+        parts, and the cross entropy is λ · that of the own label + (1 − λ) · that of the neighbour's; errors
+        are counted against the own label, whose λ is at least a half.
+      ema_decay: of the averages in a state that has them (`averaging.update_average`).
       sub_batches: n; part j has the rows j, j + n, j + 2n, … A batch that n doesn't divide is cut into
         as many parts as divide both.
       axis_name: pmap or shard_map axis over which the batch is split, the model's too; the new state
@@ -137,7 +178,7 @@ def make_train_step(
       `loss_sum` (cross entropy), `top1_errors`, `top5_errors`, `count`, `balance_loss` and `grad_norm`.
     """
 
-    forward = _Forward(model, mean_rgb, seed, axis_name)
+    forward = _Forward(model, mean_rgb, seed, axis_name, label_smoothing, mixup_alpha)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rows = batch["image"].shape[0]
@@ -145,10 +186,7 @@ def make_train_step(
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
 
         def loss_function(params):
-            if parts == 1:
-                sums, balance, batch_stats = forward.whole(params, state, batch)
-            else:
-                sums, balance, batch_stats = forward.in_parts(params, state, batch, parts)
+            sums, balance, batch_stats = forward(params, state, batch, parts)
             # the devices' losses add up to the batch's, so each takes a part of the balance loss that all know
             loss = (sums["loss_sum"] + balance_weight * balance / devices) / (rows * devices)
             return loss, (sums, balance, batch_stats)
@@ -160,21 +198,37 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = sums | {"balance_loss": balance, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        new = TrainState(state.step + 1, params, batch_stats, opt_state)
+        if state.ema is not None:
+            new = new.replace(ema=update_average(state.ema, new.variables, state.step, ema_decay))
+        return new, metrics
 
     return train_step
 
 
-def make_eval_step(model: nn.Module, *, mean_rgb: ArrayLike) -> Callable[[Mapping[str, Any], Batch], Metrics]:
+def make_eval_step(
+    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool = False
+) -> Callable[[Mapping[str, Any], Batch], Metrics]:
     """The evaluation step (variables, batch) → metrics.
+
+    Args:
+      model: gives `(logits, aux)`.
+      mean_rgb: [3], mean colour that is subtracted.
+      flip_average: take the mean of the logits, and of the gate weights, of each image and its mirror image.
 
     Returns: a function for `jax.jit`. `batch` has `image`, `label` and `mask` (False for padding);
       metrics are `loss_sum`, `top1_errors`, `top5_errors`, `count`, and `gate_weight_sum` [n].
     """
 
+    def apply(variables: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
+        logits, aux = model.apply(variables, normalize(images, mean_rgb), train=False)
+        return logits, jnp.asarray(aux["gate_weights"])
+
     def eval_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
-        logits, aux = model.apply(variables, normalize(batch["image"], mean_rgb), train=False)
-        weights = jnp.asarray(aux["gate_weights"])
+        logits, weights = apply(variables, batch["image"])
+        if flip_average:
+            mirrored = apply(variables, batch["image"][:, :, ::-1])
+            logits, weights = (logits + mirrored[0]) / 2, (weights + mirrored[1]) / 2
         return count_errors(logits, batch["label"], batch["mask"]) | {
             "loss_sum": cross_entropy(logits, batch["label"], batch["mask"]),
             "gate_weight_sum": jnp.sum(weights, axis=0, where=batch["mask"][:, None]),

@@ -54,9 +54,10 @@ def test_data_knows_neither_models_nor_training(file):
     assert not imports_any(file, "flax", "optax", "orbax", "jax")
 
 
-def test_train_step_is_pure():
-    file = PACKAGE / "train_step.py"
-    allowed = ("gmsop_jax.losses", "gmsop_jax.metrics", "gmsop_jax.ops")
+@pytest.mark.parametrize("module", ["averaging", "losses", "metrics", "mixup", "train_step"])
+def test_train_step_is_pure(module):
+    file = PACKAGE / f"{module}.py"
+    allowed = tuple(f"gmsop_jax.{name}" for name in ("averaging", "losses", "metrics", "mixup", "ops"))
     assert imports_any(file, "gmsop_jax") == imports_any(file, *allowed)
     assert not imports_any(file, "pathlib", "os", "io", "json", "ml_collections", "orbax", "grain")
     assert "open(" not in file.read_text()

@@ -35,6 +35,21 @@ def batch(rows: int) -> dict[str, np.ndarray]:
     return {"image": rng.integers(0, 256, (rows, 5, 5, 3), np.uint8), "label": rng.integers(0, 5, rows).astype("i4")}
 
 
+@pytest.fixture(scope="module")
+def mixing_steps():
+    """As `steps`, with mixup, label smoothing and averages."""
+    model = Plain()
+    optimizer = create_optimizer(piecewise_schedule([(0.1, 1)], 1))
+    options = {"label_smoothing": 0.1, "mixup_alpha": 0.3, "ema_decay": 0.5, "mean_rgb": [9, 9, 9]}
+    made = {n: jax.jit(make_train_step(model, optimizer, sub_batches=n, **options)) for n in (1, 2)}
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
+    return made, create_state(variables, optimizer, averaged=True)
+
+
+def test_pairs_are_mixed_before_the_batch_is_cut(mixing_steps):
+    test_parts_equal_the_whole(mixing_steps, 2, 10)  # in parts of five rows
+
+
 @pytest.mark.parametrize("sub_batches", [2, 4])
 @pytest.mark.parametrize("rows", [12, 10, 7])  # 10 = 2 · 5 goes in two parts at most, 7 in one
 def test_parts_equal_the_whole(steps, sub_batches, rows):

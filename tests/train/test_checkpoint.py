@@ -164,3 +164,32 @@ def test_read_config(saved, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json can't be read .*name it with --config"):
         read_config(tmp_path)
+
+
+# ---- averages
+
+
+def averaged(value: float) -> TrainState:
+    plain = state(value)
+    return plain.replace(ema=jax.tree.map(lambda leaf: leaf + 100, plain.variables))
+
+
+def test_averages_are_restored_and_are_what_is_evaluated(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(averaged(3.0), progress(1))
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(averaged(0.0), 1)
+        jax.tree.map(np.testing.assert_array_equal, restored, averaged(3.0).replace(step=jnp.int32(1)))
+        variables, where = checkpoints.restore_variables(state().variables, 1)
+        jax.tree.map(np.testing.assert_array_equal, variables, averaged(3.0).ema)
+        assert where.step == 1
+        with pytest.raises(CheckpointError, match=r"ema/params/dense/kernel: checkpoint \(2, 3\), model \(2, 4\)"):
+            checkpoints.restore_variables(state(width=4).variables, 1)
+
+
+def test_averages_that_are_not_there(saved):
+    with (
+        Checkpoints(saved / "checkpoints", read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match="has no ema"),
+    ):
+        checkpoints.restore(averaged(0.0), 30)

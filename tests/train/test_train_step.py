@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from gmsop_jax.mixup import draw_share
 from gmsop_jax.models import BatchNorm, GatedMixtureHead, Network
 from gmsop_jax.train_step import TrainState, create_state, make_eval_step, make_train_step, normalize, step_rngs
 
@@ -179,3 +180,72 @@ def test_a_network_without_batch_norm_can_be_trained():
     assert state.batch_stats == {}
     new, _ = jax.jit(make_train_step(model, optimizer, mean_rgb=MEAN))(state, batch())
     assert new.batch_stats == {}
+
+
+# ---- mixup, smoothing and averages
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("rows", [6, 5])  # the odd last row is mixed with itself
+def test_loss_and_gradient_with_mixup_and_smoothing_against_numpy(rows):
+    model, optimizer = Linear(), optax.sgd(1.0)
+    state = start(model, optimizer).replace(step=jnp.int32(3))
+    kernel = np.random.default_rng(1).normal(size=(3, 3))
+    state.params["Dense_0"]["kernel"] = jnp.asarray(kernel, jnp.float32)
+    step = make_train_step(model, optimizer, mean_rgb=MEAN, seed=5, label_smoothing=0.1, mixup_alpha=0.4)
+    data = batch(rows)
+    new, metrics = jax.jit(step)(state, data)
+
+    share = float(draw_share(5, jnp.int32(3), 0.4))
+    neighbour = np.array([1, 0, 3, 2, 5, 4])[:rows] if rows == 6 else np.array([1, 0, 3, 2, 4])
+    x = (np.asarray(data["image"], np.float64) - MEAN).mean((1, 2)) / 100
+    x = share * x + (1 - share) * x[neighbour]
+    onehot = np.eye(3)[np.asarray(data["label"])]
+    targets = share * onehot + (1 - share) * onehot[neighbour]
+    targets = 0.9 * targets + 0.1 / 3
+    probabilities = softmax(x @ kernel)
+    np.testing.assert_allclose(metrics["loss_sum"], -np.sum(targets * np.log(probabilities)), rtol=1e-5)
+    slope = x.T @ (probabilities - targets) / rows
+    np.testing.assert_allclose(new.params["Dense_0"]["kernel"], kernel - slope, rtol=1e-4, atol=1e-5)
+    wrong = np.argmax(probabilities, -1) != np.asarray(data["label"])  # against the own label
+    assert int(metrics["top1_errors"]) == wrong.sum()
+
+
+def test_averages_follow_the_steps():
+    model, optimizer = Linear(), optax.sgd(0.1)
+    state = create_state(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3))), optimizer, averaged=True)
+    assert difference(state.evaluated, state.variables) == 0
+    step = jax.jit(make_train_step(model, optimizer, mean_rgb=MEAN, ema_decay=0.15), donate_argnums=0)
+    expected = float(state.params["b"])
+    for d in (0.1, 0.15, 0.15):  # 1/10, then no more than the decay, as 2/11 and 3/12 are
+        state, _ = step(state, batch())
+        expected = d * expected + (1 - d) * float(state.params["b"])
+        np.testing.assert_allclose(state.evaluated["params"]["b"], expected, rtol=1e-6)
+    assert float(state.params["b"]) != pytest.approx(expected)
+
+
+class Corner(nn.Module):
+    """Logits linear in the first pixel, which a mirror image has at the other end of its row."""
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        del train
+        return nn.Dense(3)(images[:, 0, 0] / 100), {"gate_weights": images[:, 0, 0, :2]}
+
+
+def test_evaluation_with_mirror_images():
+    model, data = Corner(), batch(mask=jnp.ones(6, bool))
+    variables = model.init(jax.random.key(1), jnp.zeros((1, 4, 4, 3)))
+    got = jax.jit(make_eval_step(model, mean_rgb=MEAN, flip_average=True))(variables, data)
+    corners = np.asarray(data["image"], np.float64)[:, 0, [0, -1]] - MEAN
+    kernel = np.asarray(variables["params"]["Dense_0"]["kernel"], np.float64)
+    logits = (corners / 100 @ kernel).mean(1)
+    loss = -np.log(softmax(logits)[np.arange(6), np.asarray(data["label"])]).sum()
+    np.testing.assert_allclose(got["loss_sum"], loss, rtol=1e-5)
+    np.testing.assert_allclose(got["gate_weight_sum"], corners.mean(1).sum(0)[:2], rtol=1e-5)
+    once = jax.jit(make_eval_step(model, mean_rgb=MEAN))(variables, data)
+    assert abs(float(once["loss_sum"]) - loss) > 1e-3
