@@ -27,7 +27,7 @@ def evaluate_split(
 
     Args:
       eval_step: compiled, from `train_step.make_eval_step`.
-      variables: parameters and moments.
+      variables: parameters and moments, averaged if the run averages.
       config: its `data` and `eval` parts.
       mesh: where the batches go.
 
@@ -104,7 +104,8 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     shape = image_shape(config, manifest)
     variables, step, _ = restore_variables(model, shape, path, parallel.replicated(mesh))
     trained_on = Inputs.load(folder.parent)
-    eval_step = parallel.jit_eval_step(make_eval_step(model, mean_rgb=trained_on.mean_rgb), mesh)
+    step_function = make_eval_step(model, mean_rgb=trained_on.mean_rgb, flip_average=config.eval.flip_average)
+    eval_step = parallel.jit_eval_step(step_function, mesh)
     result = {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
     if jax.process_index() == 0:
         write_atomic(folder.parent / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")

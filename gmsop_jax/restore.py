@@ -47,13 +47,18 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
         one step's folder in it.
 
     Returns: `(model, variables, info)` for `model.apply(variables, images)`, images being float
-      [b, h, w, 3] with `info.inputs.mean_rgb` subtracted (`train_step.normalize`); the variables are on
-      the first device.
+      [b, h, w, 3] with `info.inputs.mean_rgb` subtracted (`train_step.normalize`); the variables,
+      averages if the run has them, are on the first device.
 
     Raises:
       CheckpointError: if there is no checkpoint, a file of its run is missing or damaged, or the
         configuration doesn't fit it.
     """
+    return load_onto(path, SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def load_onto(path: str | os.PathLike[str], sharding: Sharding) -> tuple[Network, dict[str, Any], Info]:
+    """As `load`, with the variables placed by a sharding."""
     folder, _ = checkpoint.locate(os.fspath(path))
     config = configs.from_json(checkpoint.read_config(os.fspath(path)))
     inputs = Inputs.load(folder.parent)
@@ -64,7 +69,6 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
             f" {len(inputs.classes)}; they are of different runs"
         )
     model = create_model(config.model)
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
     variables, step, metrics = restore_variables(model, (*inputs.image_size, 3), path, sharding)
     return model, variables, Info(config, inputs, step, metrics)
 
@@ -72,7 +76,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
 def restore_variables(
     model: Network, image_shape: tuple[int, int, int], path: str | os.PathLike[str], sharding: Sharding
 ) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
-    """A network's parameters and moments from a checkpoint.
+    """A network's parameters and moments from a checkpoint; the averages of a run that has them.
 
     Args:
       model: the network.

@@ -1,6 +1,7 @@
 """What stays the same over a run: compiled steps, initial state, schedule."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,11 +16,12 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.augment import create_crop
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.errors import DataError
+from gmsop_jax.errors import ConfigError, DataError
 from gmsop_jax.evaluate import image_shape
 from gmsop_jax.models import create_model
-from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.optimizer import from_config
 from gmsop_jax.train_step import TrainState, create_state, make_eval_step, make_train_step
+from gmsop_jax.transfer import Path, Source, choose, merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Run:
       num_images: of the training split.
       steps_per_epoch: optimiser steps.
       feature_dimension: of the classifier's input.
+      origin: a line that says what the initial state has from another network; empty if nothing.
     """
 
     config: ConfigDict
@@ -49,6 +52,7 @@ class Run:
     num_images: int
     steps_per_epoch: int
     feature_dimension: int
+    origin: str = ""
 
     @property
     def total_steps(self) -> int:
@@ -94,11 +98,23 @@ class Run:
             ) from error
 
 
-def prepare(config: ConfigDict, manifest: Manifest) -> Run:
+def prepare(
+    config: ConfigDict,
+    manifest: Manifest,
+    mean_rgb: tuple[float, float, float] | None = None,
+    source: Source | None = None,
+) -> Run:
     """Builds and compiles nothing yet: compilation comes with the first call of each step.
 
+    Args:
+      config: resolved.
+      manifest: of the data set.
+      mean_rgb: mean colour that is subtracted; by default the data set's.
+      source: a network that the initial state takes arrays from.
+
     Raises:
-      ConfigError: if the batches don't split over devices and sub-batches.
+      ConfigError: if the batches don't split over devices and sub-batches, or mixup's pairs over devices;
+        if a part of `config.train.rate_factors` is none of the network's, or `source` has another backbone.
       DataError: if the data set has no such splits or too few images.
     """
     t, p = config.train, config.parallel
@@ -108,37 +124,61 @@ def prepare(config: ConfigDict, manifest: Manifest) -> Run:
     num_images = manifest.split("train").num_images
     steps_per_epoch = pipeline.steps_per_epoch(num_images, t.batch_size, t.drop_last)
     manifest.split(config.eval.split)
-    schedule = piecewise_schedule(t.learning_rates, steps_per_epoch)
-    optimizer = create_optimizer(
-        schedule, momentum=t.momentum, weight_decay=t.weight_decay, pixel_scale=config.model.pixel_scale
-    )
+    _check_pairs(config, mesh, num_images)
+    mean_rgb = mean_rgb or manifest.mean_rgb
+    optimizer, schedule = from_config(config, steps_per_epoch)
     model = create_model(config.model)
     images = jnp.zeros((1, *image_shape(config, manifest)))
 
-    def initial_state() -> TrainState:
-        return create_state(model.init(jax.random.key(config.seed), images), optimizer)
+    def initial_state(taken: dict[Path, Any]) -> TrainState:
+        variables = merge(model.init(jax.random.key(config.seed), images), taken)
+        return create_state(variables, optimizer, averaged=t.ema_decay > 0)
 
-    state = jax.eval_shape(initial_state)
+    state = jax.eval_shape(initial_state, {})
+    taken, origin = choose(state.variables, source) if source else ({}, "")
     shardings = parallel.state_shardings(state, mesh, optimizer=p.shard_optimizer, classifier=p.shard_classifier)
     _, aux = jax.eval_shape(model.apply, state.variables, images)
     return Run(
         config=config,
         mesh=mesh,
-        initial_state=jax.jit(initial_state, out_shardings=shardings),
+        initial_state=functools.partial(jax.jit(initial_state, out_shardings=shardings), taken),
         abstract_state=jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings
         ),
-        train_step=_train_step(config, manifest, optimizer, mesh, shardings),
-        eval_step=parallel.jit_eval_step(make_eval_step(model, mean_rgb=manifest.mean_rgb), mesh),
+        train_step=_train_step(config, mean_rgb, optimizer, mesh, shardings),
+        eval_step=parallel.jit_eval_step(
+            make_eval_step(model, mean_rgb=mean_rgb, flip_average=config.eval.flip_average), mesh
+        ),
         schedule=schedule,
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
         feature_dimension=aux["features"].shape[-1],
+        origin=origin,
     )
 
 
+def _check_pairs(config: ConfigDict, mesh: Mesh, num_images: int) -> None:
+    """Refuses mixup where a device's own program would make other pairs than the whole batch's."""
+    t, p = config.train, config.parallel
+    if not t.mixup_alpha or mesh.size == 1 or (p.mode, p.batch_norm) == ("jit", "global"):
+        return
+    last = [] if t.drop_last else [num_images % t.batch_size]
+    for size in (t.batch_size, *last):
+        if size % (mesh.size * t.sub_batches) == 0 and size // mesh.size % 2:
+            which = "" if size == t.batch_size else f" makes a last batch of {size}, which"
+            raise ConfigError(
+                f"config.train.batch_size = {t.batch_size}{which} gives each of {mesh.size} devices an odd number of"
+                f" rows ({size // mesh.size}), and config.train.mixup_alpha mixes rows in pairs; take another"
+                " batch size, or --config.train.mixup_alpha=0"
+            )
+
+
 def _train_step(
-    config: ConfigDict, manifest: Manifest, optimizer: optax.GradientTransformation, mesh: Mesh, shardings: Any
+    config: ConfigDict,
+    mean_rgb: tuple[float, float, float],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: Any,
 ) -> Callable:
     per_device_bn = config.parallel.batch_norm == "device"
 
@@ -146,9 +186,12 @@ def _train_step(
         return make_train_step(
             create_model(config.model, axis_name=axis_name, per_device_bn=per_device_bn),
             optimizer,
-            mean_rgb=manifest.mean_rgb,
+            mean_rgb=mean_rgb,
             balance_weight=config.train.balance_weight,
             seed=config.seed,
+            label_smoothing=config.train.label_smoothing,
+            mixup_alpha=config.train.mixup_alpha,
+            ema_decay=config.train.ema_decay,
             sub_batches=config.train.sub_batches,
             axis_name=axis_name,
         )

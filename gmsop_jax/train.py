@@ -12,19 +12,20 @@ import jax
 import numpy as np
 
 from gmsop_jax import config as configs
-from gmsop_jax.checkpoint import DIRECTORY, Checkpoints, Progress
+from gmsop_jax.checkpoint import DIRECTORY, Checkpoints, Progress, locate, steps_on_disk
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.errors import UserError
+from gmsop_jax.errors import CheckpointError, UserError
 from gmsop_jax.evaluate import evaluate_split, image_shape, resolve
 from gmsop_jax.inputs import Inputs
 from gmsop_jax.interrupt import Interrupted, SignalCatcher
 from gmsop_jax.metrics import summarize
 from gmsop_jax.models import count_parameters
-from gmsop_jax.parallel import first_process_does
+from gmsop_jax.parallel import create_mesh, first_process_does, replicated
 from gmsop_jax.profiling import StepProfiler
 from gmsop_jax.run import Run, prepare
 from gmsop_jax.train_step import TrainState
+from gmsop_jax.transfer import Source, read_source
 from gmsop_jax.workdir import Workdir
 from gmsop_jax.writer import Writer, plot_curves, write_atomic
 
@@ -53,8 +54,11 @@ def train_and_evaluate(
       2. the folder is locked, and the configuration compared with its `config.json`;
       3. the shards' checksums are compared;
       4. checkpoints that are damaged are set aside;
-      5. parameters, batch norm's moments and the optimiser's state are the last checkpoint's;
-      6. data order, augmentation, gate noise and dropout go on, being functions of seed and step.
+      5. parameters, batch norm's moments, their averages and the optimiser's state are the last
+         checkpoint's;
+      6. data order, augmentation, gate noise, dropout and mixup go on, being functions of seed and step.
+
+    One without starts anew, or from the network that `config.train.init_from` names.
 
     Args:
       config: a validated configuration.
@@ -75,9 +79,9 @@ def train_and_evaluate(
     checked = None if config.data.on_corrupt == "stop" else ()  # splits whose shards must be whole
     manifest = Manifest.load(config.data.dir, splits=checked)
     config = resolve(config, manifest)
-    run = prepare(config, manifest)
-    height, width, _ = image_shape(config, manifest)
-    inputs = Inputs(manifest.name, manifest.classes, manifest.mean_rgb, (height, width))
+    source = _source(config, pathlib.Path(workdir))
+    inputs = _inputs(config, manifest, pathlib.Path(workdir), source)
+    run = prepare(config, manifest, inputs.mean_rgb, source)
     with Workdir(workdir, config) as folder, folder.explaining_errors():
         if config.data.verify:
             Manifest.load(config.data.dir, verify_checksums=True, splits=checked)
@@ -90,6 +94,29 @@ def train_and_evaluate(
             plot_curves(folder.path)
             write_atomic(folder.path / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _source(config: ConfigDict, workdir: pathlib.Path) -> Source | None:
+    """The network that a new run starts from; None for a run that goes on."""
+    if not config.train.init_from or steps_on_disk(workdir / DIRECTORY):
+        return None
+    return read_source(config, replicated(create_mesh()))
+
+
+def _inputs(config: ConfigDict, manifest: Manifest, workdir: pathlib.Path, source: Source | None) -> Inputs:
+    """The data set's, but for the mean colour of a network from another run, which knows pixels less that one."""
+    height, width, _ = image_shape(config, manifest)
+    inputs = Inputs(manifest.name, manifest.classes, manifest.mean_rgb, (height, width))
+    if not config.train.init_from:
+        return inputs
+    if source:
+        known = source.inputs
+    else:
+        try:
+            known = Inputs.load(workdir)
+        except CheckpointError:
+            known = Inputs.load(locate(config.train.init_from)[0].parent)
+    return dataclasses.replace(inputs, mean_rgb=known.mean_rgb)
 
 
 def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, started: float, profile: range) -> Progress:
@@ -115,6 +142,8 @@ def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, started: float,
 
 def _last_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
     if checkpoints.latest_step is None:
+        if run.origin and jax.process_index() == 0:
+            print(run.origin, file=sys.stderr)
         return run.initial_state(), Progress(0, 0, 0.0)
     return checkpoints.restore(run.abstract_state, checkpoints.latest_step)
 
@@ -161,7 +190,7 @@ def _loop(
                 writer.show(values)
             evaluation = None
             if epoch_ends:
-                evaluation = evaluate_split(run.eval_step, state.variables, config, run.mesh)
+                evaluation = evaluate_split(run.eval_step, state.evaluated, config, run.mesh)
                 writer.record("eval", step, step / run.steps_per_epoch, evaluation)
                 writer.say(_epoch_line(step // run.steps_per_epoch, config, evaluation))
             if epoch_ends or save or signal:

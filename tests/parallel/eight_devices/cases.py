@@ -1,19 +1,23 @@
 """Training on eight devices; run by test_eight_devices.py in a process that has them."""
 
+import contextlib
 import functools
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gmsop_jax import parallel
+from gmsop_jax import parallel, run
 from gmsop_jax.checkpoint import Checkpoints, Progress
-from gmsop_jax.config import ConfigDict, model_defaults
+from gmsop_jax.config import ConfigDict, default_config, model_defaults
+from gmsop_jax.errors import ConfigError
+from gmsop_jax.mixup import swap_neighbours
 from gmsop_jax.models import create_model
 from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
 from gmsop_jax.parallel import AXIS, create_mesh
@@ -64,6 +68,8 @@ class Trainer:
         optimizer: bool = False,
         classifier: bool = False,
         side: int = 8,
+        averaged: bool = False,
+        **training: Any,
     ):
         model = model or small_model()
         self.mesh = parallel.create_mesh(jax.devices()[:num_devices])
@@ -72,11 +78,12 @@ class Trainer:
         def make_step(axis_name):
             network = create_model(model, axis_name=axis_name, per_device_bn=per_device_bn and axis_name is not None)
             return make_train_step(
-                network, sgd, mean_rgb=MEAN_RGB, seed=3, sub_batches=sub_batches, axis_name=axis_name
+                network, sgd, mean_rgb=MEAN_RGB, seed=3, sub_batches=sub_batches, axis_name=axis_name, **training
             )
 
         def initial() -> TrainState:
-            return create_state(create_model(model).init(jax.random.key(1), jnp.zeros((1, side, side, 3))), sgd)
+            variables = create_model(model).init(jax.random.key(1), jnp.zeros((1, side, side, 3)))
+            return create_state(variables, sgd, averaged=averaged)
 
         self.shardings = parallel.state_shardings(
             jax.eval_shape(initial), self.mesh, optimizer=optimizer, classifier=classifier, least=1
@@ -117,6 +124,45 @@ def test_eight_devices_train_as_one(options):
     expected_state, expected = one_device()
     np.testing.assert_allclose(told, expected, rtol=1e-5)
     assert_same(state, expected_state)
+
+
+def test_mixup_and_averages_on_eight_devices():
+    training = {"mixup_alpha": 0.4, "label_smoothing": 0.1, "ema_decay": 0.9, "averaged": True}
+    model, data = small_model("gap"), batches(2, 16)
+    expected_state, expected = Trainer(1, model, **training).run(data)
+    for mode in ("jit", "pmap"):
+        state, told = Trainer(8, model, mode=mode, **training).run(data)
+        np.testing.assert_allclose(told, expected, rtol=1e-5)
+        assert_same(state, expected_state)
+    _, plain = Trainer(1, model).run(data)
+    assert np.abs(plain[:, 0] / expected[:, 0] - 1).max() > 1e-3
+
+
+def test_pairs_of_one_row_a_device():
+    rows = jax.device_put(jnp.arange(8.0), NamedSharding(create_mesh(), PartitionSpec(AXIS)))
+    assert jax.jit(swap_neighbours)(rows).tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch_norm", "batch_size", "drop_last", "message"),
+    [
+        ("jit", "global", 8, True, None),
+        ("pmap", "global", 16, True, None),
+        ("pmap", "global", 16, False, None),  # the last batch of 4 is computed whole by each device
+        ("pmap", "global", 8, True, r"batch_size = 8 gives each of 8 devices an odd number of rows \(1\)"),
+        ("jit", "device", 24, True, r"batch_size = 24 gives each of 8 devices an odd number of rows \(3\)"),
+        ("pmap", "global", 32, False, "makes a last batch of 8, which gives each of 8 devices an odd number"),
+    ],
+)
+def test_mixup_needs_pairs_on_each_device(mode, batch_norm, batch_size, drop_last, message):
+    config = default_config()
+    config.train.update(mixup_alpha=0.2, batch_size=batch_size, drop_last=drop_last)
+    config.parallel.update(mode=mode, batch_norm=batch_norm)
+    num_images = 100 if batch_size == 16 else 104
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        run._check_pairs(config, create_mesh(), num_images)
+    config.train.mixup_alpha = 0.0
+    run._check_pairs(config, create_mesh(), num_images)
 
 
 def test_sharded_state_is_split():
