@@ -58,19 +58,19 @@ class Parameter:
         if self.pointwise:
             value = value[0, 0]
         if self.triangle:
-            value = value[_triangle_order(len(value))]
+            value = value[triangle_order(len(value))]
         return [value] if self.trained else [value[:, 0].copy(), value[:, 1].copy()]
 
     def join(self, leaves: list[np.ndarray]) -> np.ndarray:
         """The inverse of `split`."""
         value = leaves[0] if self.trained else np.stack(leaves, axis=1)
         if self.triangle:
-            value = value[np.argsort(_triangle_order(len(value)))]
+            value = value[np.argsort(triangle_order(len(value)))]
         return np.ascontiguousarray(value.reshape(self.shape))
 
 
 @functools.cache
-def _triangle_order(size: int) -> np.ndarray:
+def triangle_order(size: int) -> np.ndarray:
     """Positions, in MATLAB's column order, of the entries of `numpy.triu_indices`."""
     rows, columns = np.triu_indices(triangle_side(size))
     return columns * (columns + 1) // 2 + rows
@@ -280,7 +280,7 @@ def _head(config: ConfigDict) -> Iterator[Parameter]:
 def to_variables(config: ConfigDict, params: Mapping[str, Any], trained_only: bool = False) -> Tree:
     """Variables from arrays by the authors' names; with `trained_only`, only the tree `params`."""
     table = [p for p in parameters(config) if p.trained or not trained_only]
-    _compare("parameter", [p.name for p in table], params)
+    compare_names("parameter", [p.name for p in table], params)
     leaves: dict[Path, Any] = {}
     for p in table:
         value = _checked(p.name, np.asarray(params[p.name]), p.shape)
@@ -307,7 +307,7 @@ def to_trained(config: ConfigDict, tree: Mapping[str, Any]) -> dict[str, np.ndar
 def _join(table: list[Parameter], leaves: Mapping[Path, Any]) -> dict[str, np.ndarray]:
     arrays = {"/".join(path): np.asarray(leaf) for path, leaf in leaves.items()}
     rows = collections.Counter("/".join(path) for p in table for path in p.paths)
-    _compare("leaf", rows, arrays)
+    compare_names("leaf", rows, arrays)
 
     def leaf(p: Parameter, name: str) -> np.ndarray:
         shape = p.shape[2:] if p.pointwise else p.shape if p.trained else p.shape[:1]
@@ -327,7 +327,8 @@ def _checked(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     return value.reshape(shape)
 
 
-def _compare(kind: str, expected: Iterable[str], given: Iterable[str]) -> None:
+def compare_names(kind: str, expected: Iterable[str], given: Iterable[str]) -> None:
+    """Raises CheckpointError with the names that are missing or not expected; `kind` says what they name."""
     expected, given = list(expected), list(given)
     missing = [name for name in expected if name not in set(given)]
     unknown = [name for name in given if name not in set(expected)]

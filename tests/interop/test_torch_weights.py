@@ -1,0 +1,223 @@
+"""PyTorch's ResNets against logits that torchvision computed, and files of weights."""
+
+import importlib.util
+import pathlib
+import pickle
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gmsop_jax.config import default_config, validate
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.interop.parameters import triangle_order
+from gmsop_jax.interop.torch_weights import MEAN_RGB, from_torch, read_state
+from gmsop_jax.models import create_model
+
+MAKER = pathlib.Path(__file__).parents[1] / "goldens/make_torch.py"
+
+
+@pytest.fixture(scope="module")
+def maker():
+    """The module that makes the stored values."""
+    spec = importlib.util.spec_from_file_location("make_torch", MAKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def names_and_shapes(maker):
+    """A function from a network's name to arrays of torchvision's names and shapes, all 0, in no memory."""
+
+    def zeros(network):
+        return {n: np.broadcast_to(np.float32(0), shape) for n, shape in maker.names_and_shapes(network).items()}
+
+    return zeros
+
+
+def flat(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("network", ["resnet50", "resnext50_32x4d", "isqrt_resnet50"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-13)])
+def test_logits_are_torchvisions(maker, network, dtype, tolerance):
+    """Padding included: a border of pixels that are 0 before the mean is subtracted would show."""
+    state, expected = maker.load(network)
+    with jax.enable_x64(dtype == "float64"):
+        config, variables = from_torch({name: array.astype(dtype) for name, array in state.items()})
+        images = jnp.asarray(maker.images(), dtype) - jnp.asarray(MEAN_RGB, dtype)
+        logits, _ = jax.jit(create_model(config).apply)(variables, images)
+        assert logits.dtype == dtype
+    np.testing.assert_allclose(logits, expected[dtype], rtol=0, atol=tolerance * np.abs(expected[dtype]).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["resnet50", "isqrt_resnet50"])
+def test_the_stored_logits_are_what_torchvision_computes(maker, network):
+    pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    net = maker.build(network)
+    assert maker.names_and_shapes(network) == {n: tuple(x.shape) for n, x in net.state_dict().items() if x.ndim}
+    expected = maker.load(network)[1]["float64"]
+    np.testing.assert_allclose(maker.logits(net, "float64"), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("network", "backbone", "head"),
+    [
+        ("resnet50", "resnet50", "gap"),
+        ("resnet101", "resnet101", "gap"),
+        ("resnext50_32x4d", "resnext50_32x4d", "gap"),
+        ("resnext101_64x4d", "resnext101_64x4d", "gap"),
+        ("isqrt_resnet50", "resnet50", "srsop"),
+        ("isqrt_resnet101", "resnet101", "srsop"),
+    ],
+)
+def test_networks_are_recognised(names_and_shapes, network, backbone, head):
+    model, variables = from_torch(names_and_shapes(network))
+    assert (model.backbone, model.head, model.num_classes, model.stem) == (backbone, head, 10, "large")
+    assert model.stage_strides == ((1, 2, 2, 1) if head == "srsop" else (1, 2, 2, 2))
+    assert model.batch_norm_rate == 0.1
+    if head == "srsop":
+        assert (model.projection_widths, model.projection_batch_norm, model.num_iters) == ((256,), True, 5)
+    assert set(variables) == {"params", "batch_stats"}
+    config = default_config()
+    config.model.update(model)
+    validate(config)
+
+
+def test_pixels_and_moments_are_folded(names_and_shapes):
+    state = names_and_shapes("resnet50")
+    kernel = np.random.default_rng(0).normal(size=(64, 3, 7, 7)).astype(np.float32)
+    _, variables = from_torch(state | {"conv1.weight": kernel, "bn1.running_var": np.full(64, 4.0, np.float32)})
+    stem = variables["params"]["backbone"]["stem"]["kernel"]
+    # (x/255 − 0.406)/0.225 of blue, the third channel
+    np.testing.assert_allclose(stem[3, 5, 2, 7], kernel[7, 2, 3, 5] / (255 * 0.225), rtol=1e-6)
+    assert stem.dtype == np.float32
+    np.testing.assert_allclose(variables["batch_stats"]["backbone"]["stem_bn"]["sigma"], np.sqrt(4 + 1e-5), rtol=1e-7)
+
+
+def test_prefix_wrapper_and_counts_are_seen_through(names_and_shapes):
+    plain = names_and_shapes("resnet50")
+    wrapped = {f"module.{name}": array for name, array in plain.items()}
+    wrapped |= {"module.bn1.num_batches_tracked": np.array(7)}
+    config, variables = from_torch(plain)
+    for state in (wrapped, {"epoch": 3, "state_dict": wrapped}):
+        other_config, other = from_torch(state)
+        assert other_config.to_dict() == config.to_dict()
+        assert flat(other).keys() == flat(variables).keys()
+
+
+def test_the_order_of_a_triangle_is_the_callers_word(names_and_shapes):
+    state = names_and_shapes("isqrt_resnet50")
+    rows = np.random.default_rng(0).normal(size=(10, 32896)).astype(np.float32)
+    columns = np.empty_like(rows)
+    columns[:, triangle_order(32896)] = rows
+    # the matrix's entries (0, 0), (0, 1), (1, 1), (0, 2)
+    np.testing.assert_array_equal(columns[0, :4], rows[0, [0, 1, 256, 2]])
+    expected = from_torch(state | {"fc.weight": rows})[1]["params"]["head"]["classifier"]["kernel"]
+    kernel = from_torch(state | {"fc.weight": columns}, triangle="column")[1]["params"]["head"]["classifier"]["kernel"]
+    np.testing.assert_array_equal(kernel, expected)
+    with pytest.raises(ValueError, match="'row' or 'column'"):
+        from_torch(state, triangle="lower")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer2.0.bn1.bias": None}, r"'layer2\.0\.bn1\.bias' is missing"),
+        ({"layer4.2.conv1.weight": None, "fc.bias": None}, r"'layer4\.2\.conv1\.weight', 'fc\.bias' are missing"),
+        ({"attention.weight": (3,)}, r"'attention\.weight' is not part of such a network"),
+        ({"layer1.0.conv1.weight": (32, 64, 1, 1)}, r"conv1\.weight' has shape \(32, 64, 1, 1\).*\(64, 64, 1, 1\)$"),
+        ({"bn1.weight": (63,), "bn1.bias": (63,)}, r"bn1\.\w+' has shape \(63,\).*\(and 1 more like it\)"),
+        ({"fc.weight": None}, r"'fc\.weight' is missing"),
+        ({"fc.weight": (10, 2048, 1, 1)}, r"'fc\.weight' has shape .* 2 axes"),
+        ({"layer1.0.conv3.weight": None}, "blocks of two convolutions"),
+        ({"layer1.0.conv2.weight": (128, 128, 3, 3)}, "50 layers with 1 groups of 128 channels is none of resnet50"),
+        ({"layer1.0.conv2.weight": (256, 8, 3, 3)}, "32 groups of 8 channels is none of"),
+        ({"layer3.35.conv1.weight": (256, 1024, 1, 1)}, "140 layers .* is none of"),
+    ],
+)
+def test_what_does_not_fit_is_named(names_and_shapes, changes, message):
+    state = dict(names_and_shapes("resnet50"))
+    for name, shape in changes.items():
+        if shape is None:
+            del state[name]
+        else:
+            state[name] = np.broadcast_to(np.float32(0), shape)
+    with pytest.raises(CheckpointError, match=message):
+        from_torch(state)
+
+
+def test_other_networks_and_types_are_refused(names_and_shapes):
+    with pytest.raises(CheckpointError, match="not a ResNet's weights"):
+        from_torch({"features.0.weight": np.zeros((64, 3, 3, 3))})
+    state = names_and_shapes("resnet50")
+    with pytest.raises(CheckpointError, match=r"'fc\.bias' is of type int64"):
+        from_torch(state | {"fc.bias": np.zeros(10, np.int64)})
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    arrays = {"a": np.arange(6, dtype=np.float64).reshape(2, 3), "half": np.array([0.1, -2], np.float16)}
+    save_file(arrays | {"brain": np.asarray(jnp.array([1.5], jnp.bfloat16))}, tmp_path / "x.safetensors")
+    state = read_state(tmp_path / "x.safetensors")
+    assert {name: array.dtype.name for name, array in state.items()} == {
+        "a": "float64",
+        "half": "float32",
+        "brain": "float32",
+    }
+    np.testing.assert_array_equal(state["a"], arrays["a"])
+    np.testing.assert_array_equal(state["half"], arrays["half"].astype(np.float32))
+    assert state["brain"] == 1.5
+
+
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    with pytest.raises(CheckpointError, match=r"no file .*none\.pth"):
+        read_state(tmp_path / "none.pth")
+    for name in ("x.safetensors", "x.pth"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors can't be read as safetensors"):
+        read_state(tmp_path / "x.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match="pip install safetensors"):
+        read_state(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"pip install torch, or save .* as \.safetensors"):
+        read_state(tmp_path / "x.pth")
+
+
+def test_files_of_torch_are_read_and_never_executed(tmp_path):
+    torch = pytest.importorskip("torch")
+    weights = {"a": torch.arange(3.0), "half": torch.tensor([0.5], dtype=torch.bfloat16), "n": torch.tensor(3)}
+    torch.save(weights, tmp_path / "plain.pth")
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # as until PyTorch 1.5
+    torch.save({"epoch": 1, "state_dict": weights}, tmp_path / "wrapped.pt")
+    for name in ("plain.pth", "old.pth", "wrapped.pt"):
+        state = read_state(tmp_path / name)
+        assert {n: array.dtype.name for n, array in state.items()} == {"a": "float32", "half": "float32", "n": "int64"}
+        np.testing.assert_array_equal(state["a"], [0, 1, 2])
+
+    class Trap:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "sprung",))
+
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"a": Trap()}))
+    torch.save({"a": Trap()}, tmp_path / "trap.pth")
+    (tmp_path / "damaged.pth").write_bytes((tmp_path / "plain.pth").read_bytes()[:300])
+    for name in ("pickle.pth", "trap.pth", "damaged.pth"):
+        with pytest.raises(CheckpointError, match=rf"{name} is damaged or holds more than arrays.*state_dict\(\)"):
+            read_state(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+    for content, message in ({"a": 3}, "'a' is no array"), ([1], "no arrays by name"), ({}, "no arrays by name"):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(CheckpointError, match=message):
+            read_state(tmp_path / "other.pth")
