@@ -19,7 +19,7 @@ from gmsop_jax.data.pipeline import steps_per_epoch
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.inputs import Inputs
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint
-from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.optimizer import from_config
 from gmsop_jax.train_step import TrainState, create_state
 from gmsop_jax.workdir import Workdir
 from gmsop_jax.writer import write_atomic
@@ -152,18 +152,12 @@ def _num_images(checkpoint: Checkpoint, manifest: Manifest | None) -> int:
 
 
 def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState:
-    t = config.train
-    optimizer = create_optimizer(
-        piecewise_schedule(t.learning_rates, steps),
-        momentum=t.momentum,
-        weight_decay=t.weight_decay,
-        pixel_scale=config.model.pixel_scale,
-    )
+    optimizer, _ = from_config(config, steps)
     variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.variables)
-    state = create_state(variables, optimizer)
+    state = create_state(variables, optimizer, averaged=config.train.ema_decay > 0)
     step = jnp.asarray(checkpoint.epoch * steps, jnp.int32)
     opt_state = optax.tree.set(state.opt_state, count=step)
-    if checkpoint.momentum is not None:
+    if checkpoint.momentum is not None and config.train.optimizer == "sgd":
         momentum = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.momentum)
         opt_state = optax.tree.set(opt_state, trace=momentum)
     return state.replace(step=step, opt_state=opt_state)
