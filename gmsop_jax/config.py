@@ -1,7 +1,8 @@
 """Configurations: defaults, overrides from the command line, and validation.
 
 A configuration file is Python with a function `get_config()` that returns a `ConfigDict` made from
-`default_config()`; it is executed, so run only files you trust.
+`default_config()`; it is executed, so run only files you trust. One file may hold many configurations: in
+`file.py:argument` the text after the colon is handed to its `get_config(argument)`.
 """
 
 import ast
@@ -156,31 +157,46 @@ _MAY_DIFFER = (
 def load(path: str | pathlib.Path, overrides: list[str] | tuple[str, ...] = ()) -> ConfigDict:
     """Reads a configuration file, applies `field=value` overrides, and validates the result.
 
+    Args:
+      path: `file.py` or `file.py:argument`.
+      overrides: see `override`.
+
     Raises:
       ConfigError: if the file is missing or has no `get_config`, or as `override` and `validate`.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no configuration file {path}; those that come along are in configs/")
-    spec = importlib.util.spec_from_file_location(f"gmsop_config_{path.stem}", path)
+    file, argument = split_argument(path)
+    if not file.is_file():
+        raise ConfigError(f"no configuration file {file}; those that come along are in configs/")
+    spec = importlib.util.spec_from_file_location(f"gmsop_config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is no Python file; a configuration has a function get_config()")
+        raise ConfigError(f"{file} is no Python file; a configuration has a function get_config()")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
-            raise ConfigError(f"{path} has no function get_config()")
-        config = module.get_config()
+            raise ConfigError(f"{file} has no function get_config()")
+        config = module.get_config(*argument)
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's file may raise
-        raise ConfigError(f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{file}{_line_in(file, error)}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"get_config() of {path} returns {config!r}; it should return default_config() with changes")
+        raise ConfigError(f"get_config() of {file} returns {config!r}; it should return default_config() with changes")
     for item in overrides:
         override(config, item)
     validate(config)
     return config
+
+
+def split_argument(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str]]:
+    """The file of `file.py:argument`, and a list that holds the argument if there is one.
+
+    Example:
+      >>> split_argument("configs/imagenet.py:resnet50,gmsop")
+      (PosixPath('configs/imagenet.py'), ['resnet50,gmsop'])
+    """
+    file, separator, argument = str(path).partition(".py:")
+    return pathlib.Path(file + ".py" if separator else file), [argument] if separator else []
 
 
 def _line_in(path: pathlib.Path, error: Exception) -> str:

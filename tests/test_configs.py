@@ -4,42 +4,104 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+import summary
 
 from gmsop_jax import config as configs
-from gmsop_jax.models import create_model
+from gmsop_jax.errors import ConfigError
+from gmsop_jax.models import count_parameters, create_model
 
-FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-by_name = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+CONFIGURATIONS = summary.all_configurations()
+SMALL = [path for path in CONFIGURATIONS if "imagenet.py" not in path]
 
 
-@by_name
-def test_a_configuration_is_valid_and_says_how_it_is_run(file):
-    config = configs.load(file)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_configuration_says_how_it_is_run(file):
     docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
     assert f"python -m gmsop_jax.main --config configs/{file.name}" in docstring
     assert "Published:" in docstring or file.stem == "quickstart"
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: pathlib.Path(path).name)
+def test_a_configuration_is_valid(path):
+    config = configs.load(path)
     assert sum(epochs for _, epochs in config.train.learning_rates) == config.train.num_epochs
 
 
-@by_name
-def test_its_network_takes_the_images(file):
-    model_config = configs.load(file).model
-    side = {"imagenet64": 64, "places365": 100}.get(file.stem.partition("_")[0], 28)
-    model_config.num_classes = 365 if side == 100 else 1000
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: pathlib.Path(path).name)
+def test_its_network_takes_the_images(path):
+    first_order = {"gap": 128, "gap_512d": 512, "gmgap": 512, "wrn_gmgap": 512, "quickstart": 528}
+    name = pathlib.Path(path).name.replace(".py", "").replace("imagenet64_resnet50:", "imagenet64_")
+    expected = first_order.get(name.partition("_")[2] or name, 8256)
+    assert summary.summarize(path).cost.features == expected
+
+
+def test_every_network_of_imagenet_has_a_224_and_a_64_form():
+    names = {path.partition(":")[2] for path in CONFIGURATIONS if "imagenet.py" in path}
+    assert len(names) == 5 * 4 * 2
+    config = configs.load(ROOT / "configs/imagenet.py:resnext50_32x4d,gmsop,64")
+    model_config = config.model
+    model_config.num_classes = 7
+    images = jnp.zeros((2, 64, 64, 3))
     model = create_model(model_config)
-    images = jnp.zeros((2, side, side, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     logits, aux = jax.eval_shape(model.apply, variables, images)
-    assert logits.shape == (2, model_config.num_classes)
-    dimensions = {"gap": 128, "gap_512d": 512, "gmgap": 512, "wrn_gmgap": 512}
-    expected = dimensions.get(file.stem.partition("_")[2], 528 if side == 28 else 8256)
-    assert aux["features"].shape == (2, expected)
+    assert (logits.shape, aux["features"].shape) == ((2, 7), (2, 8256))
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters", "gmacs"),
+    [
+        ("resnet50", 25_557_032, 4.09),
+        ("resnet101", 44_549_160, 7.80),
+        ("resnext50_32x4d", 25_028_904, 4.23),
+        ("resnext101_64x4d", 83_455_272, 15.46),
+    ],
+)
+def test_published_counts_of_imagenet_networks(network, parameters, gmacs):
+    row = summary.summarize(str(ROOT / f"configs/imagenet.py:{network}"))
+    assert row.cost.parameters == parameters
+    assert round(row.cost.macs / 1e9, 2) == gmacs
+    assert abs(row.cost.compiled_macs / row.cost.macs - 1) < 0.04  # it leaves out what meets padding
+
+
+def test_multiply_adds_by_hand():
+    m = configs.model_defaults()
+    m.num_classes, m.blocks_per_stage, m.stem_width = 7, 1, 4
+    m.stage_widths, m.stage_strides = (4,), (1,)
+    m.num_candidates, m.num_selected, m.candidate_widths, m.gate_widths = 6, 2, (8, 3), (5,)
+    positions = 10 * 10
+    backbone = positions * 9 * (3 * 4 + 4 * 4 + 4 * 4)
+    gate = positions * 4 * 5 + positions * 5**2 + 6 * 5**3 + 15 * 6
+    candidate = positions * (4 * 8 + 8 * 3) + positions * 3**2 + 6 * 3**3
+    from gmsop_jax.counting import cost
+
+    assert cost(m, 10).macs == backbone + gate + 2 * candidate + 6 * 7
+
+
+@pytest.mark.parametrize("argument", ["resnet51", "resnet50,gmsopp", "resnet50,gap,100", "resnet50,gap,64,1"])
+def test_an_argument_that_names_no_network_is_refused(argument):
+    with pytest.raises(ConfigError, match="should be BACKBONE,HEAD,SIDE"):
+        configs.load(ROOT / f"configs/imagenet.py:{argument}")
 
 
 @pytest.mark.parametrize(("width", "millions"), [(512, 1.3), (8256, 10.0)])
 def test_projected_baselines_have_the_published_parameters(width, millions):
-    model_config = configs.load(FILES[0].with_name("imagenet64_gap.py")).model
-    model_config.num_classes, model_config.projection_widths = 1000, (width,)
+    model_config = configs.load(ROOT / f"configs/imagenet64_gap_{width}d.py").model
+    model_config.num_classes = 1000
     model = create_model(model_config)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    assert round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, 1) == millions
+    assert round(count_parameters(params) / 1e6, 1) == millions
+
+
+@pytest.mark.slow
+def test_the_readmes_table_is_what_is_counted():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    told = {line.split("`")[1]: line for line in lines if line.startswith("| `") and ".py" in line}
+    paths = {pathlib.Path(path).name: path for path in SMALL}
+    columns = [column for column in summary.HEADER if column not in ("side", "GMAC, XLA")]
+    rows = [summary.summarize(paths[name]) for name in told if name in paths]
+    assert len(rows) == 19
+    for row in rows:
+        assert summary.markdown([row], columns).splitlines()[-1] == told[row.name]

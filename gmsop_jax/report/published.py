@@ -1,4 +1,4 @@
-"""Published figures of GM-SOP, to be shown beside a run's own."""
+"""Published figures of networks, to be shown beside a run's own."""
 
 import dataclasses
 
@@ -7,44 +7,54 @@ from gmsop_jax.config import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A row of the authors' tables.
+    """A row of a published table.
 
     Attributes:
-      name: as they call the network.
-      top1_error: percent.
-      top5_error: percent; None where they give none.
+      name: as its authors call the network.
+      top1_error, top5_error: percent; None where none is given, as the others.
+      parameters: text, as printed: "10.3M".
+      gmacs: billions of multiply-adds of one image, as printed.
     """
 
     name: str
-    top1_error: float
-    top5_error: float | None
+    top1_error: float | None = None
+    top5_error: float | None = None
+    parameters: str | None = None
+    gmacs: str | None = None
 
 
-# (source, head, basic blocks per stage, width factor, projection widths) → row; mixtures are the 16-8 ones
+# (source, backbone and its size, head and projection) → row; mixtures are the 16-8 ones
 _ROWS = {
-    ("imagenet64", "gap", 2, 1, ()): Published("ResNet-18", 52.17, 27.09),
-    ("imagenet64", "gap", 2, 1, (512,)): Published("ResNet-18-512d", 49.08, 24.25),
-    ("imagenet64", "gap", 2, 1, (8256,)): Published("ResNet-18-8256d", 47.29, None),
-    ("imagenet64", "srsop", 2, 1, ()): Published("ResNet-18-SR-SOP", 40.56, 19.08),
-    ("imagenet64", "gmgap", 2, 1, ()): Published("GM-GAP-16-8 + ResNet-18", 42.25, 19.46),
-    ("imagenet64", "gmgap", 4, 2, ()): Published("GM-GAP-16-8 + WRN-36-2", 35.98, 14.62),
-    ("imagenet64", "gmsop", 2, 1, ()): Published("GM-SOP-16-8 + ResNet-18", 38.48, 17.38),
-    ("imagenet64", "gmsop", 4, 2, ()): Published("GM-SOP-16-8 + WRN-36-2", 32.71, 12.44),
-    ("imagenet64", "gap", 6, 1, ()): Published("ResNet-50", 43.28, 19.39),
-    ("imagenet64", "gap", 6, 1, (512,)): Published("ResNet-50-512d", 41.79, 18.30),
-    ("imagenet64", "gap", 6, 1, (8256,)): Published("ResNet-50-8256d", 41.42, 18.14),
-    ("imagenet64", "gmsop", 6, 1, ()): Published("GM-SOP-16-8 + ResNet-50", 35.73, 14.96),
-    ("places365", "gap", 2, 1, (512,)): Published("ResNet-18-512d", 49.96, 19.19),
-    ("places365", "gap", 2, 1, (8256,)): Published("ResNet-18-8256d", 49.99, 19.32),
-    ("places365", "srsop", 2, 1, ()): Published("ResNet-18-SR-SOP", 48.11, 18.01),
-    ("places365", "srsop", 2, 1, (256, 128)): Published("parametric SR-SOP", 47.48, 17.52),
-    ("places365", "gmgap", 2, 1, ()): Published("GM-GAP-16-8 + ResNet-18", 48.07, 17.84),
-    ("places365", "gmsop", 2, 1, ()): Published("GM-SOP-16-8 + ResNet-18", 47.18, 17.02),
+    ("imagenet64", "narrow 2×1", "gap"): Published("ResNet-18", 52.17, 27.09, "0.9M"),
+    ("imagenet64", "narrow 2×1", "gap (512,)"): Published("ResNet-18-512d", 49.08, 24.25, "1.3M"),
+    ("imagenet64", "narrow 2×1", "gap (8256,)"): Published("ResNet-18-8256d", 47.29, None, "10.0M"),
+    ("imagenet64", "narrow 2×1", "srsop"): Published("ResNet-18-SR-SOP", 40.56, 19.08, "9.0M"),
+    ("imagenet64", "narrow 2×1", "gmgap"): Published("GM-GAP-16-8 + ResNet-18", 42.25, 19.46, "2.3M"),
+    ("imagenet64", "narrow 4×2", "gmgap"): Published("GM-GAP-16-8 + WRN-36-2", 35.98, 14.62, "8.7M"),
+    ("imagenet64", "narrow 2×1", "gmsop"): Published("GM-SOP-16-8 + ResNet-18", 38.48, 17.38, "10.3M"),
+    ("imagenet64", "narrow 4×2", "gmsop"): Published("GM-SOP-16-8 + WRN-36-2", 32.71, 12.44, "15.7M"),
+    ("imagenet64", "narrow 6×1", "gap"): Published("ResNet-50", 43.28, 19.39, "2.4M"),
+    ("imagenet64", "narrow 6×1", "gap (512,)"): Published("ResNet-50-512d", 41.79, 18.30),
+    ("imagenet64", "narrow 6×1", "gap (8256,)"): Published("ResNet-50-8256d", 41.42, 18.14),
+    ("imagenet64", "narrow 6×1", "gmsop"): Published("GM-SOP-16-8 + ResNet-50", 35.73, 14.96, "11.9M"),
+    ("places365", "narrow 2×1", "gap (512,)"): Published("ResNet-18-512d", 49.96, 19.19),
+    ("places365", "narrow 2×1", "gap (8256,)"): Published("ResNet-18-8256d", 49.99, 19.32),
+    ("places365", "narrow 2×1", "srsop"): Published("ResNet-18-SR-SOP", 48.11, 18.01),
+    ("places365", "narrow 2×1", "srsop (256, 128)"): Published("parametric SR-SOP", 47.48, 17.52),
+    ("places365", "narrow 2×1", "gmgap"): Published("GM-GAP-16-8 + ResNet-18", 48.07, 17.84),
+    ("places365", "narrow 2×1", "gmsop"): Published("GM-SOP-16-8 + ResNet-18", 47.18, 17.02),
+    ("image-folder", "resnet50 large", "gap"): Published("ResNet-50", 23.9, None, "25,557,032", "4.1"),
+    ("image-folder", "resnet101 large", "gap"): Published("ResNet-101", 22.0, None, "44,549,160", "7.8"),
+    ("image-folder", "resnext50_32x4d large", "gap"): Published("ResNeXt-50 32x4d", 22.2, None, "25,028,904", "4.1"),
+    ("image-folder", "resnext101_32x4d large", "gap"): Published("ResNeXt-101 32x4d", 21.2, None, None, "7.8"),
+    ("image-folder", "resnext101_64x4d large", "gap"): Published("ResNeXt-101 64x4d", 20.4, None, "83,455,272", "15.6"),
 }
 
 
 def find_published(config: ConfigDict) -> Published | None:
     """The published row of a configuration's network and data set; None if there is none.
+
+    Rows of `image-folder` are ImageNet-1K's at 224×224 and are taken for that if there are 1000 classes.
 
     Example:
       >>> from gmsop_jax.config import default_config
@@ -55,5 +65,8 @@ def find_published(config: ConfigDict) -> Published | None:
     mixture = m.head.startswith("gm")
     if mixture and (m.num_candidates, m.num_selected) != (16, 8):
         return None
-    projection = () if mixture else tuple(m.projection_widths)
-    return _ROWS.get((config.data.source, m.head, m.blocks_per_stage, m.width_factor, projection))
+    if config.data.source == "image-folder" and (m.num_classes not in (0, 1000) or config.data.image_size != 224):
+        return None
+    size = f"{m.blocks_per_stage}×{m.width_factor}" if m.backbone == "narrow" else m.stem
+    projection = "" if mixture or not m.projection_widths else f" {tuple(m.projection_widths)}"
+    return _ROWS.get((config.data.source, f"{m.backbone} {size}", m.head + projection))

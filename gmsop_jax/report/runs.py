@@ -36,15 +36,7 @@ class Run:
     @property
     def network(self) -> str:
         """Head and backbone in a few words."""
-        m = self.config.model
-        head = {"gap": "GAP", "srsop": "SR-SOP", "gmgap": "GM-GAP", "gmsop": "GM-SOP"}[m.head]
-        if m.head.startswith("gm"):
-            head += f"-{m.num_candidates}-{m.num_selected}"
-        elif m.projection_widths:
-            head += f" of {m.projection_widths[-1]} channels"
-        widths = ", ".join(str(width * m.width_factor) for width in m.stage_widths)
-        blocks = f"{m.blocks_per_stage} block{'s' if m.blocks_per_stage > 1 else ''}"
-        return f"{head} on {blocks} × ({widths})"
+        return describe_network(self.config.model)
 
     @property
     def images_per_second(self) -> float | None:
@@ -95,3 +87,38 @@ def configuration_table(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
         values = [repr(field[name]) for field in fields]
         rows.append((name, values, len(set(values)) > 1))
     return rows
+
+
+_HEADS = {"gap": "GAP", "sop": "SOP", "srsop": "SR-SOP", "mpncov": "MPN-COV"}
+_MIXTURES = {"gm": "GM", "ave": "Ave", "concat": "Concat"}
+_NARROW = {(2, 1): "ResNet-18", (4, 2): "WRN-36-2", (6, 1): "narrow ResNet-50"}
+
+
+def describe_network(m: ConfigDict) -> str:
+    """Head and backbone of `config.model` in a few words.
+
+    Example:
+      >>> from gmsop_jax.config import model_defaults
+      >>> describe_network(model_defaults())
+      'GM-SOP-16-8 on ResNet-18'
+    """
+    return f"{_describe_head(m)} on {_describe_backbone(m)}"
+
+
+def _describe_head(m: ConfigDict) -> str:
+    if m.head in _HEADS:
+        projection = f" of {m.projection_widths[-1]} channels" if m.projection_widths else ""
+        return _HEADS[m.head] + projection
+    kind = m.head.removesuffix("gap").removesuffix("sop")
+    size = f"{m.num_candidates}-{m.num_selected}" if kind == "gm" else f"{m.num_candidates}"
+    return f"{_MIXTURES[kind]}-{m.head.removeprefix(kind).upper()}-{size}"
+
+
+def _describe_backbone(m: ConfigDict) -> str:
+    if m.backbone != "narrow":
+        return m.backbone.replace("resnext", "ResNeXt-").replace("resnet", "ResNet-").replace("_", " ")
+    size = (m.blocks_per_stage, m.width_factor)
+    if tuple(m.stage_widths) == (16, 32, 64, 128) and size in _NARROW:
+        return _NARROW[size]
+    widths = ", ".join(str(width * m.width_factor) for width in m.stage_widths)
+    return f"{m.blocks_per_stage} block{'s' if m.blocks_per_stage > 1 else ''} × ({widths})"

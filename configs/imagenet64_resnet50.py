@@ -1,0 +1,26 @@
+"""The authors' "ResNet-50" on 64×64 ImageNet-1K: their ResNet-18 with 6 basic blocks a stage.
+
+    python -m gmsop_jax.main --config configs/imagenet64_resnet50.py:HEAD
+
+Published: HEAD gap 43.28 % top-1, 19.39 % top-5 error (2.4M parameters); gap_512d 41.79 / 18.30 %; gap_8256d 41.42 /
+18.14 %; gmsop 35.73 / 14.96 % (11.9M). The recipes are those of ResNet-18's heads.
+"""
+
+from gmsop_jax.config import ConfigDict, default_config
+from gmsop_jax.errors import ConfigError
+
+ROWS = ("gap", "gap_512d", "gap_8256d", "gmsop")
+
+
+def get_config(head: str = "gmsop") -> ConfigDict:
+    if head not in ROWS:
+        raise ConfigError(f"configs/imagenet64_resnet50.py:{head}: HEAD is one of {', '.join(ROWS)}")
+    c = default_config()
+    c.model.blocks_per_stage = 6
+    if head.startswith("gap"):
+        c.model.head = "gap"
+        c.model.stage_strides = (1, 2, 2, 2)  # 8×8 map
+        c.model.projection_widths = {"gap": (), "gap_512d": (512,), "gap_8256d": (8256,)}[head]
+        c.train.learning_rates = ((0.075, 50), (0.0075, 15), (0.00075, 10))
+        c.train.num_epochs = 75
+    return c

@@ -1,0 +1,140 @@
+"""What a network costs: parameters, features, multiply-adds by formula and as the compiler counts."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.models import (
+    CovarianceHead,
+    Gate,
+    GatedMixture,
+    Mixture,
+    MPNCOVHead,
+    Network,
+    SecondOrderHead,
+    count_parameters,
+    create_model,
+)
+
+_EIGH_MACS = 9  # times d³, with eigenvectors: Golub and Van Loan, Matrix Computations, section 8.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one image's forward pass.
+
+    Attributes:
+      parameters: trainable numbers.
+      features: dimension of the pooled vector.
+      macs: multiply-adds by formula, see `multiply_adds`.
+      compiled_macs: half the floating-point operations that XLA counts in the program, or NaN where it counts
+        none. It counts element-wise work too, and of convolutions only what doesn't meet padding.
+    """
+
+    parameters: int
+    features: int
+    macs: int
+    compiled_macs: float
+
+
+def cost(model: ConfigDict, image_size: int) -> Cost:
+    """Cost of a network for square images, from shapes alone; `model` is `config.model`."""
+    model = ConfigDict(model.to_dict())
+    model.dispatch = "gather"  # of a loop XLA counts one turn
+    network = create_model(model)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    variables: Any = jax.eval_shape(network.init, jax.random.key(0), images)
+    _, aux = jax.eval_shape(network.apply, variables, images)
+    counted = jax.jit(network.apply).lower(variables, images).cost_analysis()
+    return Cost(
+        parameters=count_parameters(variables["params"]),
+        features=aux["features"].shape[-1],
+        macs=multiply_adds(network, variables, images),
+        compiled_macs=counted["flops"] / 2 if counted else math.nan,
+    )
+
+
+def multiply_adds(network: Network, variables: Any, images: jax.ShapeDtypeStruct) -> int:
+    """Multiply-adds of convolutions, matrix products, covariances and square roots.
+
+    Biases, batch norms, activations and average pooling are left out, as is usual; a gated mixture counts
+    the candidates that an image selects, an eigendecomposition 9 d³.
+    """
+    total = 0
+
+    def count(call, arguments, keywords, context):
+        nonlocal total
+        y = call(*arguments, **keywords)
+        if context.method_name == "__call__":
+            total += _own_macs(context.module, arguments[0], y)
+        return y
+
+    with nn.intercept_methods(count):
+        jax.eval_shape(network.apply, variables, images)
+    return total
+
+
+@functools.singledispatch
+def _own_macs(module: Any, x: Any, y: Any) -> int:
+    """Of the arithmetic that a module does itself, outside its submodules, from input x to output y."""
+    return 0
+
+
+@_own_macs.register
+def _(module: nn.Conv, x: Any, y: Any) -> int:
+    return y.size * math.prod(_kernel_size(module)) * x.shape[-1] // module.feature_group_count
+
+
+def _kernel_size(module: nn.Conv) -> tuple[int, ...]:
+    size = module.kernel_size
+    return (size,) if isinstance(size, int) else tuple(size)
+
+
+@_own_macs.register
+def _(module: nn.Dense, x: Any, y: Any) -> int:
+    return y.size * x.shape[-1]
+
+
+@_own_macs.register(CovarianceHead)
+@_own_macs.register(SecondOrderHead)
+@_own_macs.register(MPNCOVHead)
+def _(module: CovarianceHead | SecondOrderHead | MPNCOVHead, x: Any, y: Any) -> int:
+    width = [x.shape[-1], *module.projection_widths][-1]
+    covariance = math.prod(x.shape[:-1]) * width**2
+    if isinstance(module, SecondOrderHead):
+        return covariance + len(x) * newton_schulz_macs(width, module.num_iters)
+    return covariance + (len(x) * _EIGH_MACS * width**3 if isinstance(module, MPNCOVHead) else 0)
+
+
+@_own_macs.register
+def _(module: Gate, x: Any, y: Any) -> int:
+    width = [x.shape[-1], *module.widths][-1]
+    features = width * (width + 1) // 2 if module.order == 2 else width
+    return _pooling_macs(module, x, width) + features * y.size
+
+
+@_own_macs.register(Mixture)
+@_own_macs.register(GatedMixture)
+def _(module: Mixture | GatedMixture, x: Any, y: Any) -> int:
+    candidates = module.num_selected if isinstance(module, GatedMixture) else module.num_candidates
+    widths = [x.shape[-1], *module.candidate_widths]
+    projections = sum(a * b for a, b in itertools.pairwise(widths)) * math.prod(x.shape[:-1])
+    return candidates * (projections + _pooling_macs(module, x, widths[-1]))
+
+
+def _pooling_macs(module: Gate | Mixture | GatedMixture, x: Any, width: int) -> int:
+    if module.order == 1:
+        return 0
+    return math.prod(x.shape[:-1]) * width**2 + len(x) * newton_schulz_macs(width, module.num_iters)
+
+
+def newton_schulz_macs(width: int, num_iters: int) -> int:
+    """Of n coupled steps: 3(n − 1) products of d×d matrices, or 1 for n = 1; ours needs one less for n = 3."""
+    return max(1, 3 * (num_iters - 1)) * width**3

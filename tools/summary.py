@@ -1,0 +1,192 @@
+"""Parameters, features and multiply-adds of networks, beside the published values.
+
+python tools/summary.py configs/imagenet64_gmsop.py configs/imagenet.py:resnet50,srsop
+python tools/summary.py --all [--markdown]
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import sys
+
+from gmsop_jax import config as configs
+from gmsop_jax.counting import Cost, cost
+from gmsop_jax.errors import UserError
+from gmsop_jax.report.published import Published, find_published
+from gmsop_jax.report.runs import describe_network
+from gmsop_jax.writer import write_atomic
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+_DATA_SETS = {"imagenet64": (1000, 64), "places365": (365, 100), "fashion-mnist": (10, 28), "image-folder": (1000, 224)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One configuration's network.
+
+    Attributes:
+      name: of the configuration, with its argument.
+      network: in a few words.
+      image_size: side of the images.
+      cost: counted here.
+      published: the row that its authors printed, if there is one.
+    """
+
+    name: str
+    network: str
+    image_size: int
+    cost: Cost
+    published: Published
+
+    @property
+    def parameters(self) -> str:
+        """The count, to as many digits as the published one has."""
+        return _like(self.cost.parameters, self.published.parameters)
+
+    @property
+    def gmacs(self) -> str:
+        """Billions of multiply-adds by formula, to as many digits as the published ones have."""
+        if self.published.gmacs:
+            return _like(self.cost.macs, f"{self.published.gmacs}G").removesuffix("G")
+        return f"{self.cost.macs / 1e9:.2f}"
+
+    @property
+    def differences(self) -> list[str]:
+        """Counts that are not the published ones."""
+        pairs = {"parameters": (self.parameters, self.published.parameters), "GMAC": (self.gmacs, self.published.gmacs)}
+        return [name for name, (ours, theirs) in pairs.items() if theirs and ours != theirs]
+
+
+def _like(count: int, printed: str | None) -> str:
+    """A count as a published table prints it, which may have rounded or cut it off; without one, two decimals."""
+    if printed and printed[-1].isdigit():
+        return f"{count:,}"
+    unit, digits = (printed[-1], 1) if printed else ("M", 2)
+    value = count / {"M": 1e6, "G": 1e9}[unit]
+    cut = f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}{unit}"
+    return cut if cut == printed else f"{value:.{digits}f}{unit}"
+
+
+def summarize(path: str) -> Row:
+    """The row of a configuration, `file.py` or `file.py:argument`; of its data set, classes and image size."""
+    config = configs.load(path)
+    num_classes, image_size = _DATA_SETS[config.data.source]
+    image_size = config.data.image_size or image_size
+    config.model.num_classes = config.model.num_classes or num_classes
+    published = find_published(config) or Published("")
+    file, argument = configs.split_argument(path)
+    name = ":".join([file.name, *argument])
+    return Row(name, describe_network(config.model), image_size, cost(config.model, image_size), published)
+
+
+def all_configurations() -> list[str]:
+    """Every configuration that comes along; a file with `ROWS` is one for each of them."""
+    paths = []
+    for file in sorted(CONFIGS.glob("*.py")):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None  # a .py file
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        rows = getattr(module, "ROWS", None)
+        paths += [f"{file}:{row}" for row in rows] if rows else [str(file)]
+    return paths
+
+
+def cells(row: Row) -> list[str]:
+    """What the table shows of a row."""
+    published = row.published
+    errors = [f"{error:g}" for error in (published.top1_error, published.top5_error) if error is not None]
+
+    def beside(ours: str, theirs: str | None) -> str:
+        return ours if not theirs else f"{ours} = {theirs}" if ours == theirs else f"{ours} ≠ {theirs}"
+
+    compiled = row.cost.compiled_macs
+    return [
+        row.name,
+        row.network,
+        str(row.image_size),
+        f"{row.cost.features}",
+        beside(row.parameters, published.parameters),
+        beside(row.gmacs, published.gmacs),
+        "–" if math.isnan(compiled) else f"{compiled / 1e9:.2f}",
+        " / ".join(errors) + " %" if errors else "–",
+    ]
+
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+DOCUMENT = README.with_name("docs") / "networks.md"
+_MARKS = ("<!-- networks: python tools/summary.py --write -->\n", "<!-- end of networks -->\n")
+
+
+def write(rows: list[Row]) -> None:
+    """Puts the table of all networks into `docs/networks.md` and those with published figures into the README."""
+    before, _, rest = README.read_text("utf-8").partition(_MARKS[0])
+    _, mark, after = rest.partition(_MARKS[1])
+    if not mark:
+        raise UserError(f"{README} has not the lines {_MARKS[0].strip()} and {_MARKS[1].strip()}")
+    published = [row for row in rows if row.published.name or row.name == "quickstart.py"]
+    short = markdown(published, [column for column in HEADER if column not in ("side", "GMAC, XLA")])
+    write_atomic(README, f"{before}{_MARKS[0]}{short}{_MARKS[1]}{after}")
+    write_atomic(DOCUMENT, f"{_INTRODUCTION}\n{markdown(rows, HEADER)}")
+
+
+_INTRODUCTION = """# Networks
+
+Every configuration in `configs/`, as `python tools/summary.py --all` counts it: trained parameters; multiply-adds of
+one image by formula (convolutions, matrix products, covariances and square roots; a gated mixture's selected
+candidates), and half the operations that XLA counts in the program (element-wise work too; of a convolution only what
+doesn't meet padding). `= x` agrees with the published x, `≠ x` does not. The published errors are their authors', none
+is ours.
+"""
+HEADER = ["configuration", "network", "side", "features", "parameters", "GMAC", "GMAC, XLA", "published error"]
+
+
+def markdown(rows: list[Row], columns: list[str]) -> str:
+    """The table in Markdown, with the named columns of `HEADER`."""
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        told = dict(zip(HEADER, cells(row), strict=True)) | {"configuration": f"`{row.name}`"}
+        lines.append([told[column] for column in columns])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def text(rows: list[Row]) -> str:
+    """The table in columns."""
+    lines = [HEADER, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines) + "\n"
+
+
+def main() -> int:
+    """Parses the command line and prints the table."""
+    parser = argparse.ArgumentParser(description="Counts networks; '= x' and '≠ x' compare with the published x.")
+    parser.add_argument("configs", nargs="*", help="configurations, file.py or file.py:argument")
+    parser.add_argument("--all", action="store_true", help="every configuration in configs/")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--write", action="store_true", help="--all into README.md and docs/networks.md")
+    options = parser.parse_args()
+    paths = [*options.configs, *(all_configurations() if options.all or options.write else [])]
+    if not paths:
+        parser.error("name configurations, or --all")
+    try:
+        rows = []
+        for i, path in enumerate(paths, 1):
+            print(f"\r{i}/{len(paths)}", end="", file=sys.stderr, flush=True)
+            rows.append(summarize(path))
+        print("\r", end="", file=sys.stderr)
+        if options.write:
+            write(rows)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(markdown(rows, HEADER) if options.markdown else text(rows), end="")
+    different = [f"{row.name}: {', '.join(row.differences)}" for row in rows if row.differences]
+    print(f"\n{len(rows)} networks; counts that differ from the published ones: {'; '.join(different) or 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
