@@ -99,6 +99,19 @@ def test_state_and_files(checkpoint_path, tmp_path, assert_same):
     assert optax.tree.get(state.opt_state, "count") == 5
 
 
+def test_another_optimiser_starts_without_the_files_momentum(checkpoint_path, tmp_path, assert_same):
+    overrides = ["train.optimizer=adamw", "train.ema_decay=0.9"]
+    run = import_checkpoint(checkpoint_path, tmp_path, overrides)
+    variables = jax.tree.map(jnp.asarray, run.checkpoint.variables)
+    like = create_state(variables, create_optimizer(optax.linear_schedule(1.0, 0.0, 9), kind="adamw"), averaged=True)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(like, 5)
+    assert_same(jax.device_get(state.evaluated), run.checkpoint.variables)
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    assert [int(count) for _, count in counts] == [5, 5]  # Adam's and the schedule's
+    assert not any(leaf.any() for leaf in jax.tree.leaves(optax.tree.get(state.opt_state, "mu")))
+
+
 @pytest.mark.slow
 def test_evaluation_gives_the_authors_errors(checkpoint_path, tmp_path):
     mean = tuple(np.asarray(load_checkpoint(checkpoint_path).mean_rgb).tolist())

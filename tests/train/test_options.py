@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from gmsop_jax import load, parallel
@@ -18,8 +19,10 @@ from gmsop_jax.errors import ConfigError
 from gmsop_jax.evaluate import evaluate_checkpoint, resolve
 from gmsop_jax.inputs import Inputs
 from gmsop_jax.interrupt import Interrupted
+from gmsop_jax.models import create_model
 from gmsop_jax.run import prepare
 from gmsop_jax.train import train_and_evaluate
+from gmsop_jax.train_step import make_train_step
 from gmsop_jax.writer import read_metrics
 
 OPTIONS = (
@@ -75,6 +78,19 @@ def test_a_frozen_part_is_as_it_was(finished, tiny):
         name = jax.tree_util.keystr(path)
         same = np.array_equal(params[name], leaf)
         assert same == name.startswith("['backbone']['stem']["), name
+
+
+def test_the_step_is_the_configured_one(tiny):
+    manifest = Manifest.load(tiny.data.dir)
+    config = resolve(with_options(tiny), manifest)
+    run = prepare(config, manifest, mean_rgb=(1.0, 2.0, 3.0))
+    state, batch = run.initial_state(), next(run.batches(0))
+    options = {"mean_rgb": (1.0, 2.0, 3.0), "label_smoothing": 0.1, "mixup_alpha": 0.4, "sub_batches": 2}
+    by_hand = jax.jit(make_train_step(create_model(config.model), optax.sgd(0.1), **options))
+    _, expected = by_hand(state.replace(opt_state=optax.sgd(0.1).init(state.params)), batch)
+    _, told = run.train_step(state, batch, len(batch["label"]))
+    for name in ("loss_sum", "top1_errors", "grad_norm"):
+        np.testing.assert_allclose(told[name], expected[name], rtol=1e-5, err_msg=name)
 
 
 def test_averages_are_evaluated_and_loaded(finished, tiny):
