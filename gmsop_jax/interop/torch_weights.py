@@ -172,7 +172,7 @@ def infer_model(arrays: Mapping[str, np.ndarray]) -> ConfigDict:
 
 
 def _backbone(arrays: Mapping[str, np.ndarray]) -> str:
-    matches = [match for match in (re.match(r"layer(\d+)\.(\d+)\.", name) for name in arrays) if match]
+    matches = [match for match in (re.match(r"layer(\d+)\.(\d{1,4})\.", name) for name in arrays) if match]
     if not matches:
         raise CheckpointError("no array is named layer1.0.conv1.weight; these are not a ResNet's weights")
     if "layer1.0.conv3.weight" not in arrays:

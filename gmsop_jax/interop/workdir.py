@@ -79,9 +79,7 @@ def import_checkpoint(
       ConfigError: if an override doesn't fit.
       DataError: if the data set is damaged.
     """
-    output = pathlib.Path(output).absolute()
-    if steps_on_disk(output / DIRECTORY):
-        raise CheckpointError(f"{output} holds checkpoints already; name a new folder with --output")
+    output = without_checkpoints(output)
     checkpoint = load_checkpoint(path)
     config = run_config(checkpoint)
     for item in overrides:
@@ -90,15 +88,28 @@ def import_checkpoint(
     manifest = _manifest(config)
     steps = steps_per_epoch(_num_images(checkpoint, manifest), config.train.batch_size, config.train.drop_last)
     state = _state(checkpoint, config, steps)
-    with Workdir(output, config), Checkpoints(output / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
-        write_atomic(output / "config.py", _CONFIG_FILE)
-        _inputs(checkpoint, config, manifest).save(output)
-        checkpoints.save(state, Progress(int(state.step), checkpoint.epoch, 0.0))
-        checkpoints.wait()
+    write_workdir(output, config, state, _inputs(checkpoint, config, manifest), checkpoint.epoch)
     difference = None
     if manifest is not None and checkpoint.mean_rgb is not None:
         difference = float(np.max(np.abs(checkpoint.mean_rgb - manifest.mean_rgb)))
     return ImportedRun(config, checkpoint, int(state.step), checkpoint.epoch, difference)
+
+
+def without_checkpoints(folder: str | pathlib.Path) -> pathlib.Path:
+    """The folder's absolute path; CheckpointError if it holds checkpoints, which stay as they are."""
+    folder = pathlib.Path(folder).absolute()
+    if steps_on_disk(folder / DIRECTORY):
+        raise CheckpointError(f"{folder} holds checkpoints already; name a new folder with --output")
+    return folder
+
+
+def write_workdir(folder: pathlib.Path, config: ConfigDict, state: TrainState, inputs: Inputs, epoch: int) -> None:
+    """Writes `config.json`, `config.py` (for `--config`), `inputs.json` and one checkpoint."""
+    with Workdir(folder, config), Checkpoints(folder / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
+        write_atomic(folder / "config.py", _CONFIG_FILE)
+        inputs.save(folder)
+        checkpoints.save(state, Progress(int(state.step), epoch, 0.0))
+        checkpoints.wait()
 
 
 def run_config(checkpoint: Checkpoint) -> ConfigDict:

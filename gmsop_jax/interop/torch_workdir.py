@@ -1,0 +1,117 @@
+"""A working directory from PyTorch's weights, to evaluate, or to fine-tune under another head."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from gmsop_jax import config as configs
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.errors import CheckpointError, ConfigError
+from gmsop_jax.inputs import Inputs
+from gmsop_jax.interop.torch_weights import IMAGE_SIZE, MEAN_RGB, array_shapes, from_torch, read_state
+from gmsop_jax.interop.workdir import without_checkpoints, write_workdir
+from gmsop_jax.models import count_parameters
+from gmsop_jax.optimizer import from_config
+from gmsop_jax.train_step import create_state
+
+_RESIZE = 256  # shorter side before the centre of IMAGE_SIZE is cut out, as the networks are evaluated there
+
+
+@dataclass(frozen=True)
+class ImportedWeights:
+    """What was imported.
+
+    Attributes:
+      config: of the run, as `config.json` holds it.
+      num_parameters: trained ones.
+    """
+
+    config: ConfigDict
+    num_parameters: int
+
+
+def import_weights(
+    path: str | pathlib.Path,
+    output: str | pathlib.Path,
+    overrides: Sequence[str] = (),
+    *,
+    classes: str | pathlib.Path | None = None,
+    triangle: Literal["row", "column"] = "row",
+) -> ImportedWeights:
+    """Makes a working directory for `--mode evaluate`, `--mode predict` and `config.train.init_from`.
+
+    It stands at step 0, with the default recipe, images of 224×224 cut out of 256, and batch norm's
+    moments moving by 0.1 a step. Arrays become float32.
+
+    Args:
+      path: as `torch_weights.read_state`.
+      output: a folder without checkpoints, made if missing: gets `config.json`, `config.py` (for
+        `--config`), `inputs.json` and one checkpoint.
+      overrides: `field=value` of the configuration, like `data.dir=data/imagenet`.
+      classes: a text file with a class's name on each line, in the order of the logits; without it they
+        are called 0, 1, ….
+      triangle: as `torch_weights.from_torch`.
+
+    Raises:
+      CheckpointError: as `read_state` and `from_torch`; if `output` has checkpoints, or `classes` is
+        missing or names another number of classes.
+      ConfigError: if an override doesn't fit, or makes another network.
+    """
+    output = without_checkpoints(output)
+    model_config, variables = _read(path, triangle)
+    names = _class_names(classes, model_config.num_classes)
+    config = run_config(model_config)
+    for item in overrides:
+        configs.override(config, item)
+    configs.validate(config)
+    _check_network(config, variables)
+    optimizer, _ = from_config(config, 1)  # its state before the first step is the same for any number
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
+    state = create_state(variables, optimizer, averaged=config.train.ema_decay > 0)
+    side = config.data.image_size or IMAGE_SIZE
+    write_workdir(output, config, state, Inputs("unknown", names, MEAN_RGB, (side, side)), 0)
+    return ImportedWeights(config, count_parameters(variables["params"]))
+
+
+def run_config(model_config: ConfigDict) -> ConfigDict:
+    """The configuration of a run with an imported network."""
+    config = configs.default_config()
+    config.model.update(model_config)
+    config.data.image_size, config.eval.resize = IMAGE_SIZE, _RESIZE
+    return config
+
+
+def _read(path: str | pathlib.Path, triangle: Literal["row", "column"]) -> tuple[ConfigDict, dict[str, Any]]:
+    state = read_state(path)
+    try:
+        return from_torch(state, triangle=triangle)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _class_names(file: str | pathlib.Path | None, number: int) -> tuple[str, ...]:
+    if file is None:
+        return tuple(map(str, range(number)))
+    try:
+        names = pathlib.Path(file).read_text("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the names of the classes can't be read: {file} ({error})") from error
+    names = tuple(name.strip() for name in names if name.strip())
+    if len(names) != number:
+        raise CheckpointError(f"{file} names {len(names)} classes; the network has {number}")
+    return names
+
+
+def _check_network(config: ConfigDict, variables: Mapping[str, Any]) -> None:
+    """Overrides may set what has no arrays: strides, iterations, precision."""
+    leaves: dict[Any, Any] = dict(flatten_dict(variables))
+    if array_shapes(config.model) != {path: leaf.shape for path, leaf in leaves.items()}:
+        raise ConfigError(
+            "an override of config.model makes another network than the file's; import it as it is, and start a run of"
+            " the other from it with --config.train.init_from"
+        )

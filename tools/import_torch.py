@@ -1,0 +1,52 @@
+"""Makes a working directory of a ResNet that PyTorch trained: torchvision's, or iSQRT-COV's.
+
+python tools/import_torch.py resnet50.safetensors --output runs/resnet50
+python -m gmsop_jax.main --mode predict --checkpoint runs/resnet50 --input PHOTOS
+"""
+
+import argparse
+import sys
+
+from gmsop_jax.data import cli
+from gmsop_jax.interop.torch_workdir import ImportedWeights, import_weights
+
+
+def main() -> None:
+    """Parses the command line, imports, and says what to do with it."""
+    parser = argparse.ArgumentParser(
+        description="Makes a working directory of the weights of a ResNet or ResNeXt of 50 or 101 layers.",
+        epilog="--config.field=value sets a field of the configuration, as in --config.data.dir=data/imagenet",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", help=".safetensors, or a file of torch.save (needs PyTorch)")
+    parser.add_argument("--output", required=True, help="working directory to make")
+    parser.add_argument("--classes", metavar="FILE", help="the classes' names, one a line (default: 0, 1, …)")
+    parser.add_argument(
+        "--triangle",
+        choices=("row", "column"),
+        default="row",
+        help="order of a second-order classifier's columns; column: MATLAB's (default: row)",
+    )
+    options, rest = parser.parse_known_args()
+    for item in rest:
+        if not item.startswith("--config."):
+            parser.error(f"unrecognized argument {item}")
+    overrides = [item.removeprefix("--config.") for item in rest]
+    run = import_weights(options.file, options.output, overrides, classes=options.classes, triangle=options.triangle)
+    report(run, options.file, options.output)
+
+
+def report(run: ImportedWeights, file: str, output: str) -> None:
+    """Prints what was imported, and what to do with it."""
+    model = run.config.model
+    print(
+        f"{file}: {model.backbone}, head {model.head}, {model.num_classes} classes, {run.num_parameters:,} parameters"
+    )
+    print(f"evaluate:   python -m gmsop_jax.main --mode evaluate --workdir {output} --config.data.dir=…")
+    print(f"predict:    python -m gmsop_jax.main --mode predict --checkpoint {output} --input PHOTOS")
+    new = f"--config configs/imagenet.py:{model.backbone},srsop --config.train.init_from={output}"
+    print(f"fine-tune:  python -m gmsop_jax.main {new} --config.data.dir=… --workdir …")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
