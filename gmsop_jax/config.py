@@ -199,6 +199,17 @@ def split_argument(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str]]:
     return pathlib.Path(file + ".py" if separator else file), [argument] if separator else []
 
 
+def run_name(path: str | pathlib.Path) -> str:
+    """A name for the runs of a configuration: its file's and its argument's.
+
+    Example:
+      >>> run_name("configs/imagenet.py:resnet50,gmsop")
+      'imagenet-resnet50-gmsop'
+    """
+    file, argument = split_argument(path)
+    return "-".join([file.stem, *argument]).replace(",", "-").replace("/", "-")
+
+
 def _line_in(path: pathlib.Path, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]

@@ -92,7 +92,7 @@ def _steps(text: str) -> range:
 def _run(options: argparse.Namespace) -> int:
     config = _load_config(options)
     parallel.start_processes(options.coordinator, options.num_processes, options.process_id)
-    workdir = options.workdir or _default_workdir(options.config)
+    workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":
         from gmsop_jax import predict_output
 
@@ -125,12 +125,6 @@ def _run(options: argparse.Namespace) -> int:
         f" {result['wall_seconds']:.0f} s; results in {workdir}"
     )
     return 0
-
-
-def _default_workdir(config: str | None) -> str:
-    """`runs/<name of the configuration>`, with its argument if it has one."""
-    file, argument = configs.split_argument(config or "run")
-    return "runs/" + "-".join([file.stem, *argument]).replace(",", "-")
 
 
 def _load_config(options: argparse.Namespace):

@@ -6,7 +6,6 @@ python tools/summary.py --all [--markdown]
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import pathlib
 import sys
@@ -16,6 +15,7 @@ from gmsop_jax.counting import Cost, cost
 from gmsop_jax.errors import UserError
 from gmsop_jax.report.published import Published, find_published
 from gmsop_jax.report.runs import describe_network
+from gmsop_jax.sweep import expand
 from gmsop_jax.writer import write_atomic
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -83,16 +83,7 @@ def summarize(path: str) -> Row:
 
 def all_configurations() -> list[str]:
     """Every configuration that comes along; a file with `ROWS` is one for each of them."""
-    paths = []
-    for file in sorted(CONFIGS.glob("*.py")):
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec is not None  # a .py file
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        rows = getattr(module, "ROWS", None)
-        paths += [f"{file}:{row}" for row in rows] if rows else [str(file)]
-    return paths
+    return [path for file in sorted(CONFIGS.glob("*.py")) for path in expand(str(file))]
 
 
 def cells(row: Row) -> list[str]:

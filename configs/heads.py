@@ -1,0 +1,45 @@
+"""Every head, and gates with other options, on the quickstart's backbone, images and recipe.
+
+    python -m gmsop_jax.main --config configs/heads.py:HEAD
+
+HEAD: one of `ROWS`. `python tools/sweep.py configs/heads.py --seeds 0 1 2` trains them all and makes one table: a smoke
+test of each rather than a comparison of methods, which 1,000 small gray images can't give.
+"""
+
+import pathlib
+
+from gmsop_jax.config import ConfigDict, load
+from gmsop_jax.errors import ConfigError
+
+# name → fields of config.model
+_HEADS = {
+    "gap": {"head": "gap"},
+    "gap_528d": {"head": "gap", "projection_widths": (528,)},
+    "sop": {"head": "sop"},
+    "srsop": {"head": "srsop"},
+    "srsop_5_steps": {"head": "srsop", "num_iters": 5},
+    "mpncov": {"head": "mpncov"},
+    "parametric_srsop": {"head": "srsop", "projection_widths": (48, 32)},
+    "avegap": {"head": "avegap"},
+    "avesop": {"head": "avesop"},
+    "concatgap": {"head": "concatgap"},
+    "concatsop": {"head": "concatsop"},
+    "gmgap": {"head": "gmgap"},
+    "gmsop": {"head": "gmsop"},
+    "gmsop_masked": {"gate_gradient": "masked"},
+    "gmsop_noise_per_candidate": {"gate_noise": "candidate"},
+    "gmsop_fixed_noise": {"gate_noise": "fixed"},
+    "gmsop_no_noise": {"gate_noise": "none"},
+    "gmsop_softmax_over_all": {"gate_softmax": "all", "balance_on": "softmax"},
+    "gmsop_gate_on_gap": {"gate_order": 1},
+    "gmsop_random_start": {"gate_init": "random"},
+}
+ROWS = tuple(_HEADS)
+
+
+def get_config(head: str = "gmsop") -> ConfigDict:
+    if head not in ROWS:
+        raise ConfigError(f"configs/heads.py:{head}: HEAD is one of {', '.join(ROWS)}")
+    c = load(pathlib.Path(__file__).with_name("quickstart.py"))
+    c.model.update(_HEADS[head])
+    return c

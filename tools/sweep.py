@@ -1,0 +1,61 @@
+"""Trains configurations with several seeds and gathers their results into one table.
+
+python tools/sweep.py configs/heads.py --seeds 0 1 2 --output runs/heads
+python tools/sweep.py … --part 3/8          the fourth of eight shares, as a job array runs them
+python tools/sweep.py … --gather            only the table of what is finished
+
+Started again it goes on where it was.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from gmsop_jax import sweep
+from gmsop_jax.errors import UserError
+from gmsop_jax.writer import write_atomic
+
+
+def main() -> int:
+    """Parses the command line and runs the sweep; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Trains configurations with several seeds, one table of the results; run again to resume.",
+        epilog="--config.field=value sets a field of every run",
+        allow_abbrev=False,
+    )
+    parser.add_argument("configs", nargs="+", help="file.py, file.py:argument; a file with ROWS is all of them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
+    parser.add_argument("--part", default="0/1", type=_part, metavar="I/N", help="every N-th run from the I-th, from 0")
+    parser.add_argument("--gather", action="store_true", help="run nothing")
+    options, rest = parser.parse_known_args()
+    for item in rest:
+        if not item.startswith("--config."):
+            parser.error(f"unrecognized argument {item}")
+    try:
+        overrides = [item.removeprefix("--config.") for item in rest]
+        jobs = sweep.plan(options.configs, options.seeds, options.output, overrides)
+        part, parts = options.part
+        options.output.mkdir(parents=True, exist_ok=True)
+        failed = [] if options.gather else sweep.run(jobs[part::parts])
+        write_atomic(options.output / "table.md", sweep.table(jobs))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    print(sweep.table(jobs), end="")
+    print(f"{options.output / 'table.md'}")
+    return 1 if failed else 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, separator, count = text.partition("/")
+    if not (separator and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 ≤ I < N, such as 0/4")
+    return int(index), int(count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
