@@ -139,6 +139,17 @@ def _check_train(t: Any) -> None:
             "config.train.schedule = 'cosine' takes one pair (rate, epochs) in config.train.learning_rates, like"
             f" ((0.1, 100),); got {t.learning_rates}"
         )
+    epochs = sum(epochs for _, epochs in t.learning_rates)
+    if t.schedule == "cosine" and t.num_epochs > epochs:
+        raise ConfigError(
+            f"config.train.num_epochs = {t.num_epochs} goes on after the cosine of {epochs} epochs, at a rate of 0; give"
+            f" config.train.learning_rates its epochs: (({t.learning_rates[0][0]}, {t.num_epochs}),)"
+        )
+    if t.warmup_epochs > epochs:
+        raise ConfigError(
+            f"config.train.warmup_epochs = {t.warmup_epochs} is longer than the {epochs} epochs of"
+            " config.train.learning_rates"
+        )
     if t.nesterov and t.optimizer != "sgd":
         raise ConfigError(f"config.train.nesterov is of sgd; config.train.optimizer is {t.optimizer!r}")
     pairs = all(isinstance(p, tuple | list) and len(p) == 2 for p in t.rate_factors)

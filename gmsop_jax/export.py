@@ -162,11 +162,13 @@ def _write(
 def _step(info: Info, dispatch: str) -> Callable[..., dict[str, jax.Array]]:
     config = configs.from_json(configs.to_json(info.config))
     config.model.dispatch = dispatch
-    return make_predict_step(create_model(config.model), mean_rgb=info.inputs.mean_rgb)
+    return make_predict_step(
+        create_model(config.model), mean_rgb=info.inputs.mean_rgb, flip_average=info.config.eval.flip_average
+    )
 
 
 def _original(model: Network, variables: Mapping[str, Any], info: Info) -> Callable[[np.ndarray], Outputs]:
-    step = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb))
+    step = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=info.config.eval.flip_average))
     return lambda images: step(variables, images)
 
 

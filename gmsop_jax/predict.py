@@ -51,9 +51,15 @@ class Unreadable:
 
 
 def make_predict_step(
-    model: nn.Module, *, mean_rgb: ArrayLike
+    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool = False
 ) -> Callable[[Mapping[str, Any], UInt8[Array, "b h w 3"]], dict[str, Array]]:
     """The prediction step (variables, images) → outputs, for `jax.jit` and `jax.export`.
+
+    Args:
+      model: gives `(logits, aux)`.
+      mean_rgb: [3], mean colour that is subtracted.
+      flip_average: every output but the probabilities, which are the logits' softmax, is the mean of that of
+        each image and of its mirror image.
 
     Returns: a function of images uint8 [b, h, w, 3] (RGB) that gives `logits` and `probabilities`
       [b, classes], `gate_weights` [b, n] and `features` [b, f].
@@ -61,6 +67,9 @@ def make_predict_step(
 
     def predict_step(variables: Mapping[str, Any], images: Array) -> dict[str, Array]:
         output: Any = model.apply(variables, normalize(images, mean_rgb), train=False)
+        if flip_average:
+            mirrored = model.apply(variables, normalize(images[:, :, ::-1], mean_rgb), train=False)
+            output = jax.tree.map(lambda a, b: (a + b) / 2, output, mirrored)
         logits, aux = output
         return {
             "logits": logits,
@@ -159,7 +168,10 @@ class Predictor:
         model, variables, self.info = restore.load(path)
         self._mesh = parallel.create_mesh()
         self._variables = parallel.replicate(variables, self._mesh)
-        self._step = jax.jit(make_predict_step(model, mean_rgb=self.info.inputs.mean_rgb))
+        step = make_predict_step(
+            model, mean_rgb=self.info.inputs.mean_rgb, flip_average=self.info.config.eval.flip_average
+        )
+        self._step = jax.jit(step)
 
     def predict(
         self, inputs: Iterable[str | os.PathLike[str]], *, batch_size: int = 256

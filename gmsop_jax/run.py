@@ -188,6 +188,7 @@ def _train_step(
             optimizer,
             mean_rgb=mean_rgb,
             balance_weight=config.train.balance_weight,
+            balance_ddof=config.model.balance_ddof,
             seed=config.seed,
             label_smoothing=config.train.label_smoothing,
             mixup_alpha=config.train.mixup_alpha,

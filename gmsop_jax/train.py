@@ -104,18 +104,19 @@ def _source(config: ConfigDict, workdir: pathlib.Path) -> Source | None:
 
 
 def _inputs(config: ConfigDict, manifest: Manifest, workdir: pathlib.Path, source: Source | None) -> Inputs:
-    """The data set's, but for the mean colour of a network from another run, which knows pixels less that one."""
+    """The data set's; but a network that was trained before knows pixels less the mean colour of then."""
     height, width, _ = image_shape(config, manifest)
     inputs = Inputs(manifest.name, manifest.classes, manifest.mean_rgb, (height, width))
-    if not config.train.init_from:
-        return inputs
     if source:
-        known = source.inputs
-    else:
-        try:
-            known = Inputs.load(workdir)
-        except CheckpointError:
-            known = Inputs.load(locate(config.train.init_from)[0].parent)
+        return dataclasses.replace(inputs, mean_rgb=source.inputs.mean_rgb)
+    if not steps_on_disk(workdir / DIRECTORY):
+        return inputs
+    try:
+        known = Inputs.load(workdir)
+    except CheckpointError:
+        if not config.train.init_from:
+            return inputs
+        known = Inputs.load(locate(config.train.init_from)[0].parent)
     return dataclasses.replace(inputs, mean_rgb=known.mean_rgb)
 
 

@@ -86,6 +86,7 @@ class _Forward:
     axis_name: str | None
     label_smoothing: float
     mixup_alpha: float
+    balance_ddof: int
 
     def __call__(self, params: Any, state: TrainState, batch: Batch, parts: int) -> tuple[Metrics, Array, Any]:
         if self.mixup_alpha:
@@ -101,14 +102,15 @@ class _Forward:
             index, part = indexed
             rngs = {name: jax.random.fold_in(key, index) for name, key in step_rngs(self.seed, state.step).items()}
             sums, aux, batch_stats = self._apply(params, state, part, rngs)
-            return None, (sums, jnp.sum(aux["gate_weights"], axis=0), batch_stats)
+            usage = jnp.sum(aux.get("importance", aux["gate_weights"]), axis=0)
+            return None, (sums, usage, batch_stats)
 
         rows = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
         one = jax.checkpoint(one, prevent_cse=False)
         _, (sums, usage, batch_stats) = jax.lax.scan(one, None, (jnp.arange(parts), rows))
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
         batch_stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), batch_stats)
-        return sums, balance_loss(usage, self.axis_name), batch_stats
+        return sums, balance_loss(usage, self.axis_name, self.balance_ddof), batch_stats
 
     def _apply(self, params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array]):
         (logits, aux), updates = self.model.apply(
@@ -140,6 +142,7 @@ def make_train_step(
     *,
     mean_rgb: ArrayLike,
     balance_weight: float = 100.0,
+    balance_ddof: int = 1,
     seed: int = 0,
     label_smoothing: float = 0.0,
     mixup_alpha: float = 0.0,
@@ -162,6 +165,7 @@ def make_train_step(
       optimizer: from `create_optimizer`, or any of optax.
       mean_rgb: [3], mean colour of the training set.
       balance_weight: α.
+      balance_ddof: the model's, `GateOptions.balance_ddof`; of use with sub_batches.
       seed: of gate noise, dropout and mixup.
       label_smoothing: ε of `losses.cross_entropy`.
       mixup_alpha: α of mixup, 0 for none: the batch's neighbouring rows are mixed before it is cut into
@@ -178,7 +182,7 @@ def make_train_step(
       `loss_sum` (cross entropy), `top1_errors`, `top5_errors`, `count`, `balance_loss` and `grad_norm`.
     """
 
-    forward = _Forward(model, mean_rgb, seed, axis_name, label_smoothing, mixup_alpha)
+    forward = _Forward(model, mean_rgb, seed, axis_name, label_smoothing, mixup_alpha, balance_ddof)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rows = batch["image"].shape[0]

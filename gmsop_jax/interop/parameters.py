@@ -109,9 +109,29 @@ def to_params(model_config: ConfigDict, variables: Mapping[str, Any]) -> dict[st
     Returns: NumPy arrays by name, in the shapes that `from_params` describes; vectors are [c].
 
     Raises:
-      CheckpointError: naming the leaves that are missing, unknown or of another shape.
+      CheckpointError: naming the leaves that are missing, unknown or of another shape; or the network's part
+        that the authors' code has no layer for.
     """
+    _check_has_layers(model_config)
     return _join(parameters(model_config), dict(_leaves(variables)))
+
+
+def _check_has_layers(m: ConfigDict) -> None:
+    theirs = {
+        "backbone": ("narrow",),
+        "head": ("gap", "srsop", "gmgap", "gmsop"),
+        "projection_widths": ((),),
+        "gate_noise": ("image",),
+        "gate_softmax": ("selected",),
+        "gate_order": (0, 2 if m.head == "gmsop" else 1),
+    }
+    for name, values in theirs.items():
+        value = m[name]
+        if value not in values:
+            raise CheckpointError(
+                f"config.model.{name} = {value!r} has no layer in the authors' code, which knows"
+                f" {' and '.join(map(repr, values))}; tools/export.py writes any network as safetensors"
+            )
 
 
 def infer_model(params: Mapping[str, Any], num_selected: int) -> ConfigDict:

@@ -121,7 +121,7 @@ def study_run(workdir: Path, data: Path | None, max_images: int) -> Study:
     positions = np.arange(len(reader))
     if len(reader) > max_images:
         positions = np.sort(np.random.default_rng(0).choice(len(reader), max_images, replace=False))
-    step = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb))
+    step = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=info.config.eval.flip_average))
     columns: list[tuple[np.ndarray, ...]] = []
     for images, labels in _batches(reader, positions, info.inputs.image_size, info.config.eval.resize):
         padded = np.pad(images, [(0, _BATCH - len(images)), (0, 0), (0, 0), (0, 0)])

@@ -197,3 +197,14 @@ def test_variables_of_another_model_are_refused(small_model):
     params = variables["params"] | {"head": variables["params"]["head"] | {"mixture": mixture}}
     with pytest.raises(CheckpointError, match=r"candidates1' has shape \(2, 6, 5\).*\(3, 6, 5\)"):
         to_params(config, {**variables, "params": params})
+
+
+@pytest.mark.parametrize(
+    ("head", "field", "value"),
+    [("gmsop", "gate_noise", "none"), ("gmgap", "gate_order", 2), ("gap", "projection_widths", (7,))],
+)
+def test_what_the_authors_code_has_no_layer_for_is_refused(small_model, head, field, value):
+    config, variables = small_model(head)
+    config[field] = value
+    with pytest.raises(CheckpointError, match=rf"config\.model\.{field} = .* has no layer"):
+        to_params(config, variables)

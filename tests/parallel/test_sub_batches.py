@@ -62,6 +62,30 @@ def test_parts_equal_the_whole(steps, sub_batches, rows):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new_state, expected_state)
 
 
+def test_parts_balance_what_the_whole_does():
+    """The softmax over all candidates, its variance over n."""
+
+    class Soft(Plain):
+        @nn.compact
+        def __call__(self, images, *, train, gate_noise=None):
+            logits = nn.Dense(4)(jnp.mean(images, axis=(1, 2)) / 60)
+            importance = jax.nn.softmax(logits)
+            loss = balance_loss(importance, ddof=0)
+            aux = {"gate_weights": top_k_gate(logits, 2)[0], "importance": importance, "balance_loss": loss}
+            return logits, aux
+
+    optimizer = create_optimizer(piecewise_schedule([(0.1, 1)], 1))
+    variables = Soft().init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
+    state = create_state(variables, optimizer)
+    whole, parts = (
+        jax.jit(make_train_step(Soft(), optimizer, mean_rgb=[9, 9, 9], sub_batches=n, balance_ddof=0))(state, batch(12))
+        for n in (1, 3)
+    )
+    assert whole[1]["balance_loss"] > 1e-4
+    np.testing.assert_allclose(parts[1]["balance_loss"], whole[1]["balance_loss"], rtol=1e-5)
+    np.testing.assert_allclose(parts[1]["grad_norm"], whole[1]["grad_norm"], rtol=1e-5)
+
+
 def test_only_one_part_is_in_memory(steps):
     made, state = steps
     large = batch(512)

@@ -73,6 +73,22 @@ def test_a_prediction_is_the_networks(trained_run, folder):
     np.testing.assert_allclose(result.features, aux["features"][0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_prediction_takes_the_mirror_image_where_evaluation_does(trained_run, folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["eval"]["flip_average"] = True
+    (run / "config.json").write_text(json.dumps(config))
+    mirrored = tmp_path / "mirrored.png"
+    Image.open(folder / "rgb.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored)
+    [one, other] = Predictor(run).predict([folder / "rgb.png", mirrored])
+    assert isinstance(one, Prediction)
+    assert isinstance(other, Prediction)
+    np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-5)
+    single = [vars(result)["features"] for result in Predictor(trained_run).predict([folder / "rgb.png", mirrored])]
+    np.testing.assert_allclose(one.features, np.mean(single, axis=0), rtol=1e-4, atol=1e-6)
+
+
 def test_a_prediction_is_of_the_centre_that_evaluation_takes(trained_run, folder, tmp_path):
     shutil.copytree(trained_run, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())

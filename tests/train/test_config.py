@@ -141,6 +141,29 @@ def test_override_refuses(assignment, message):
         ("model.stage_widths=(16, 32)", "need one entry for each stage"),
         ("model.dropout_rate=1.0", r"dropout_rate must be in \[0, 1\), got 1.0"),
         ("model.pixel_scale=0.0", "pixel_scale must be positive"),
+        ("model.backbone=resnet51", r"backbone must be one of .* did you mean 'resnet50'\?"),
+        ("model.stem=large", "config.model.stem = 'large' needs a backbone other than 'narrow'"),
+        ("model.gate_noise=loud", "gate_noise must be one of"),
+        ("model.gate_softmax=none", "gate_softmax must be one of"),
+        ("model.gate_order=3", r"gate_order must be one of \(0, 1, 2\), got 3"),
+        ("model.gate_init=zeros", "gate_init must be one of"),
+        ("model.balance_on=gate", "balance_on must be one of"),
+        ("model.balance_ddof=2", "balance_ddof must be one of"),
+        ("model.power=0.0", "power must be positive, got 0.0"),
+        ("model.batch_norm_rate=0.0", r"batch_norm_rate must be in \(0, 1\], got 0.0"),
+        ("data.crop=random", "crop must be one of"),
+        ("data.crop_area=(0.5,)", r"crop_area must be \(least, largest\)"),
+        ("data.crop_area=(0.5, 0.1)", r"crop_area must be \(least, largest\)"),
+        ("data.crop_padding=-1", "crop_padding must be at least 0"),
+        ("eval.resize=256", "eval.resize needs config.data.image_size"),
+        ("train.optimizer=adam", r"optimizer must be one of .*did you mean 'adamw'\?"),
+        ("train.schedule=cosine", r"takes one pair \(rate, epochs\)"),
+        ("train.warmup_epochs=61.0", "warmup_epochs = 61.0 is longer than the 60 epochs"),
+        ("train.rate_factors=(('backbone', -1),)", "rate_factors must be pairs"),
+        ("train.rate_factors=('backbone', 1)", "rate_factors must be pairs"),
+        ("train.label_smoothing=1.0", r"label_smoothing must be in \[0, 1\)"),
+        ("train.ema_decay=1.0", r"ema_decay must be in \[0, 1\)"),
+        ("train.mixup_alpha=-1.0", "mixup_alpha must be at least 0"),
         ("train.momentum=1.0", r"momentum must be in \[0, 1\)"),
         ("train.weight_decay=-1.0", "weight_decay must be at least 0"),
         ("train.num_epochs=0", "config.train.num_epochs must be at least 1"),
@@ -249,3 +272,24 @@ def test_differences_name_what_changes_the_computation():
     for assignment in ("seed=1", "model.gate_widths=(64,)", "data.dir=elsewhere", "train.log_every_steps=1"):
         override(b, assignment)
     assert sorted(differences(a, b)) == ["config.model.gate_widths: (256, 128) → (64,)", "config.seed: 0 → 1"]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (("model.backbone=resnet50", "model.blocks_per_stage=4"), "blocks_per_stage is of the narrow backbone"),
+        (("model.backbone=resnet50", "model.stem_width=64"), "stem_width is of the narrow backbone"),
+        (("data.image_size=224", "eval.resize=200"), "eval.resize = 200 is smaller than config.data.image_size = 224"),
+        (("train.optimizer=adamw", "train.nesterov=true"), "nesterov is of sgd"),
+        (
+            ("train.schedule=cosine", "train.learning_rates=((0.1, 40),)"),
+            r"goes on after the cosine of 40 epochs, .* \(\(0.1, 60\),\)",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit_each_other_are_refused(assignments, message):
+    config = default_config()
+    for assignment in assignments:
+        override(config, assignment)
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
