@@ -142,8 +142,8 @@ def _check_train(t: Any) -> None:
     epochs = sum(epochs for _, epochs in t.learning_rates)
     if t.schedule == "cosine" and t.num_epochs > epochs:
         raise ConfigError(
-            f"config.train.num_epochs = {t.num_epochs} goes on after the cosine of {epochs} epochs, at a rate of 0; give"
-            f" config.train.learning_rates its epochs: (({t.learning_rates[0][0]}, {t.num_epochs}),)"
+            f"config.train.num_epochs = {t.num_epochs} goes on after the cosine of {epochs} epochs, at a rate of 0;"
+            f" give config.train.learning_rates its epochs: (({t.learning_rates[0][0]}, {t.num_epochs}),)"
         )
     if t.warmup_epochs > epochs:
         raise ConfigError(
