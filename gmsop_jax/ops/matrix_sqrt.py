@@ -61,8 +61,13 @@ def _check(sigma: Array, num_iters: int) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sqrt(sigma: Array, num_iters: int) -> Any:
+    return square_root(sigma, num_iters)
+
+
+def square_root(sigma: Array, num_iters: int, precision: Any = _HIGHEST) -> Array:
+    """The value of `newton_schulz_sqrt` alone, for kernels: no check, no rule of differentiation."""
     a, trace = _normalize(sigma)
-    return jnp.sqrt(trace) * _polynomial(a, num_iters)
+    return jnp.sqrt(trace) * _polynomial(a, num_iters, precision)
 
 
 def _normalize(sigma: Array) -> tuple[Array, Array]:
@@ -71,9 +76,9 @@ def _normalize(sigma: Array) -> tuple[Array, Array]:
     return sigma / jnp.where(trace == 0, 1, trace), trace
 
 
-def _polynomial(a: Array, num_iters: int) -> Array:
+def _polynomial(a: Array, num_iters: int, precision: Any) -> Array:
     """Yₙ of the iteration as a polynomial of the trace-normalised matrix."""
-    product = functools.partial(jnp.matmul, precision=_HIGHEST)
+    product = functools.partial(jnp.matmul, precision=precision)
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     y = w = a  # w = Z Y
     for done in range(2, num_iters + 1, 2):
@@ -96,13 +101,18 @@ def _forward(sigma, num_iters):
 
 
 def _backward(num_iters, sigma, g):
+    return (square_root_adjoint(sigma, g, num_iters),)
+
+
+def square_root_adjoint(sigma: Array, g: Array, num_iters: int, precision: Any = _HIGHEST) -> Array:
+    """The adjoint of `square_root`'s derivative at a symmetric Σ, applied to the cotangent g."""
     a, trace = _normalize(sigma)
-    y, da = jax.jvp(functools.partial(_polynomial, num_iters=num_iters), (a,), (g,))
+    y, da = jax.jvp(functools.partial(_polynomial, num_iters=num_iters, precision=precision), (a,), (g,))
     # √t·p(Σ/t) depends on Σ through A as it stands, and through the trace in A and in √t
     safe = jnp.where(trace == 0, 1, trace)
     through_trace = (_inner(g, y) / 2 - _inner(da, a)) / jnp.sqrt(safe)
     dsigma = da / jnp.sqrt(safe) + through_trace * jnp.eye(a.shape[-1], dtype=a.dtype)
-    return (jnp.where(trace == 0, 0, dsigma),)
+    return jnp.where(trace == 0, 0, dsigma)
 
 
 def _inner(x: Array, y: Array) -> Array:
