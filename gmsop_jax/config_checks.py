@@ -61,7 +61,7 @@ _MODEL_CHOICES = {
     "backbone": BACKBONES,
     "stem": ("small", "large"),
     "head": HEADS,
-    "dispatch": ("auto", "gather", "loop"),
+    "dispatch": ("auto", "gather", "loop", "pallas"),
     "gate_order": (0, 1, 2),
     "gate_init": ("constant", "random"),
     "gate_noise": ("image", "candidate", "fixed", "none"),
@@ -84,6 +84,8 @@ def _check_model(m: Any, defaults: Any) -> None:
     for name in ("stage_widths", "stage_strides", "candidate_widths", "gate_widths", "projection_widths"):
         if (not m[name] and name != "projection_widths") or any(type(v) is not int or v < 1 for v in m[name]):
             raise ConfigError(f"config.model.{name} must be positive integers, like {defaults[name]}; got {m[name]}")
+    if m.dispatch == "pallas" and m.head != "gmsop":
+        raise ConfigError(f"config.model.dispatch = 'pallas' is of the head 'gmsop'; config.model.head is {m.head!r}")
     _check_backbone(m, defaults)
     if not m.pixel_scale > 0:
         raise ConfigError(f"config.model.pixel_scale must be positive, got {m.pixel_scale}")

@@ -190,7 +190,7 @@ class GatedMixtureHead(nn.Module):
     order: int = 2
     num_iters: int = 3
     gate_options: GateOptions = GateOptions()
-    dispatch: Dispatch = "auto"
+    dispatch: Dispatch | Literal["pallas"] = "auto"
     dropout_rate: float = 0.2
     axis_name: str | None = None
     norm: ModuleFactory = BatchNorm

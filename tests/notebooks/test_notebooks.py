@@ -3,6 +3,8 @@
 import pathlib
 import subprocess
 import sys
+import types
+import zipfile
 
 import nbformat
 import pytest
@@ -30,6 +32,40 @@ def test_notebook_is_valid_and_kept_without_outputs(name):
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert code[0].source.startswith("# Installs the package on Colab")
     assert 'if "google.colab" in sys.modules:' in code[0].source
+
+
+@pytest.mark.parametrize("repository", ["", "https://example.org/gmsop_jax.git"])
+def test_install_cell_on_colab(repository, tmp_path, monkeypatch):
+    """With Colab's module and pip replaced: what is uploaded or cloned is installed, and its notebooks entered."""
+    [cell] = {
+        next(cell.source for cell in nbformat.read(FOLDER / name, as_version=4).cells if cell.cell_type == "code")
+        for name in NAMES
+    }
+    commands = []
+
+    def upload():
+        with zipfile.ZipFile(tmp_path / "gmsop_jax-main.zip", "w") as archive:  # as a repository's download is
+            archive.writestr("gmsop_jax-main/pyproject.toml", "")
+            archive.writestr("gmsop_jax-main/notebooks/quickstart.ipynb", "")
+        return {"gmsop_jax-main.zip": b""}
+
+    def run(command, check):
+        assert check
+        commands.append(command)
+        if command[0] == "git":
+            (pathlib.Path(command[-1]) / "notebooks").mkdir(parents=True)
+            (pathlib.Path(command[-1]) / "pyproject.toml").touch()
+
+    colab = types.ModuleType("google.colab")
+    vars(colab)["files"] = types.SimpleNamespace(upload=upload)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.chdir(tmp_path)
+    exec(cell.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), {})
+    root = tmp_path / "project" if repository else tmp_path / "project" / "gmsop_jax-main"
+    assert pathlib.Path.cwd() == root / "notebooks"
+    assert commands[-1][-1].startswith(f"{root}[report,")
+    assert [command[:2] for command in commands[:-1]] == ([["git", "clone"]] if repository else [])
 
 
 def _execute(name: str, tmp_path: pathlib.Path) -> str:

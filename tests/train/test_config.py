@@ -280,6 +280,7 @@ def test_differences_name_what_changes_the_computation():
         (("model.backbone=resnet50", "model.blocks_per_stage=4"), "blocks_per_stage is of the narrow backbone"),
         (("model.backbone=resnet50", "model.stem_width=64"), "stem_width is of the narrow backbone"),
         (("data.image_size=224", "eval.resize=200"), "eval.resize = 200 is smaller than config.data.image_size = 224"),
+        (("model.head=gmgap", "model.dispatch=pallas"), "dispatch = 'pallas' is of the head 'gmsop'"),
         (("train.optimizer=adamw", "train.nesterov=true"), "nesterov is of sgd"),
         (
             ("train.schedule=cosine", "train.learning_rates=((0.1, 40),)"),
