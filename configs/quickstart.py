@@ -25,4 +25,5 @@ def get_config() -> ConfigDict:
     c.train.num_epochs = 16
     c.train.log_every_steps = 50
     c.eval.batch_size = 200
+    c.parallel.cpu_devices = 0  # a device a core
     return c

@@ -116,6 +116,7 @@ def default_config() -> ConfigDict:
 
     c.parallel = ConfigDict()
     c.parallel.mode = "jit"  # one program that XLA splits over all devices | pmap: one for each device
+    c.parallel.cpu_devices = 1  # as which a CPU is taken; 0: a device a core, faster for small networks
     c.parallel.batch_norm = "global"  # moments of the whole batch | device: of each device's part
     c.parallel.shard_optimizer = False  # split the optimiser's state over the devices (jit)
     c.parallel.shard_classifier = False  # split the classifier over the devices (jit)
@@ -146,6 +147,7 @@ _MAY_DIFFER = (
     "train.log_every_steps",
     "train.on_nonfinite",
     "parallel.mode",
+    "parallel.cpu_devices",
     "parallel.shard_optimizer",
     "parallel.shard_classifier",
     "eval.batch_size",

@@ -42,6 +42,7 @@ _LEAST = {
     "train.balance_weight": 0.0,
     "train.sub_batches": 1,
     "train.log_every_steps": 1,
+    "parallel.cpu_devices": 0,
     "eval.batch_size": 1,
     "eval.resize": 0,
     "checkpoint.keep": 1,

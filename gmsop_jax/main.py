@@ -91,6 +91,7 @@ def _steps(text: str) -> range:
 
 def _run(options: argparse.Namespace) -> int:
     config = _load_config(options)
+    parallel.use_cpu_devices(config.parallel.cpu_devices, (config.train.batch_size, config.eval.batch_size))
     parallel.start_processes(options.coordinator, options.num_processes, options.process_id)
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gmsop_jax import config as configuration
+from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop import layers
 from gmsop_jax.interop.matconvnet import from_params, to_params
@@ -204,7 +205,8 @@ def test_variables_of_another_model_are_refused(small_model):
     [("gmsop", "gate_noise", "none"), ("gmgap", "gate_order", 2), ("gap", "projection_widths", (7,))],
 )
 def test_what_the_authors_code_has_no_layer_for_is_refused(small_model, head, field, value):
-    config, variables = small_model(head)
+    shared, variables = small_model(head)
+    config = ConfigDict(shared.to_dict())
     config[field] = value
     with pytest.raises(CheckpointError, match=rf"config\.model\.{field} = .* has no layer"):
         to_params(config, variables)

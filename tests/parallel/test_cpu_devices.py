@@ -1,0 +1,43 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def devices(count: int, batch_sizes: tuple[int, ...], cores: int, **environment: str) -> int:
+    """How many devices a fresh process has that was told so."""
+    code = f"""
+import os
+os.cpu_count = lambda: {cores}
+from gmsop_jax import parallel
+parallel.use_cpu_devices({count}, {batch_sizes})
+import jax
+print(jax.device_count())
+parallel.use_cpu_devices(3, (1, 1))  # too late, and no error
+"""
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = {**kept, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_sizes", "cores", "expected"),
+    [
+        (1, (50, 200), 8, 1),
+        (0, (50, 200), 2, 2),
+        (0, (50, 200), 8, 2),  # 50 = 2 · 25; 5 devices would have 10 rows each
+        (0, (256, 200), 16, 8),  # the largest that divides both
+        (0, (51, 200), 2, 1),
+        (0, (10, 10), 4, 1),
+        (4, (64, 64), 2, 4),  # as many as asked for
+    ],
+)
+def test_a_cpu_is_as_many_devices(count, batch_sizes, cores, expected):
+    assert devices(count, batch_sizes, cores) == expected
+
+
+def test_the_environment_goes_first():
+    assert devices(0, (64, 64), 4, XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
+    assert devices(0, (64, 64), 4, JAX_NUM_CPU_DEVICES="2") == 2
