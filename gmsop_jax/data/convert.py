@@ -63,7 +63,7 @@ def convert(
       shards: number of training shards; by default as many as make some 128 MiB each.
       limit: keep a random subset of at most this many images of each split.
       seed: of the training split's order and of any random choice a source makes.
-      codec: of the records, 'raw' or 'png'.
+      codec: of the records, 'raw', 'png' or 'jpeg'.
       options: the source's own.
       shard_range: (i, n) makes every n-th shard from the i-th; when all n jobs are done,
         `job.finish` joins them.
@@ -108,7 +108,7 @@ class _Work:
         if task.split not in self._orders:
             self._orders[task.split] = split_order(self.source, task.split, self.job.seed, self.job.limit)
         rows = self._orders[task.split][task.start : task.stop].tolist()
-        codec: Codec = "png" if self.job.codec == "png" else "raw"
+        codec: Codec = next(codec for codec in CODECS if codec == self.job.codec)
         try:
             notes = write_shard(self.source, task, rows, self.output, codec, tick)
         except (OSError, RuntimeError) as error:

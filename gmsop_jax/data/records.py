@@ -6,8 +6,8 @@ A record is a 20-byte header and the pixels:
     i32 | crc32 u32
 
 all little-endian; the checksum covers everything but itself. Pixels are row-major [h, w, channels]
-uint8, raw or as a lossless PNG. A gray image is stored as one channel and repeated to three when
-read.
+uint8, raw, as a lossless PNG, or as a JPEG of quality 95 with full-size colours. A gray image is stored
+as one channel and repeated to three when read.
 """
 
 import io
@@ -20,8 +20,8 @@ from PIL import Image
 
 from gmsop_jax.errors import DataError
 
-Codec = Literal["raw", "png"]
-CODECS: tuple[Codec, ...] = ("raw", "png")
+Codec = Literal["raw", "png", "jpeg"]
+CODECS: tuple[Codec, ...] = ("raw", "png", "jpeg")
 VERSION = 1
 HEADER = np.dtype(
     [
@@ -38,6 +38,10 @@ HEADER = np.dtype(
 )
 _CRC = slice(HEADER.itemsize - 4, HEADER.itemsize)
 _MAX_SIDE = 2**16 - 1
+_FORMATS: dict[Codec, tuple[str, dict[str, int]]] = {
+    "png": ("PNG", {}),
+    "jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+}
 _MAX_LABEL = 2**31 - 1
 
 
@@ -54,7 +58,8 @@ def encode(image: np.ndarray, label: int, *, codec: Codec = "raw") -> bytes:
     Args:
       image: uint8, [h, w] or [h, w, 1] (gray) or [h, w, 3] (RGB); sides from 1 to 65,535.
       label: 0-based class, 0 to 2³¹ − 1.
-      codec: 'raw' pixels (fastest to read) or lossless 'png' (smallest).
+      codec: 'raw' pixels (fastest to read), lossless 'png' (smaller), or 'jpeg' (smallest, for photographs;
+        not the same pixels).
     Returns: the record's bytes.
     Raises: DataError if the image or label is none of these.
 
@@ -72,7 +77,7 @@ def encode(image: np.ndarray, label: int, *, codec: Codec = "raw") -> bytes:
     height, width, channels = pixels.shape
     fields = (b"GSOP", VERSION, CODECS.index(codec), channels, 0, height, width, label, 0)
     record = bytearray(np.array([fields], HEADER).tobytes())
-    record += pixels.tobytes() if codec == "raw" else _to_png(pixels)
+    record += pixels.tobytes() if codec == "raw" else _compress(pixels, codec)
     record[_CRC] = _checksum(record).to_bytes(4, "little")
     return bytes(record)
 
@@ -152,7 +157,8 @@ def _pixels(record: bytes, header: np.void) -> np.ndarray:
     if header["codec"] == 0:
         shape = _raw_shape(record, header)
         return np.frombuffer(record, np.uint8, offset=HEADER.itemsize).reshape(shape)
-    return _from_png(record[HEADER.itemsize :], (int(header["height"]), int(header["width"]), int(header["channels"])))
+    shape = (int(header["height"]), int(header["width"]), int(header["channels"]))
+    return _decompress(record[HEADER.itemsize :], shape, CODECS[header["codec"]])
 
 
 def _checksum(record: bytes | bytearray) -> int:
@@ -160,19 +166,24 @@ def _checksum(record: bytes | bytearray) -> int:
     return zlib.crc32(view[HEADER.itemsize :], zlib.crc32(view[: _CRC.start]))
 
 
-def _to_png(pixels: np.ndarray) -> bytes:
+def _compress(pixels: np.ndarray, codec: Codec) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    name, options = _FORMATS[codec]
+    try:
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, name, **options)
+    except (OSError, ValueError) as error:  # libjpeg's longest side is 65,500
+        raise DataError(f"an image of shape {pixels.shape} can't be a {name} ({error}); use --codec raw") from error
     return buffer.getvalue()
 
 
-def _from_png(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+def _decompress(data: bytes, shape: tuple[int, int, int], codec: Codec) -> np.ndarray:
+    name, _ = _FORMATS[codec]
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
-            found = (png.height, png.width, len(png.getbands()))
-            if found != shape or png.mode not in ("L", "RGB"):  # before memory is taken for its pixels
-                raise DataError(f"damaged record: a PNG of shape {found} for {shape}")
-            pixels = np.asarray(png)
+        with Image.open(io.BytesIO(data), formats=[name]) as image:
+            found = (image.height, image.width, len(image.getbands()))
+            if found != shape or image.mode not in ("L", "RGB"):  # before memory is taken for its pixels
+                raise DataError(f"damaged record: a {name} of shape {found} for {shape}")
+            pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"damaged record: {error}") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels

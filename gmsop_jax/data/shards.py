@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from gmsop_jax.data.manifest import Shard, sha256
 from gmsop_jax.data.order import permutation
-from gmsop_jax.data.records import Codec, encode
+from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.data.sources import Source, UnreadableImage
 from gmsop_jax.errors import DataError
 
@@ -164,8 +164,9 @@ def write_shard(
                 unreadable.append(str(error))
             else:
                 _check_label(label, len(source.classes), task.split, index)
-                writer.write(encode(image, label, codec=codec))
-                statistics.add(image, label)
+                record = encode(image, label, codec=codec)
+                writer.write(record)
+                statistics.add(decode(record)["image"] if codec == "jpeg" else image, label)
             tick()
         writer.close()
     except BaseException:

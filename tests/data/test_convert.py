@@ -266,7 +266,7 @@ def test_full_disk_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"shards": -1}, "shards is -1"),
         ({"limit": 0}, "limit is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"codec": "jpeg"}, "unknown codec 'jpeg'; one of raw, png"),
+        ({"codec": "webp"}, "unknown codec 'webp'; one of raw, png, jpeg"),
         ({"shard_range": (2, 2)}, "shard range 2/2"),
         ({"max_unreadable": 2}, "max_unreadable is 2"),
     ],

@@ -9,6 +9,7 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import eval_batches, steps_per_epoch, train_batches
 from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import decode
+from gmsop_jax.data.verify import verify
 from gmsop_jax.errors import DataError
 
 
@@ -160,6 +161,15 @@ def test_png_records_read_the_same(fashion: Path, tmp_path: Path):
         take(train_batches(fashion, batch_size=64, seed=5), 2),
         take(train_batches(tmp_path / "set", batch_size=64, seed=5), 2),
     )
+
+
+def test_jpeg_records_read_nearly_the_same(fashion: Path, tmp_path: Path):
+    convert("fashion-mnist", None, tmp_path / "set", codec="jpeg", progress=False)
+    verify(tmp_path / "set", progress=False)
+    [exact], [near] = (take(train_batches(path, batch_size=64, seed=5), 1) for path in (fashion, tmp_path / "set"))
+    np.testing.assert_array_equal(exact["label"], near["label"])
+    error = np.abs(exact["image"].astype(int) - near["image"])
+    assert 0 < error.mean() < 2
 
 
 @pytest.mark.parametrize(
