@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -124,7 +124,31 @@ class MPNCOVHead(_PoolingHead):
         return triangle_vector(matrix_power(covariance_pool(x), self.power))
 
 
-class MixtureHead(nn.Module):
+class _MixtureHead(nn.Module):
+    """A mixture → batch norm → dropout → classifier."""
+
+    num_classes: int
+    num_candidates: int = 16
+    candidate_widths: Sequence[int] = (256, 128)
+    order: int = 2
+    num_iters: int = 3
+    dropout_rate: float = 0.2
+    axis_name: str | None = None
+    norm: ModuleFactory = BatchNorm
+    dtype: jnp.dtype | None = None
+
+    def _bank(self) -> dict[str, Any]:
+        """Fields of the mixture that is its part."""
+        names = ("num_candidates", "candidate_widths", "order", "num_iters", "dtype")
+        return {name: getattr(self, name) for name in names}
+
+    def _finish(self, features: Array, aux: Mapping[str, Array], *, train: bool) -> _Output:
+        y = self.norm(name="bn")(features, train=train)
+        y = Dropout(self.dropout_rate, self.axis_name)(y, train=train)
+        return _classify(y, self.num_classes, self.dtype), {**aux, "features": features}
+
+
+class MixtureHead(_MixtureHead):
     """Averaged or concatenated mixture: `Mixture` → batch norm → dropout → classifier.
 
     Ave-GAP and Ave-SOP of the paper, and their concatenations: every candidate runs on every image.
@@ -139,36 +163,16 @@ class MixtureHead(nn.Module):
       dtype: as in `ResNet`.
     """
 
-    num_classes: int
-    num_candidates: int = 16
-    candidate_widths: Sequence[int] = (256, 128)
-    order: int = 2
-    num_iters: int = 3
     combine: Literal["average", "concatenate"] = "average"
-    dropout_rate: float = 0.2
-    axis_name: str | None = None
-    norm: ModuleFactory = BatchNorm
-    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
         """Pools and classifies; `gate_noise` is ignored, there is no gate."""
-        features = Mixture(
-            self.num_candidates,
-            self.candidate_widths,
-            self.order,
-            self.num_iters,
-            self.dtype,
-            self.combine,
-            name="mixture",
-        )(x)
-        y = self.norm(name="bn")(features, train=train)
-        y = Dropout(self.dropout_rate, self.axis_name)(y, train=train)
-        aux = {**_without_gate(features), "features": features}
-        return _classify(y, self.num_classes, self.dtype), aux
+        features = Mixture(**self._bank(), combine=self.combine, name="mixture")(x)
+        return self._finish(features, _without_gate(features), train=train)
 
 
-class GatedMixtureHead(nn.Module):
+class GatedMixtureHead(_MixtureHead):
     """GM-SOP (order 2) or GM-GAP (order 1): `GatedMixture` → batch norm → dropout → classifier.
 
     `aux['features']` is the mixture's vector before batch norm: f = d(d + 1)/2 or d, for d the last of
@@ -182,38 +186,22 @@ class GatedMixtureHead(nn.Module):
       others: as in `GatedMixture`.
     """
 
-    num_classes: int
-    num_candidates: int = 16
     num_selected: int = 8
-    candidate_widths: Sequence[int] = (256, 128)
     gate_widths: Sequence[int] = (256, 128)
-    order: int = 2
-    num_iters: int = 3
     gate_options: GateOptions = GateOptions()
     dispatch: Dispatch | Literal["pallas"] = "auto"
-    dropout_rate: float = 0.2
-    axis_name: str | None = None
-    norm: ModuleFactory = BatchNorm
-    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
         """Pools and classifies; `gate_noise` replaces the draw from the stream `gating`."""
-        mixture = GatedMixture(
-            self.num_candidates,
-            self.candidate_widths,
-            self.order,
-            self.num_iters,
-            self.dtype,
-            self.num_selected,
-            self.gate_widths,
-            self.gate_options,
-            self.dispatch,
-            self.axis_name,
-            self.norm,
+        features, aux = GatedMixture(
+            **self._bank(),
+            num_selected=self.num_selected,
+            gate_widths=self.gate_widths,
+            gate_options=self.gate_options,
+            dispatch=self.dispatch,
+            axis_name=self.axis_name,
+            norm=self.norm,
             name="mixture",
-        )
-        features, aux = mixture(x, train=train, gate_noise=gate_noise)
-        y = self.norm(name="bn")(features, train=train)
-        y = Dropout(self.dropout_rate, self.axis_name)(y, train=train)
-        return _classify(y, self.num_classes, self.dtype), {**aux, "features": features}
+        )(x, train=train, gate_noise=gate_noise)
+        return self._finish(features, aux, train=train)
