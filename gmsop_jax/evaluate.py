@@ -1,5 +1,6 @@
 """Evaluation: a whole split through the network."""
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -45,7 +46,8 @@ def evaluate_split(
         num_workers=config.data.num_workers,
         on_corrupt=config.data.on_corrupt,
     )
-    sums = [eval_step(variables, parallel.place_batch(batch, mesh)) for batch in batches]
+    with contextlib.closing(batches):
+        sums = [eval_step(variables, parallel.place_batch(batch, mesh)) for batch in batches]
     return summarize(jax.device_get(sums))
 
 
