@@ -98,9 +98,16 @@ def test_checksums(saved, tmp_path):
     assert find_damage(folder) is None
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own, of what it gave up
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What a test leaves is collected within it, and not in whichever test the collector next runs."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax gave up
 @pytest.mark.parametrize("checksums", [True, False], ids=["top_level_file", "without_checksums"])
-def test_checkpoint_files(saved, tmp_path, checksums):
+def test_checkpoint_files(collected, saved, tmp_path, checksums):
     """What checksums don't cover: the file that Orbax writes last, and folders that have none."""
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
     state = saved[1]
@@ -125,7 +132,6 @@ def test_checkpoint_files(saved, tmp_path, checksums):
             if checksums:
                 jax.tree.map(np.testing.assert_array_equal, restored, state)
         file.write_bytes(content)
-    gc.collect()  # of what Orbax left half done, while its warnings are let pass
 
 
 def test_a_checksum_file_that_claims_to_be_huge(tmp_path):
