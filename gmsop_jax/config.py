@@ -6,11 +6,13 @@ A configuration file is Python with a function `get_config()` that returns a `Co
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import json
 import pathlib
 import traceback
+import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -167,27 +169,44 @@ def load(path: str | pathlib.Path, overrides: list[str] | tuple[str, ...] = ()) 
       ConfigError: if the file is missing or has no `get_config`, or as `override` and `validate`.
     """
     file, argument = split_argument(path)
-    if not file.is_file():
-        raise ConfigError(f"no configuration file {file}; those that come along are in configs/")
-    spec = importlib.util.spec_from_file_location(f"gmsop_config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{file} is no Python file; a configuration has a function get_config()")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    with _explaining(file):
+        module = run_file(file)
         if not hasattr(module, "get_config"):
             raise ConfigError(f"{file} has no function get_config()")
         config = module.get_config(*argument)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever the user's file may raise
-        raise ConfigError(f"{file}{_line_in(file, error)}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config() of {file} returns {config!r}; it should return default_config() with changes")
     for item in overrides:
         override(config, item)
     validate(config)
     return config
+
+
+def run_file(file: pathlib.Path) -> types.ModuleType:
+    """Executes a configuration file, without asking it for a configuration.
+
+    Raises:
+      ConfigError: if the file is missing, or what it does goes wrong.
+    """
+    if not file.is_file():
+        raise ConfigError(f"no configuration file {file}; those that come along are in configs/")
+    spec = importlib.util.spec_from_file_location(f"gmsop_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{file} is no Python file; a configuration has a function get_config()")
+    module = importlib.util.module_from_spec(spec)
+    with _explaining(file):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _explaining(file: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's file may raise
+        raise ConfigError(f"{file}{_line_in(file, error)}: {type(error).__name__}: {error}") from error
 
 
 def split_argument(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str]]:

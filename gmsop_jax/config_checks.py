@@ -77,7 +77,8 @@ _NARROW = ("blocks_per_stage", "width_factor", "stage_widths", "stem_width")  # 
 def _check_model(m: Any, defaults: Any) -> None:
     for name, allowed in _MODEL_CHOICES.items():
         _one_of(f"model.{name}", m[name], allowed)
-    if m.num_selected > m.num_candidates:
+    gated = m.head in ("gmgap", "gmsop")
+    if gated and m.num_selected > m.num_candidates:
         raise ConfigError(
             f"config.model.num_selected (K = {m.num_selected}) exceeds config.model.num_candidates"
             f" (N = {m.num_candidates}); lower K or raise N"
@@ -85,8 +86,18 @@ def _check_model(m: Any, defaults: Any) -> None:
     for name in ("stage_widths", "stage_strides", "candidate_widths", "gate_widths", "projection_widths"):
         if (not m[name] and name != "projection_widths") or any(type(v) is not int or v < 1 for v in m[name]):
             raise ConfigError(f"config.model.{name} must be positive integers, like {defaults[name]}; got {m[name]}")
-    if m.dispatch == "pallas" and m.head != "gmsop":
-        raise ConfigError(f"config.model.dispatch = 'pallas' is of the head 'gmsop'; config.model.head is {m.head!r}")
+    if m.dispatch == "pallas" and (m.head != "gmsop" or m.compute_dtype == "float64"):
+        raise ConfigError(
+            "config.model.dispatch = 'pallas' is of the head 'gmsop' in float32 or bfloat16; config.model.head is"
+            f" {m.head!r}, config.compute_dtype {m.compute_dtype!r}"
+        )
+    if m.projection_widths and m.head not in ("gap", "sop", "srsop", "mpncov"):
+        raise ConfigError(
+            f"config.model.projection_widths = {m.projection_widths} is of heads without mixture; config.model.head is"
+            f" {m.head!r}, which has candidate_widths"
+        )
+    if m.projection_batch_norm and not m.projection_widths:
+        raise ConfigError("config.model.projection_batch_norm needs config.model.projection_widths, which is ()")
     _check_backbone(m, defaults)
     if not m.pixel_scale > 0:
         raise ConfigError(f"config.model.pixel_scale must be positive, got {m.pixel_scale}")
@@ -106,7 +117,9 @@ def _check_backbone(m: Any, defaults: Any) -> None:
         for name in _NARROW:
             if m[name] != defaults[name]:
                 raise ConfigError(f"config.model.{name} is of the narrow backbone; {m.backbone} has its own")
-    if len(m.stage_widths) != len(m.stage_strides):
+        if len(m.stage_strides) != 4:
+            raise ConfigError(f"config.model.stage_strides needs four entries for {m.backbone}, got {m.stage_strides}")
+    if m.backbone == "narrow" and len(m.stage_widths) != len(m.stage_strides):
         raise ConfigError(
             f"config.model.stage_widths {m.stage_widths} and stage_strides {m.stage_strides}"
             " need one entry for each stage"

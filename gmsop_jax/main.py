@@ -91,7 +91,7 @@ def _steps(text: str) -> range:
 
 def _run(options: argparse.Namespace) -> int:
     config = _load_config(options)
-    parallel.use_cpu_devices(config.parallel.cpu_devices, (config.train.batch_size, config.eval.batch_size))
+    parallel.use_cpu_devices(config.parallel.cpu_devices, _split_rows(config))
     parallel.start_processes(options.coordinator, options.num_processes, options.process_id)
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":
@@ -126,6 +126,12 @@ def _run(options: argparse.Namespace) -> int:
         f" {result['wall_seconds']:.0f} s; results in {workdir}"
     )
     return 0
+
+
+def _split_rows(config) -> tuple[int, int]:
+    """Rows that go over the devices at a time: of a sub-batch, in pairs if they are mixed, and of evaluation."""
+    t = config.train
+    return t.batch_size // t.sub_batches // (2 if t.mixup_alpha else 1), config.eval.batch_size
 
 
 def _load_config(options: argparse.Namespace):

@@ -59,20 +59,25 @@ _LEAST_ROWS = 16  # that a CPU device gets; with fewer, splitting the batch cost
 def use_cpu_devices(count: int, batch_sizes: Sequence[int]) -> None:
     """Lets JAX take this machine's CPU as several devices; to be called before anything touches a device.
 
-    XLA runs much of a small network on one core of a device; split over a device a core, its steps took two
-    thirds of the time on two cores. `XLA_FLAGS` and `JAX_NUM_CPU_DEVICES` of the environment go before it.
+    XLA runs much of a small network on one core of a device; a device a core uses them all. A device that
+    waits for the others holds one of XLA's threads meanwhile, so there are as many more of these: with too
+    few, an operation that waits for threads of its own, like an eigendecomposition, would never end.
+
+    `XLA_FLAGS`, `JAX_NUM_CPU_DEVICES` and `PJRT_NPROC` of the environment go before it.
 
     Args:
-      count: devices; 0 for as many as cores, if each batch size divides over them and leaves a device 16
-        rows or more, or for fewer.
-      batch_sizes: of training and evaluation.
+      count: devices; 0 for as many as cores, or for fewer, so that every batch size divides over them and
+        leaves a device 16 rows or more.
+      batch_sizes: rows that are split over the devices at a time.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
+    cores = os.cpu_count() or 1
     if count == 0:
-        most = min(os.cpu_count() or 1, min(batch_sizes) // _LEAST_ROWS)
-        rows = math.gcd(*batch_sizes)
+        most, rows = min(cores, min(batch_sizes) // _LEAST_ROWS), math.gcd(*batch_sizes)
         count = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
+    if count > 1:
+        os.environ.setdefault("PJRT_NPROC", str(cores + count))
     with contextlib.suppress(RuntimeError):  # JAX is at work already, in a notebook say: it keeps what it has
         jax.config.update("jax_num_cpu_devices", count)
 

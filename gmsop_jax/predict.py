@@ -32,7 +32,8 @@ class Prediction:
     Attributes:
       file: as it was named.
       probabilities: [classes], float32; they sum to 1.
-      gate_weights: [n], float32, k of them not 0; [1] in a network without gate.
+      gate_weights: [n], float32, k of them not 0 (more if `eval.flip_average` takes the mean of two views); [1]
+        in a network without gate.
       features: [f], float32: the pooled vector, for retrieval or a linear probe.
     """
 

@@ -36,6 +36,7 @@ class Run:
       train_step: (state, this process's rows, rows of the global batch) → (state, metrics).
       eval_step: (variables, batch) → metrics.
       schedule: step, from 0 → learning rate.
+      mean_rgb: mean colour that is subtracted.
       num_images: of the training split.
       steps_per_epoch: optimiser steps.
       feature_dimension: of the classifier's input.
@@ -49,6 +50,7 @@ class Run:
     train_step: Callable
     eval_step: Callable
     schedule: Callable[[int], Any]
+    mean_rgb: tuple[float, float, float]
     num_images: int
     steps_per_epoch: int
     feature_dimension: int
@@ -78,6 +80,7 @@ class Run:
             start_step=start_step,
             flip=c.data.flip,
             crop=create_crop(c.data.crop, padding=c.data.crop_padding, area=c.data.crop_area),
+            padding_rgb=self.mean_rgb,
             image_size=c.data.image_size or None,
             drop_remainder=c.train.drop_last,
             process_index=jax.process_index(),
@@ -125,6 +128,7 @@ def prepare(
     steps_per_epoch = pipeline.steps_per_epoch(num_images, t.batch_size, t.drop_last)
     manifest.split(config.eval.split)
     _check_pairs(config, mesh, num_images)
+    _check_kernel(config, mesh)
     mean_rgb = mean_rgb or manifest.mean_rgb
     optimizer, schedule = from_config(config, steps_per_epoch)
     model = create_model(config.model)
@@ -150,11 +154,21 @@ def prepare(
             make_eval_step(model, mean_rgb=mean_rgb, flip_average=config.eval.flip_average), mesh
         ),
         schedule=schedule,
+        mean_rgb=mean_rgb,
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
         feature_dimension=aux["features"].shape[-1],
         origin=origin,
     )
+
+
+def _check_kernel(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses the kernel where XLA would have to split it over devices, as evaluation always asks for."""
+    if config.model.dispatch == "pallas" and mesh.size > 1:
+        raise ConfigError(
+            f"config.model.dispatch = 'pallas' runs on one device, and there are {mesh.size}; take 'auto', or one"
+            " device (JAX_PLATFORMS, CUDA_VISIBLE_DEVICES, config.parallel.cpu_devices)"
+        )
 
 
 def _check_pairs(config: ConfigDict, mesh: Mesh, num_images: int) -> None:

@@ -1,7 +1,6 @@
 """Many runs: configurations × seeds, one after the other, and one table of their results."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import statistics
@@ -42,19 +41,12 @@ def expand(path: str) -> list[str]:
     """The configurations of a file: itself, or `file.py:row` for each of its `ROWS`.
 
     Raises:
-      ConfigError: if there is no such file.
+      ConfigError: if there is no such file, or what it does goes wrong.
     """
     file, argument = configs.split_argument(path)
-    if not file.is_file():
-        raise ConfigError(f"no configuration file {file}")
     if argument:
         return [path]
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    rows = getattr(module, "ROWS", ())
+    rows = getattr(configs.run_file(file), "ROWS", ())
     return [f"{file}:{row}" for row in rows] or [str(file)]
 
 
@@ -68,19 +60,21 @@ def plan(paths: Sequence[str], seeds: Sequence[int], output: pathlib.Path, overr
       overrides: `field=value` of every run.
 
     Raises:
-      ConfigError: if a configuration is not valid, before anything runs, or two have the same name.
+      ConfigError: if a configuration is not valid, before anything runs, two have the same name, or the
+        output has a run of another configuration.
     """
     expanded = [configuration for path in paths for configuration in expand(path)]
     names = [configs.run_name(path) for path in expanded]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ConfigError(f"two configurations have the name {sorted(twice)[0]}; sweep them into folders of their own")
-    for path in expanded:
-        configs.load(path, list(overrides))
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"a seed is named twice: {' '.join(map(str, seeds))}")
     jobs = []
     for seed in seeds:
         for name, path in zip(names, expanded, strict=True):
             workdir = output / name / f"seed{seed}"
+            _check_same(workdir, configs.load(path, [*overrides, f"seed={seed}"]))
             fields = [f"--config.{item}" for item in (*overrides, f"seed={seed}")]
             command = (sys.executable, "-m", "gmsop_jax.main", "--config", path, "--workdir", str(workdir), *fields)
             jobs.append(Job(name, seed, workdir, command))
@@ -89,6 +83,19 @@ def plan(paths: Sequence[str], seeds: Sequence[int], output: pathlib.Path, overr
 
 def _say(line: str) -> None:
     print(line, flush=True)  # before what the run itself prints
+
+
+def _check_same(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
+    file = workdir / "config.json"
+    if not file.exists():
+        return
+    kept = configs.from_json(file.read_text("utf-8"))
+    config.model.num_classes = kept.model.num_classes  # what the data set filled in
+    different = configs.differences(kept, config)
+    if kept.train.num_epochs != config.train.num_epochs:
+        different.append(f"config.train.num_epochs: {kept.train.num_epochs} → {config.train.num_epochs}")
+    if different:
+        raise ConfigError(f"{workdir} is of another configuration ({'; '.join(different)}); give another --output")
 
 
 def run(jobs: Sequence[Job], say: Callable[[str], None] = _say) -> list[Job]:

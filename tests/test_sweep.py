@@ -49,6 +49,27 @@ def test_nothing_runs_where_a_configuration_is_wrong(tmp_path):
             sweep.plan(paths, [0], tmp_path, overrides)
 
 
+def test_a_run_of_another_configuration_is_not_taken(tmp_path):
+    from gmsop_jax import config
+
+    [job] = sweep.plan([QUICKSTART], [0], tmp_path)
+    finish(job, 1, 1, 1)
+    kept = config.load(QUICKSTART)
+    kept.model.num_classes = 10
+    (job.workdir / "config.json").write_text(config.to_json(kept))
+    sweep.plan([QUICKSTART], [0], tmp_path)
+    for override in ("train.num_epochs=17", "model.num_iters=5"):
+        with pytest.raises(ConfigError, match=override.split("=")[0]):
+            sweep.plan([QUICKSTART], [0], tmp_path, [override])
+
+
+def test_seeds_are_checked_first(tmp_path):
+    with pytest.raises(ConfigError, match="named twice: 0 0"):
+        sweep.plan([QUICKSTART], [0, 0], tmp_path)
+    with pytest.raises(ConfigError, match="seed must be at least 0"):
+        sweep.plan([QUICKSTART], [-1], tmp_path)
+
+
 def test_finished_runs_are_not_run_again_and_failures_do_not_stop_the_others(tmp_path):
     def job(name: str, code: str) -> sweep.Job:
         return sweep.Job(name, 0, tmp_path / name, (sys.executable, "-c", code))

@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +69,7 @@ def train_batches(
     start_step: int = 0,
     flip: bool = True,
     crop: Crop | None = None,
+    padding_rgb: Sequence[float] | None = None,
     image_size: Size = None,
     drop_remainder: bool = True,
     process_index: int = 0,
@@ -86,6 +88,7 @@ def train_batches(
       start_step: the first step to give: what an uninterrupted run would have seen there.
       flip: mirror each image left to right with probability ½.
       crop: take a random part of each image; None takes it whole.
+      padding_rgb: colour of what a crop takes from outside the image; the split's mean by default.
       image_size: side, or (height, width), to resize to; needed where the split's images differ in
         size.
       drop_remainder: leave out an epoch's smaller last batch; otherwise it comes as it is.
@@ -101,7 +104,7 @@ def train_batches(
     Raises: DataError if the data set is missing or damaged, or the arguments don't fit it.
     """
     prepare = crop or Whole()
-    split, rows = _open(directory, "train", image_size, prepare, process_index, process_count, on_corrupt)
+    split, rows = _open(directory, "train", image_size, prepare, process_index, process_count, on_corrupt, padding_rgb)
     if seed < 0 or start_step < 0:
         raise DataError(f"seed {seed} and start_step {start_step} must not be negative")
     _check_share(batch_size, process_count)
@@ -197,7 +200,7 @@ class _Rows:
     reader: ShardReader
     size: tuple[int, int]
     prepare: Preparation
-    mean_rgb: np.ndarray
+    padding_rgb: np.ndarray
     num_classes: int
     process_index: int
     process_count: int
@@ -216,7 +219,7 @@ class _Rows:
         for start in range(0, len(indices), block):
             rows = slice(start, start + block)
             pixels, label[rows] = decode_batch(self.reader.read(indices[rows]))
-            pixels = self.prepare(pixels, draws[rows], self.size, self.mean_rgb)
+            pixels = self.prepare(pixels, draws[rows], self.size, self.padding_rgb)
             _fill(image[rows], pixels, flips[rows])
         if label.max(initial=0) >= self.num_classes:
             raise DataError(
@@ -315,6 +318,7 @@ def _open(
     process_index: int,
     process_count: int,
     on_corrupt: OnCorrupt,
+    padding_rgb: Sequence[float] | None = None,
 ) -> tuple[Split, _Rows]:
     manifest = Manifest.load(directory, splits=[name] if on_corrupt == "stop" else [])
     split = manifest.split(name)
@@ -326,8 +330,8 @@ def _open(
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)")
     reader = ShardReader(Path(directory), split.shards)
-    mean_rgb = np.round(manifest.mean_rgb).astype(np.uint8)
-    rows = _Rows(reader, size, prepare, mean_rgb, manifest.num_classes, process_index, process_count, on_corrupt)
+    padding = np.round(padding_rgb or manifest.mean_rgb).astype(np.uint8)
+    rows = _Rows(reader, size, prepare, padding, manifest.num_classes, process_index, process_count, on_corrupt)
     return split, rows
 
 

@@ -103,7 +103,7 @@ class Gate(nn.Module):
         scale = self._noise_scale(features)
         if noise is None or scale is None:
             return logits
-        return logits + noise.reshape(len(noise), -1) * scale
+        return logits + noise.reshape(noise.shape[0], -1) * scale
 
     def _noise_scale(self, features: Array) -> Array | None:
         if self.noise == "none":

@@ -30,7 +30,7 @@ def _classify(features: Array, num_classes: int, dtype: jnp.dtype | None) -> Arr
 
 
 def _without_gate(features: Array) -> dict[str, Array]:
-    one = jnp.ones((len(features), 1), features.dtype)
+    one = jnp.ones((features.shape[0], 1), features.dtype)
     return {"balance_loss": jnp.zeros((), features.dtype), "gate_weights": one, "importance": one}
 
 

@@ -206,6 +206,14 @@ def test_a_padded_batch_is_made_of_the_plain_one(fashion: Path):
         np.testing.assert_array_equal(unflipped["image"][row], padded[row, top : top + 28, left : left + 28])
 
 
+def test_padding_may_have_another_colour(fashion: Path):
+    crop = PaddedCrop(28)  # some windows are padding alone
+    images = next(
+        train_batches(fashion, batch_size=400, seed=5, crop=crop, padding_rgb=(1.2, 250.4, 3.6)),
+    )["image"]
+    assert (images.reshape(400, -1, 3) == (1, 250, 4)).all(2).mean() > 0.3
+
+
 @pytest.mark.parametrize("crop", CROPS)
 def test_crops_depend_on_seed_step_and_row_alone(fashion: Path, crop: Crop):
     def batches(count: int, **arguments) -> list[np.ndarray]:

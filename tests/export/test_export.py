@@ -7,13 +7,18 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import gmsop_jax
 from gmsop_jax import export
+from gmsop_jax.config import model_defaults
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.models import create_model
+from gmsop_jax.models.network import HEADS
+from gmsop_jax.predict import make_predict_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -38,6 +43,19 @@ def test_stablehlo_does_as_the_original(stablehlo):
     artefact = jax.export.deserialize(bytearray(stablehlo.files[0].read_bytes()))
     assert artefact.platforms == ("cpu", "cuda", "tpu")
     assert artefact.call(np.zeros((7, 28, 28, 3), np.uint8))["gate_weights"].shape == (7, 4)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_has_an_artefact_of_any_batch(head):
+    m = model_defaults()
+    m.update(head=head, num_classes=3, blocks_per_stage=1, stage_widths=(4,), stage_strides=(2,), stem_width=4)
+    m.update(num_candidates=4, num_selected=2, candidate_widths=(5,), gate_widths=(4,), dispatch="gather")
+    model = create_model(m)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 8, 8, 3), jnp.uint8)
+    step = make_predict_step(model, mean_rgb=(1.0, 2.0, 3.0))
+    artefact = jax.export.export(jax.jit(step), platforms=export.PLATFORMS)(variables, images)
+    assert {str(x.shape[0]) for x in artefact.out_avals} == {"b"}
 
 
 def test_stablehlo_runs_without_this_package(stablehlo):

@@ -1,8 +1,13 @@
+import json
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from gmsop_jax import main
+from gmsop_jax.config import default_config
 
 
 def devices(count: int, batch_sizes: tuple[int, ...], cores: int, **environment: str) -> int:
@@ -41,3 +46,22 @@ def test_a_cpu_is_as_many_devices(count, batch_sizes, cores, expected):
 def test_the_environment_goes_first():
     assert devices(0, (64, 64), 4, XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
     assert devices(0, (64, 64), 4, JAX_NUM_CPU_DEVICES="2") == 2
+
+
+def test_rows_that_are_split_at_a_time():
+    config = default_config()
+    config.train.batch_size, config.eval.batch_size = 100, 200
+    assert main._split_rows(config) == (100, 200)
+    config.train.sub_batches, config.train.mixup_alpha = 5, 0.2
+    assert main._split_rows(config) == (10, 200)  # pairs of each part
+
+
+@pytest.mark.slow
+def test_an_operation_that_waits_for_threads_ends(tmp_path):
+    """Eigendecompositions beside collectives: on two cores they waited for each other for ever."""
+    root = pathlib.Path(__file__).parents[2]
+    command = [sys.executable, "-m", "gmsop_jax.main", "--config", f"{root}/configs/heads.py:mpncov"]
+    command += ["--workdir", "run", "--config.train.num_epochs=1", "--config.parallel.cpu_devices=2"]
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=tmp_path, env=kept)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["device"].startswith("2 ")

@@ -281,6 +281,10 @@ def test_differences_name_what_changes_the_computation():
         (("model.backbone=resnet50", "model.stem_width=64"), "stem_width is of the narrow backbone"),
         (("data.image_size=224", "eval.resize=200"), "eval.resize = 200 is smaller than config.data.image_size = 224"),
         (("model.head=gmgap", "model.dispatch=pallas"), "dispatch = 'pallas' is of the head 'gmsop'"),
+        (("compute_dtype=float64", "model.dispatch=pallas"), "dispatch = 'pallas' .* in float32 or bfloat16"),
+        (("model.projection_widths=(256,)",), "projection_widths = .* is of heads without mixture"),
+        (("model.head=gap", "model.projection_batch_norm=true"), "projection_batch_norm needs .*projection_widths"),
+        (("model.backbone=resnet50", "model.stage_strides=(1, 2, 2)"), "stage_strides needs four entries for resnet50"),
         (("train.optimizer=adamw", "train.nesterov=true"), "nesterov is of sgd"),
         (
             ("train.schedule=cosine", "train.learning_rates=((0.1, 40),)"),
@@ -294,3 +298,17 @@ def test_fields_that_do_not_fit_each_other_are_refused(assignments, message):
         override(config, assignment)
     with pytest.raises(ConfigError, match=message):
         validate(config)
+
+
+def test_a_head_without_gate_needs_no_k():
+    config = default_config()
+    for assignment in ("model.head=avesop", "model.num_candidates=3"):
+        override(config, assignment)
+    validate(config)
+
+
+def test_an_error_within_a_file_tells_its_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("x = 1\ny = 1 / 0\n")
+    with pytest.raises(ConfigError, match=r"mine.py, line 2: ZeroDivisionError"):
+        load(f"{file}:argument")
