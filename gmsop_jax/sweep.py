@@ -1,8 +1,10 @@
 """Many runs: configurations × seeds, one after the other, and one table of their results."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -11,7 +13,8 @@ from collections.abc import Callable, Sequence
 from gmsop_jax import config as configs
 from gmsop_jax.errors import ConfigError
 
-_INTERRUPTED = (130, 75)  # exit statuses of a run that was stopped and can go on
+# exit statuses of a run that was stopped and can go on; negative before it caught signals
+_INTERRUPTED = (130, 75, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +116,41 @@ def run(jobs: Sequence[Job], say: Callable[[str], None] = _say) -> list[Job]:
             say(f"{where}: done before")
             continue
         say(f"{where}:")
-        status = subprocess.run(job.command, check=False).returncode
+        status = _status(job.command)
         if status in _INTERRUPTED:
             raise KeyboardInterrupt
         if status:
             say(f"{where}: failed with status {status}; to see why: {' '.join(job.command)}")
             failed.append(job)
     return failed
+
+
+def _status(command: Sequence[str]) -> int:
+    """A run's exit status. A run is given the time to save its state when the sweep is stopped.
+
+    Ctrl-C reaches it from the terminal too, so here it is only waited for; SIGTERM is handed on.
+
+    Raises:
+      KeyboardInterrupt: after either.
+    """
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    handed_on = False
+    try:
+        process = subprocess.Popen(command)
+        while process.poll() is None:
+            if signal.SIGTERM in caught and not handed_on:
+                process.terminate()
+                handed_on = True
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
+    return process.returncode
 
 
 def table(jobs: Sequence[Job]) -> str:

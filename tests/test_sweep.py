@@ -1,7 +1,11 @@
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -87,6 +91,32 @@ def test_finished_runs_are_not_run_again_and_failures_do_not_stop_the_others(tmp
 def test_a_run_that_was_stopped_stops_the_sweep(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         sweep.run([sweep.Job("a", 0, tmp_path / "a", (sys.executable, "-c", "raise SystemExit(130)"))], lambda _: None)
+
+
+def test_sigterm_is_handed_on_and_the_run_may_save(tmp_path):
+    run = f"""
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({str(tmp_path / "started")!r}).touch()
+time.sleep(60)
+"""
+    job = sweep.Job("a", 0, tmp_path / "a", (sys.executable, "-c", run))
+
+    def stop():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run([job], lambda _: None)
+    thread.join()
+    assert (tmp_path / "saved").exists()
 
 
 def test_table_by_hand(tmp_path):

@@ -12,6 +12,7 @@ import sys
 
 from gmsop_jax import config as configs
 from gmsop_jax.counting import Cost, cost
+from gmsop_jax.data import cli
 from gmsop_jax.errors import UserError
 from gmsop_jax.report.published import Published, find_published
 from gmsop_jax.report.runs import describe_network
@@ -151,7 +152,7 @@ def text(rows: list[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines) + "\n"
 
 
-def main() -> int:
+def main() -> None:
     """Parses the command line and prints the table."""
     parser = argparse.ArgumentParser(description="Counts networks; '= x' and '≠ x' compare with the published x.")
     parser.add_argument("configs", nargs="*", help="configurations, file.py or file.py:argument")
@@ -162,22 +163,17 @@ def main() -> int:
     paths = [*options.configs, *(all_configurations() if options.all or options.write else [])]
     if not paths:
         parser.error("name configurations, or --all")
-    try:
-        rows = []
-        for i, path in enumerate(paths, 1):
-            print(f"\r{i}/{len(paths)}", end="", file=sys.stderr, flush=True)
-            rows.append(summarize(path))
-        print("\r", end="", file=sys.stderr)
-        if options.write:
-            write(rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = []
+    for i, path in enumerate(paths, 1):
+        print(f"\r{i}/{len(paths)}", end="", file=sys.stderr, flush=True)
+        rows.append(summarize(path))
+    print("\r", end="", file=sys.stderr)
+    if options.write:
+        write(rows)
     print(markdown(rows, HEADER) if options.markdown else text(rows), end="")
     different = [f"{row.name}: {', '.join(row.differences)}" for row in rows if row.differences]
     print(f"\n{len(rows)} networks; counts that differ from the published ones: {'; '.join(different) or 'none'}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -12,12 +12,12 @@ import pathlib
 import sys
 
 from gmsop_jax import sweep
-from gmsop_jax.errors import UserError
+from gmsop_jax.data import cli
 from gmsop_jax.writer import write_atomic
 
 
 def main() -> int:
-    """Parses the command line and runs the sweep; returns the exit status."""
+    """Parses the command line and runs the sweep; 1 if one failed."""
     parser = argparse.ArgumentParser(
         description="Trains configurations with several seeds, one table of the results; run again to resume.",
         epilog="--config.field=value sets a field of every run",
@@ -32,21 +32,14 @@ def main() -> int:
     for item in rest:
         if not item.startswith("--config."):
             parser.error(f"unrecognized argument {item}")
-    try:
-        overrides = [item.removeprefix("--config.") for item in rest]
-        jobs = sweep.plan(options.configs, options.seeds, options.output, overrides)
-        part, parts = options.part
-        options.output.mkdir(parents=True, exist_ok=True)
-        failed = [] if options.gather else sweep.run(jobs[part::parts])
-        write_atomic(options.output / "table.md", sweep.table(jobs))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    print(sweep.table(jobs), end="")
-    print(f"{options.output / 'table.md'}")
+    overrides = [item.removeprefix("--config.") for item in rest]
+    jobs = sweep.plan(options.configs, options.seeds, options.output, overrides)
+    part, parts = options.part
+    options.output.mkdir(parents=True, exist_ok=True)
+    failed = [] if options.gather else sweep.run(jobs[part::parts])
+    table = sweep.table(jobs)
+    write_atomic(options.output / "table.md", table)
+    print(f"{table}{options.output / 'table.md'}")
     return 1 if failed else 0
 
 
@@ -58,4 +51,4 @@ def _part(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

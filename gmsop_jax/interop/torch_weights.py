@@ -127,7 +127,7 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
     Args:
       state: arrays, float32 or float64, by PyTorch's names.
       triangle: order of the classifier's columns in a second-order network: the upper triangle row by
-        row, or column by column, as MATLAB's code and the first versions of the authors' PyTorch code.
+        row, as fast-MPN-COV, or column by column, as MATLAB's code and other versions in PyTorch.
 
     Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the dtype
       that came in).
