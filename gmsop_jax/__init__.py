@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gmsop_jax.models import Network
-    from gmsop_jax.restore import Info
+    from gmsop_jax.training.restore import Info
 
 __version__ = "0.1.0"
 
 
 def load(path: str | os.PathLike[str]) -> "tuple[Network, dict[str, Any], Info]":
     """Restores a trained network: `model, variables, info = gmsop_jax.load(DIR)`; see `restore.load`."""
-    from gmsop_jax import restore  # Orbax takes seconds to import, and who only wants a layer needs none
+    from gmsop_jax.training import restore  # imported late: Orbax takes seconds, and the layers don't need it
 
     return restore.load(path)

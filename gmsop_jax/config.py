@@ -58,7 +58,7 @@ def model_defaults() -> ConfigDict:
     m.num_candidates = 16  # N, size of the bank
     m.num_selected = 8  # K, candidates per image; gated mixtures only
     m.candidate_widths = (256, 128)  # 1×1 convolutions of a candidate; the last one is pooled
-    m.dispatch = "auto"  # how the selected candidates are run: gather | loop | pallas; auto by the backend
+    m.dispatch = "auto"  # how the selected candidates are run: gather | loop; auto by the backend
     m.dropout_rate = 0.2  # before the classifier of a mixture
     # gate
     m.gate_widths = (256, 128)  # 1×1 convolutions of the gate's trunk

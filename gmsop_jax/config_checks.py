@@ -62,7 +62,7 @@ _MODEL_CHOICES = {
     "backbone": BACKBONES,
     "stem": ("small", "large"),
     "head": HEADS,
-    "dispatch": ("auto", "gather", "loop", "pallas"),
+    "dispatch": ("auto", "gather", "loop"),
     "gate_order": (0, 1, 2),
     "gate_init": ("constant", "random"),
     "gate_noise": ("image", "candidate", "fixed", "none"),
@@ -86,11 +86,6 @@ def _check_model(m: Any, defaults: Any) -> None:
     for name in ("stage_widths", "stage_strides", "candidate_widths", "gate_widths", "projection_widths"):
         if (not m[name] and name != "projection_widths") or any(type(v) is not int or v < 1 for v in m[name]):
             raise ConfigError(f"config.model.{name} must be positive integers, like {defaults[name]}; got {m[name]}")
-    if m.dispatch == "pallas" and (m.head != "gmsop" or m.compute_dtype == "float64"):
-        raise ConfigError(
-            "config.model.dispatch = 'pallas' is of the head 'gmsop' in float32 or bfloat16; config.model.head is"
-            f" {m.head!r}, config.compute_dtype {m.compute_dtype!r}"
-        )
     if m.projection_widths and m.head not in ("gap", "sop", "srsop", "mpncov"):
         raise ConfigError(
             f"config.model.projection_widths = {m.projection_widths} is of heads without mixture; config.model.head is"

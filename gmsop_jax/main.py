@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from gmsop_jax import config as configs
-from gmsop_jax import parallel
 from gmsop_jax.errors import DataError, UserError
+from gmsop_jax.training import parallel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     parallel.start_processes(options.coordinator, options.num_processes, options.process_id)
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":
-        from gmsop_jax import predict_output
+        from gmsop_jax.inference import predict_output
 
         _use_compilation_cache()
         return predict_output.run(
@@ -109,7 +109,7 @@ def _run(options: argparse.Namespace) -> int:
     parallel.first_process_does(lambda: _prepare_data(config))
     _use_compilation_cache()
     if options.mode == "evaluate":
-        from gmsop_jax.evaluate import evaluate_checkpoint
+        from gmsop_jax.training.evaluation import evaluate_checkpoint
 
         result = evaluate_checkpoint(config, options.checkpoint or workdir)
         print(
@@ -117,7 +117,7 @@ def _run(options: argparse.Namespace) -> int:
             f" top-5 error {result['top5_error']:.2f} %, loss {result['loss']:.4f}"
         )
         return 0
-    from gmsop_jax.train import train_and_evaluate
+    from gmsop_jax.training.loop import train_and_evaluate
 
     result = train_and_evaluate(config, workdir, profile=options.profile)
     print(
@@ -137,7 +137,7 @@ def _split_rows(config) -> tuple[int, int]:
 def _load_config(options: argparse.Namespace):
     if options.config:
         return configs.load(options.config, options.overrides)
-    from gmsop_jax.checkpoint import read_config
+    from gmsop_jax.training.checkpoint import read_config
 
     config = configs.from_json(read_config(options.checkpoint or options.workdir))
     for item in options.overrides:
@@ -152,7 +152,7 @@ def _prepare_data(config) -> None:
     if (directory / "dataset.json").exists():
         return
     if config.data.auto_convert:
-        from gmsop_jax.data.convert import convert
+        from gmsop_jax.conversion.convert import convert
 
         convert(config.data.source, None, directory)
     elif not directory.exists():

@@ -20,8 +20,8 @@ def x64() -> Iterator[None]:
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Working directory of a small GM-SOP after two epochs on some Fashion-MNIST; not to be written to."""
     from gmsop_jax.config import default_config, validate
-    from gmsop_jax.data.convert import convert
-    from gmsop_jax.train import train_and_evaluate
+    from gmsop_jax.conversion.convert import convert
+    from gmsop_jax.training.loop import train_and_evaluate
 
     folder = tmp_path_factory.mktemp("trained")
     convert("fashion-mnist", None, folder / "data", limit=200, workers=1)
@@ -43,3 +43,13 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     validate(c)
     train_and_evaluate(c, folder / "run", profile=range(3, 5))
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded sample, converted to three training shards; tests only read it."""
+    from gmsop_jax.conversion.convert import convert
+
+    directory = tmp_path_factory.mktemp("fashion") / "set"
+    convert("fashion-mnist", None, directory, shards=3, progress=False)
+    return directory

@@ -75,7 +75,7 @@ def test_multiply_adds_by_hand():
     backbone = positions * 9 * (3 * 4 + 4 * 4 + 4 * 4)
     gate = positions * 4 * 5 + positions * 5**2 + 6 * 5**3 + 15 * 6
     candidate = positions * (4 * 8 + 8 * 3) + positions * 3**2 + 6 * 3**3
-    from gmsop_jax.counting import cost
+    from gmsop_jax.analysis.costs import cost
 
     assert cost(m, 10).macs == backbone + gate + 2 * candidate + 6 * 7
 

@@ -31,8 +31,8 @@ from gmsop_jax.data import cli
 from gmsop_jax.data.augment import Crop, PaddedCrop, ResizedCrop
 from gmsop_jax.data.manifest import Manifest, sha256
 from gmsop_jax.data.pipeline import train_batches
-from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import CODECS, HEADER, decode, decode_batch, encode
+from gmsop_jax.data.shard_reader import ShardReader
 
 _SIDE = 64
 

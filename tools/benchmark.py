@@ -29,12 +29,12 @@ import numpy as np
 
 from gmsop_jax import ops
 from gmsop_jax.config import default_config
-from gmsop_jax.data.convert import convert
+from gmsop_jax.conversion.convert import convert
 from gmsop_jax.models import create_model
 from gmsop_jax.ops.dispatch import Dispatch
-from gmsop_jax.optimizer import create_optimizer
-from gmsop_jax.parallel import compiler_options
-from gmsop_jax.train_step import create_state, make_train_step
+from gmsop_jax.training.optimizer import create_optimizer
+from gmsop_jax.training.parallel import compiler_options
+from gmsop_jax.training.step import create_state, make_train_step
 
 WIDTH, POSITIONS, TRIANGLE = 128, 256, 8256
 

@@ -6,10 +6,10 @@ python tools/convert.py fashion-mnist --output data/fashion-mnist
 import argparse
 import sys
 
+from gmsop_jax.conversion.convert import convert
+from gmsop_jax.conversion.sources import NAMES, Options
 from gmsop_jax.data import cli
-from gmsop_jax.data.convert import convert
 from gmsop_jax.data.records import CODECS
-from gmsop_jax.data.sources import NAMES, Options
 from gmsop_jax.errors import ConfigError
 
 

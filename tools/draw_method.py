@@ -20,12 +20,12 @@ import gmsop_jax
 from gmsop_jax.data import cli
 from gmsop_jax.data.augment import evaluation_image
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import decode
+from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import ConfigError, UserError
+from gmsop_jax.inference.predict import read_image
 from gmsop_jax.ops import apply_candidates, second_order_pool, triangle_matrix
-from gmsop_jax.predict import read_image
-from gmsop_jax.train_step import normalize
+from gmsop_jax.training.step import normalize
 
 _BLUE, _GRAY = "#2f6fb2", "#c3c9cf"
 

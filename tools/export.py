@@ -7,9 +7,9 @@ import argparse
 import pathlib
 import sys
 
-from gmsop_jax import checkpoint
 from gmsop_jax.data import cli
-from gmsop_jax.export import export_safetensors, export_stablehlo
+from gmsop_jax.inference.export import export_safetensors, export_stablehlo
+from gmsop_jax.training import checkpoint
 
 
 def main() -> None:

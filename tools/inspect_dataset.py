@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from gmsop_jax.conversion.inspect import contact_sheet, describe
 from gmsop_jax.data import cli
-from gmsop_jax.data.inspect import contact_sheet, describe
 from gmsop_jax.data.manifest import Manifest
 
 

@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from gmsop_jax.data import cli, job
+from gmsop_jax.conversion import job
+from gmsop_jax.data import cli
 
 
 def main() -> None:

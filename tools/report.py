@@ -22,7 +22,7 @@ def main() -> None:
     if args.max_images < 1:
         raise ConfigError(f"--max-images must be at least 1, got {args.max_images}")
     try:
-        from gmsop_jax.report import build_report
+        from gmsop_jax.analysis.report import build_report
     except ImportError as error:
         raise UserError(f"the report needs {error.name}: pip install 'gmsop-jax[report]'") from error
     page = build_report(args.workdir, data=args.data, max_images=args.max_images)

@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from gmsop_jax import config as configs
+from gmsop_jax.analysis.scaling import Counts, Machine, count
 from gmsop_jax.config import ConfigDict
-from gmsop_jax.scaling import Counts, Machine, count
 
 DEVICES = tuple(2**i for i in range(11))
 _NETWORKS = (("gap", "GAP"), ("srsop", "SR-SOP"), ("gmsop", "GM-SOP-16-8"), ("wrn_gmsop", "GM-SOP, WRN"))

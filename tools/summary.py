@@ -11,13 +11,13 @@ import pathlib
 import sys
 
 from gmsop_jax import config as configs
-from gmsop_jax.counting import Cost, cost
+from gmsop_jax.analysis.costs import Cost, cost
+from gmsop_jax.analysis.report.published import Published, find_published
+from gmsop_jax.analysis.report.runs import describe_network
+from gmsop_jax.analysis.sweep import expand
 from gmsop_jax.data import cli
 from gmsop_jax.errors import UserError
-from gmsop_jax.report.published import Published, find_published
-from gmsop_jax.report.runs import describe_network
-from gmsop_jax.sweep import expand
-from gmsop_jax.writer import write_atomic
+from gmsop_jax.files import write_atomic
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _DATA_SETS = {"imagenet64": (1000, 64), "places365": (365, 100), "fashion-mnist": (10, 28), "image-folder": (1000, 224)}

@@ -11,9 +11,9 @@ import argparse
 import pathlib
 import sys
 
-from gmsop_jax import sweep
+from gmsop_jax.analysis import sweep
 from gmsop_jax.data import cli
-from gmsop_jax.writer import write_atomic
+from gmsop_jax.files import write_atomic
 
 
 def main() -> int:

@@ -6,8 +6,8 @@ python tools/verify_dataset.py data/fashion-mnist
 import argparse
 import sys
 
+from gmsop_jax.conversion.verify import verify
 from gmsop_jax.data import cli
-from gmsop_jax.data.verify import verify
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ from absl import flags
 
 from gmsop_jax.data.augment import Centre, Crop, Pixels, Preparation, Whole, copy_images
 from gmsop_jax.data.manifest import Manifest, Split
-from gmsop_jax.data.order import coin_flips, permutation, uniforms
-from gmsop_jax.data.reading import ShardReader
+from gmsop_jax.data.randomness import coin_flips, permutation, uniforms
 from gmsop_jax.data.records import decode_batch
+from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 
 Directory = str | os.PathLike[str]

@@ -12,12 +12,12 @@ from flax.traverse_util import flatten_dict
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError, ConfigError
-from gmsop_jax.inputs import Inputs
 from gmsop_jax.interop.torch_weights import IMAGE_SIZE, MEAN_RGB, array_shapes, from_torch, read_state
 from gmsop_jax.interop.workdir import without_checkpoints, write_workdir
 from gmsop_jax.models import count_parameters
-from gmsop_jax.optimizer import from_config
-from gmsop_jax.train_step import create_state
+from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.optimizer import from_config
+from gmsop_jax.training.step import create_state
 
 _RESIZE = 256  # shorter side before the centre of IMAGE_SIZE is cut out, as the networks are evaluated there
 

@@ -12,17 +12,17 @@ import numpy as np
 import optax
 
 from gmsop_jax import config as configs
-from gmsop_jax.checkpoint import DIRECTORY, Checkpoints, Progress, steps_on_disk
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import FILE_NAME, Manifest
 from gmsop_jax.data.pipeline import steps_per_epoch
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.inputs import Inputs
+from gmsop_jax.files import write_atomic
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint
-from gmsop_jax.optimizer import from_config
-from gmsop_jax.train_step import TrainState, create_state
-from gmsop_jax.workdir import Workdir
-from gmsop_jax.writer import write_atomic
+from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress, steps_on_disk
+from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.optimizer import from_config
+from gmsop_jax.training.step import TrainState, create_state
+from gmsop_jax.training.workdir import Workdir
 
 _IMAGENET_IMAGES = 1_281_167  # of its training split
 _CONFIG_FILE = '''"""An imported run, for further training.

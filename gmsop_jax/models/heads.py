@@ -189,7 +189,7 @@ class GatedMixtureHead(_MixtureHead):
     num_selected: int = 8
     gate_widths: Sequence[int] = (256, 128)
     gate_options: GateOptions = GateOptions()
-    dispatch: Dispatch | Literal["pallas"] = "auto"
+    dispatch: Dispatch = "auto"
 
     @nn.compact
     def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:

@@ -15,7 +15,6 @@ from gmsop_jax.ops import (
     apply_candidates,
     balance_loss,
     draw_rows,
-    second_order_candidates,
     select_top_k,
     selection_weights,
 )
@@ -101,7 +100,7 @@ class GatedMixture(_Bank):
       num_selected: k, candidates per image.
       gate_widths: of the gate's trunk.
       gate_options: its noise, weights, gradient, start and balance loss.
-      dispatch: as in `ops.apply_candidates`; or `pallas` for `ops.second_order_candidates`, of order 2.
+      dispatch: as in `ops.apply_candidates`.
       axis_name: pmap or shard_map axis over which the batch is split; balance loss and draws are those of
         the whole batch.
       norm: makes the gate's batch norms.
@@ -110,7 +109,7 @@ class GatedMixture(_Bank):
     num_selected: int = 8
     gate_widths: Sequence[int] = (256, 128)
     gate_options: GateOptions = GateOptions()
-    dispatch: Dispatch | Literal["pallas"] = "auto"
+    dispatch: Dispatch = "auto"
     axis_name: str | None = None
     norm: ModuleFactory = BatchNorm
 
@@ -166,12 +165,7 @@ class GatedMixture(_Bank):
 
     def _run(self, x: Array, indices: Array) -> Array:
         """The pooled vectors [b, k, f] of the selected candidates."""
-        kernels = self._kernels(x)
-        if self.dispatch != "pallas":
-            return apply_candidates(x, kernels, indices, self._pool, self.dispatch)
-        if self.order != 2:
-            raise ValueError(f"dispatch='pallas' needs order 2, covariance pooling; got order {self.order}")
-        return second_order_candidates(x.astype(kernels[0].dtype), kernels, indices, self.num_iters)
+        return apply_candidates(x, self._kernels(x), indices, self._pool, self.dispatch)
 
     def _noise(self, b, dtype, train, given, rng) -> Array | None:
         shape = noise_shape(self.gate_options.noise, b, self.num_candidates)

@@ -6,7 +6,6 @@ Axes: b batch, p positions (height × width), c channels, d width of a matrix, n
 from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool
 from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates
 from gmsop_jax.ops.draw import draw_rows
-from gmsop_jax.ops.kernels import second_order_candidates
 from gmsop_jax.ops.matrix_power import matrix_power
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
 from gmsop_jax.ops.top_k import balance_loss, select_top_k, selection_weights, top_k_gate
@@ -21,7 +20,6 @@ __all__ = [
     "draw_rows",
     "matrix_power",
     "newton_schulz_sqrt",
-    "second_order_candidates",
     "second_order_pool",
     "select_top_k",
     "selection_weights",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gmsop_jax import parallel
 from gmsop_jax.config import default_config
+from gmsop_jax.conversion.convert import convert
 from gmsop_jax.data.augment import (
     Crop,
     PaddedCrop,
@@ -16,16 +16,16 @@ from gmsop_jax.data.augment import (
     evaluation_image,
     random_parts,
 )
-from gmsop_jax.data.convert import convert
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.data.order import uniforms
 from gmsop_jax.data.pipeline import eval_batches, train_batches
-from gmsop_jax.data.reading import ShardReader
+from gmsop_jax.data.randomness import uniforms
 from gmsop_jax.data.resize import resize
+from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import ConfigError, DataError
-from gmsop_jax.evaluate import evaluate_split, resolve
-from gmsop_jax.predict import read_image
-from gmsop_jax.run import prepare
+from gmsop_jax.inference.predict import read_image
+from gmsop_jax.training import parallel
+from gmsop_jax.training.evaluation import evaluate_split, resolve
+from gmsop_jax.training.setup import prepare
 
 MEAN = np.array([7, 80, 200], np.uint8)
 CROPS = [PaddedCrop(3), ResizedCrop((0.2, 0.9))]

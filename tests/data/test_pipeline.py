@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gmsop_jax.data.convert import convert
+from gmsop_jax.conversion.convert import convert
+from gmsop_jax.conversion.verify import verify
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import eval_batches, steps_per_epoch, train_batches
-from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import decode
-from gmsop_jax.data.verify import verify
+from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gmsop_jax.config import ConfigDict, load
-from gmsop_jax.data.convert import convert
+from gmsop_jax.conversion.convert import convert
 
 # 48 training images in batches of 16: three steps an epoch, nine in all
 CONFIG = """

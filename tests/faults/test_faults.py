@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from gmsop_jax import parallel, train
-from gmsop_jax.checkpoint import Checkpoints
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.data.reading import ShardReader
+from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import CheckpointError, DataError
-from gmsop_jax.restore import load
-from gmsop_jax.train import NonFiniteError, train_and_evaluate
-from gmsop_jax.workdir import Workdir
-from gmsop_jax.writer import read_metrics
+from gmsop_jax.training import loop as train
+from gmsop_jax.training import parallel
+from gmsop_jax.training.checkpoint import Checkpoints
+from gmsop_jax.training.loop import NonFiniteError, train_and_evaluate
+from gmsop_jax.training.restore import load
+from gmsop_jax.training.workdir import Workdir
+from gmsop_jax.training.writer import read_metrics
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -168,7 +169,7 @@ def test_unwritable_workdir(config, tmp_path, make):
 
 FULL_DISK = """
 import os, resource, signal
-import gmsop_jax.train as train
+import gmsop_jax.training.loop as train
 save = train.Checkpoints.save
 def save_then_fill(self, state, progress, *more):
     if progress.step == {step}:

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.checkpoint import Checkpoints, Progress
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.data.reading import ShardReader
 from gmsop_jax.data.records import decode, decode_batch, encode
+from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import CheckpointError, DataError
-from gmsop_jax.integrity import find_damage, write_checksums
-from gmsop_jax.train_step import TrainState
+from gmsop_jax.files import find_damage, write_checksums
+from gmsop_jax.training.checkpoint import Checkpoints, Progress
+from gmsop_jax.training.step import TrainState
 
 
 def damaged(data: bytes, cases: int, seed: int) -> Iterator[bytes]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gmsop_jax.restore import load
-from gmsop_jax.writer import read_metrics
+from gmsop_jax.training.restore import load
+from gmsop_jax.training.writer import read_metrics
 
 
 def two_processes(start, workdir: Path, *arguments: object, devices: int = 2) -> list[subprocess.Popen[str]]:

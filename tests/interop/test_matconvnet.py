@@ -14,8 +14,8 @@ from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matconvnet import Checkpoint, load, load_checkpoint, save
 from gmsop_jax.interop.parameters import to_trained
 from gmsop_jax.models import create_model
-from gmsop_jax.optimizer import create_optimizer
-from gmsop_jax.train_step import create_state, make_train_step
+from gmsop_jax.training.optimizer import create_optimizer
+from gmsop_jax.training.step import create_state, make_train_step
 
 VARIABLES = ("net", "state", "stats", "epoch")
 

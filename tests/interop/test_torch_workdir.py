@@ -16,9 +16,9 @@ from gmsop_jax.config import load as load_config
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.interop.torch_workdir import import_weights
 from gmsop_jax.models import create_model
-from gmsop_jax.parallel import create_mesh, replicated
-from gmsop_jax.train_step import normalize
-from gmsop_jax.transfer import choose, read_source
+from gmsop_jax.training.parallel import create_mesh, replicated
+from gmsop_jax.training.step import normalize
+from gmsop_jax.training.transfer import choose, read_source
 
 ROOT = pathlib.Path(__file__).parents[2]
 

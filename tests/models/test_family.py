@@ -306,16 +306,3 @@ def test_unknown_options_are_refused():
     for head, message in refused:
         with pytest.raises(ValueError, match=message):
             head.init(jax.random.key(0), maps, train=False)
-
-
-def test_a_mixture_with_the_kernel_is_the_same():
-    maps = jnp.asarray(feature_map(), jnp.float32)
-    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), varied(GatedMixtureHead(5, **GATED)))
-    plain, fused = (
-        GatedMixtureHead(5, **GATED, dispatch=dispatch).apply(variables, maps, train=False)[0]
-        for dispatch in ("gather", "pallas")
-    )
-    np.testing.assert_allclose(fused, plain, rtol=1e-4, atol=1e-5)
-    assert (np.asarray(fused) != np.asarray(plain)).any()
-    with pytest.raises(ValueError, match="needs order 2"):
-        GatedMixtureHead(5, **GATED, order=1, dispatch="pallas").init(jax.random.key(0), maps, train=False)

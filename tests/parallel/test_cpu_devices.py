@@ -15,7 +15,7 @@ def devices(count: int, batch_sizes: tuple[int, ...], cores: int, **environment:
     code = f"""
 import os
 os.cpu_count = lambda: {cores}
-from gmsop_jax import parallel
+from gmsop_jax.training import parallel
 parallel.use_cpu_devices({count}, {batch_sizes})
 import jax
 print(jax.device_count())

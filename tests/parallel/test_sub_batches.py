@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from gmsop_jax.ops import average_pool, balance_loss, second_order_pool, top_k_gate
-from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
-from gmsop_jax.train_step import create_state, make_train_step
+from gmsop_jax.training.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.training.step import create_state, make_train_step
 
 
 class Plain(nn.Module):

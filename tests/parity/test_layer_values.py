@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from reference import DOUBLE, SINGLE, assert_close, cases, column_order, load, to_matrix, to_ours
 
-from gmsop_jax.losses import cross_entropy
-from gmsop_jax.metrics import count_errors
 from gmsop_jax.models import BatchNorm
 from gmsop_jax.ops import (
     average_pool,
@@ -19,6 +17,8 @@ from gmsop_jax.ops import (
     second_order_pool,
     triangle_vector,
 )
+from gmsop_jax.training.losses import cross_entropy
+from gmsop_jax.training.metrics import count_errors
 
 COVARIANCES = cases("layers/cov_*.npz")
 WITH_COVARIANCE = [path for path in COVARIANCES if "cov_f64" in load(path)]

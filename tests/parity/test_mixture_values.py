@@ -17,7 +17,7 @@ from gmsop_jax.ops import (
     select_top_k,
     selection_weights,
 )
-from gmsop_jax.optimizer import create_optimizer
+from gmsop_jax.training.optimizer import create_optimizer
 
 MIXTURES = cases("layers/mixture_*.npz")
 TRAINED = [path for path in MIXTURES if "full_dH_f64" in load(path)]

@@ -15,11 +15,11 @@ from reference import DOUBLE, SINGLE, STORED_SINGLE, assert_close, cases, load, 
 
 from gmsop_jax.interop.matconvnet import from_params, to_params
 from gmsop_jax.interop.parameters import to_trained
-from gmsop_jax.losses import cross_entropy
 from gmsop_jax.models import create_model
 from gmsop_jax.models.layers import Dropout
-from gmsop_jax.optimizer import create_optimizer
-from gmsop_jax.train_step import create_state, make_train_step
+from gmsop_jax.training.losses import cross_entropy
+from gmsop_jax.training.optimizer import create_optimizer
+from gmsop_jax.training.step import create_state, make_train_step
 
 NETWORKS = cases("nets/*.npz")
 by_name: Any = {"ids": lambda path: path.stem}

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gmsop_jax import parallel, run
-from gmsop_jax.checkpoint import Checkpoints, Progress
+from gmsop_jax.analysis.scaling import count
 from gmsop_jax.config import ConfigDict, default_config, model_defaults
 from gmsop_jax.errors import ConfigError
-from gmsop_jax.mixup import swap_neighbours
 from gmsop_jax.models import create_model
-from gmsop_jax.optimizer import create_optimizer, piecewise_schedule
-from gmsop_jax.parallel import AXIS, create_mesh
-from gmsop_jax.scaling import count
-from gmsop_jax.train_step import TrainState, create_state, make_train_step, normalize
+from gmsop_jax.training import parallel
+from gmsop_jax.training import setup as run
+from gmsop_jax.training.checkpoint import Checkpoints, Progress
+from gmsop_jax.training.mixup import swap_neighbours
+from gmsop_jax.training.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.training.parallel import AXIS, create_mesh
+from gmsop_jax.training.step import TrainState, create_state, make_train_step, normalize
 
 MEAN_RGB = (70.0, 80.0, 90.0)
 

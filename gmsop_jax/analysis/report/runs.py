@@ -1,0 +1,124 @@
+"""What a working directory tells of its run without its network."""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from gmsop_jax import config as configs
+from gmsop_jax.analysis.report.published import Published, find_published
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.training.writer import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's files.
+
+    Attributes:
+      name: of the folder; made unique by `read_runs`.
+      workdir: the folder.
+      config: resolved.
+      records: of `metrics.jsonl`.
+      result: of `result.json`; {} if the run isn't finished.
+      published: the authors' row for this network.
+    """
+
+    name: str
+    workdir: Path
+    config: ConfigDict
+    records: list[dict[str, Any]]
+    result: dict[str, Any]
+    published: Published | None
+
+    @property
+    def network(self) -> str:
+        """Head and backbone in a few words."""
+        return describe_network(self.config.model)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Median of what training told."""
+        speeds = [r["images_per_second"] for r in self.records if "images_per_second" in r]
+        return statistics.median(speeds) if speeds else None
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the lowest top-1 error, the last of equals."""
+        evaluations = [r for r in self.records if r["kind"] == "eval"]
+        return min(reversed(evaluations), key=lambda r: r["top1_error"], default=None)
+
+
+def read_run(workdir: Path) -> Run:
+    """Reads a working directory.
+
+    Raises:
+      CheckpointError: if it is none, or a file in it is damaged.
+    """
+    file = workdir / "config.json"
+    try:
+        config = configs.from_json(file.read_text("utf-8"))
+        file = workdir / "result.json"
+        result = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} can't be read ({error}); name a folder that a training run made") from error
+    name = workdir.resolve().name
+    return Run(name, workdir, config, read_metrics(workdir), result, find_published(config))
+
+
+def read_runs(workdirs: list[Path]) -> list[Run]:
+    """Reads several; folders of one name are told apart by their number."""
+    runs: list[Run] = []
+    for number, workdir in enumerate(workdirs, 1):
+        run = read_run(workdir)
+        taken = any(run.name == other.name for other in runs)
+        runs.append(dataclasses.replace(run, name=f"{run.name} ({number})") if taken else run)
+    return runs
+
+
+def configuration_table(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
+    """Rows (field, its value in each run, whether they differ)."""
+    fields = [dict(configs.flatten(run.config)) for run in runs]
+    names = [name for name in fields[0] if name != "model.compute_dtype"]  # follows compute_dtype
+    rows = []
+    for name in names:
+        values = [repr(field[name]) for field in fields]
+        rows.append((name, values, len(set(values)) > 1))
+    return rows
+
+
+_HEADS = {"gap": "GAP", "sop": "SOP", "srsop": "SR-SOP", "mpncov": "MPN-COV"}
+_MIXTURES = {"gm": "GM", "ave": "Ave", "concat": "Concat"}
+_NARROW = {(2, 1): "ResNet-18", (4, 2): "WRN-36-2", (6, 1): "narrow ResNet-50"}
+
+
+def describe_network(m: ConfigDict) -> str:
+    """Head and backbone of `config.model` in a few words.
+
+    Example:
+      >>> from gmsop_jax.config import model_defaults
+      >>> describe_network(model_defaults())
+      'GM-SOP-16-8 on ResNet-18'
+    """
+    return f"{_describe_head(m)} on {_describe_backbone(m)}"
+
+
+def _describe_head(m: ConfigDict) -> str:
+    if m.head in _HEADS:
+        projection = f" of {m.projection_widths[-1]} channels" if m.projection_widths else ""
+        return _HEADS[m.head] + projection
+    kind = m.head.removesuffix("gap").removesuffix("sop")
+    size = f"{m.num_candidates}-{m.num_selected}" if kind == "gm" else f"{m.num_candidates}"
+    return f"{_MIXTURES[kind]}-{m.head.removeprefix(kind).upper()}-{size}"
+
+
+def _describe_backbone(m: ConfigDict) -> str:
+    if m.backbone != "narrow":
+        return m.backbone.replace("resnext", "ResNeXt-").replace("resnet", "ResNet-").replace("_", " ")
+    size = (m.blocks_per_stage, m.width_factor)
+    if tuple(m.stage_widths) == (16, 32, 64, 128) and size in _NARROW:
+        return _NARROW[size]
+    widths = ", ".join(str(width * m.width_factor) for width in m.stage_widths)
+    return f"{m.blocks_per_stage} block{'s' if m.blocks_per_stage > 1 else ''} × ({widths})"

@@ -1,0 +1,120 @@
+"""What a training step costs on many devices, counted from shapes; nothing is measured."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.models import create_model
+from gmsop_jax.training.losses import cross_entropy
+
+_FLOAT = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Of one network.
+
+    Attributes:
+      parameters: trainable numbers.
+      channels: normalised by batch norm, over all its layers.
+      batch_norms: layers of it.
+      num_candidates: of the gate; 0 without.
+      activations: numbers per image that the backward pass keeps.
+      flops: per image, forward and backward.
+    """
+
+    parameters: int
+    channels: int
+    batch_norms: int
+    num_candidates: int
+    activations: int
+    flops: float
+
+    def bytes_reduced(self, mode: str = "jit") -> int:
+        """All-reduced by each device in one step.
+
+        jit: every gradient; of each batch norm channel the two moments forward, whose gradients are
+        sums that those of scale and bias need too, and are not sent twice; the gate's use of each
+        candidate; the loss and two error counts; whether all logits tie (one byte).
+        pmap: gradients, moments and their gradients apart, the running moments' mean, the use of each
+        candidate both ways, the loss and three counts, and the tie as a number; XLA merges equal ones,
+        such as the bias gradients of batch norms whose results are added, so this is a bound.
+        """
+        gated = self.num_candidates > 0
+        if mode == "jit":
+            return _FLOAT * (self.parameters + 2 * self.channels + self.num_candidates + 3) + gated
+        return _FLOAT * (self.parameters + 6 * self.channels + 2 * self.num_candidates + 4 + gated)
+
+    @property
+    def most_reductions(self) -> int:
+        """All-reduces one after the other in a step: batch norm's, forward and backward, and six more."""
+        return 2 * self.batch_norms + 6
+
+    def bytes_per_device(self, images: float) -> float:
+        """Of parameters, momentum and gradients, moments, and what the backward pass keeps."""
+        state = 3 * self.parameters + 2 * self.channels
+        return _FLOAT * (state + images * self.activations)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """FLOP/s a device sustains, bytes/s it sends, seconds of one message."""
+
+    flops: float
+    bandwidth: float
+    latency: float
+
+    def efficiency(self, counts: Counts, devices: int, images: float) -> float:
+        """Bound on the share of time spent computing, if nothing is sent while computing.
+
+        t_compute = images · flops/F;  t_send = 2 (D − 1)/D · bytes/W + reductions · ⌈log₂ D⌉ · latency
+        """
+        compute = images * counts.flops / self.flops
+        ring = 2 * (devices - 1) / devices * counts.bytes_reduced() / self.bandwidth
+        messages = counts.most_reductions * math.ceil(math.log2(devices)) * self.latency
+        return compute / (compute + ring + messages)
+
+
+def count(model: ConfigDict, image_size: int) -> Counts:
+    """Counts of a network for square images, from shapes alone."""
+    network = create_model(model)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    stats = variables.get("batch_stats", {})
+    norms = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stats) if "mean" in str(path[-1])]
+    activations = _kept(network, variables, images, 2) - _kept(network, variables, images, 1)
+    return Counts(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        channels=sum(leaf.size for leaf in norms),
+        batch_norms=len(norms),
+        num_candidates=model.num_candidates if model.head in ("gmgap", "gmsop") else 0,
+        activations=activations,
+        flops=3 * _flops(network, variables, images),
+    )
+
+
+def _forward(network: Any, variables: Any, params: Any, images: Any) -> jax.Array:
+    rngs = {"gating": jax.random.key(0), "dropout": jax.random.key(1)}
+    (logits, _), _ = network.apply(
+        {**variables, "params": params}, images, train=True, rngs=rngs, mutable=["batch_stats"]
+    )
+    return cross_entropy(logits, jnp.zeros(images.shape[0], jnp.int32))
+
+
+def _kept(network: Any, variables: Any, images: Any, rows: int) -> int:
+    def pullback(variables, images):
+        return jax.vjp(lambda params: _forward(network, variables, params, images), variables["params"])[1]
+
+    many = jax.ShapeDtypeStruct((rows, *images.shape[1:]), images.dtype)
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback, variables, many)))
+
+
+def _flops(network: Any, variables: Any, images: Any) -> float:
+    many = jax.ShapeDtypeStruct((8, *images.shape[1:]), images.dtype)
+    lowered = jax.jit(lambda v, x: _forward(network, v, v["params"], x)).lower(variables, many)
+    costs = lowered.cost_analysis()
+    return costs["flops"] / 8 if costs else math.nan

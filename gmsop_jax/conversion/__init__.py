@@ -1,0 +1,1 @@
+"""Foreign data sets to ArrayRecord shards."""

@@ -1,0 +1,107 @@
+"""Fashion-MNIST: the sample that comes with the package, or the whole set's IDX files.
+
+28×28 gray images of ten kinds of clothing; the test images are the split 'val'. © 2017 Zalando SE,
+MIT licence (NOTICE).
+"""
+
+import dataclasses
+import gzip
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gmsop_jax.conversion.sources import Request
+from gmsop_jax.errors import DataError
+
+OPTIONS: frozenset[str] = frozenset()
+CLASSES = (
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+_SAMPLE = Path(__file__).parent / "sample.npz"
+_PREFIXES = {"train": "train", "val": "t10k"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FashionMnist:
+    """All images in memory: 47 MB for the whole set."""
+
+    images: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray]
+    files: tuple[Path, ...]
+    classes: tuple[str, ...] = CLASSES
+    image_bytes: int = 28 * 28
+
+    @property
+    def num_images(self) -> dict[str, int]:
+        """Images per split."""
+        return {split: len(labels) for split, labels in self.labels.items()}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The licence."""
+        return {"licence": "MIT, © 2017 Zalando SE"}
+
+    def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
+        """One image, uint8 [28, 28], and its label."""
+        return self.images[split][index], int(self.labels[split][index])
+
+
+def open_source(request: Request) -> FashionMnist:
+    """The embedded sample, or the IDX files (also .gz) in the folder `request.path`."""
+    if request.path is None:
+        with np.load(_SAMPLE) as sample:
+            images = {"train": sample["train_images"], "val": sample["test_images"]}
+            labels = {"train": sample["train_labels"], "val": sample["test_labels"]}
+        return FashionMnist(images, labels, (_SAMPLE,))
+    folder = request.required_path
+    images, labels, files = {}, {}, []
+    for split, prefix in _PREFIXES.items():
+        image_file = _find(folder, f"{prefix}-images", "idx3-ubyte")
+        label_file = _find(folder, f"{prefix}-labels", "idx1-ubyte")
+        images[split], labels[split] = read_idx(image_file, 3), read_idx(label_file, 1)
+        files += [image_file, label_file]
+        if len(images[split]) != len(labels[split]):
+            raise DataError(
+                f"{image_file} holds {len(images[split])} images and {label_file} "
+                f"{len(labels[split])} labels; "
+                "they aren't of one set"
+            )
+    return FashionMnist(images, labels, tuple(files))
+
+
+def read_idx(path: Path, num_dims: int) -> np.ndarray:
+    """The uint8 array of an IDX file, gzipped or not; DataError if damaged or of another type."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} can't be decompressed ({error}); download it again") from error
+    header = 4 + 4 * num_dims
+    if len(data) < header or data[:4] != bytes([0, 0, 8, num_dims]):
+        raise DataError(
+            f"{path} isn't an IDX file of uint8 with {num_dims} dimensions: it begins with {data[:4].hex()}"
+        )
+    shape = tuple(int(side) for side in np.frombuffer(data, ">u4", num_dims, 4))
+    if len(data) != header + math.prod(shape):
+        raise DataError(f"{path} has {len(data)} bytes; its header {shape} needs {header + math.prod(shape)}: damaged")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _find(folder: Path, stem: str, kind: str) -> Path:
+    names = [f"{stem}{separator}{kind}{ending}" for separator in "-." for ending in ("", ".gz")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"--input {folder.absolute()} lacks {names[0]} (or {names[1]}); Fashion-MNIST has four such files")

@@ -1,0 +1,143 @@
+"""The one-file MATLAB copy ("imdb") that MatConvNet programs read: v7.3 (HDF5), or v7 for small sets.
+
+`images.data` is [H, W, 3, n] uint8 in MATLAB's order, so an HDF5 reader sees [n, 3, W, H];
+`images.labels` are 1-based floating point; `images.set` is 1 for train, 2 for val, 3 for test;
+`meta.rgbMean` is the mean its maker computed.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import scipy.io
+
+from gmsop_jax.conversion.sources import Request
+from gmsop_jax.conversion.sources.files import FileArray, check_space
+from gmsop_jax.errors import DataError
+
+OPTIONS: frozenset[str] = frozenset()
+_SETS = {1: "train", 2: "val", 3: "test"}
+_BLOCK = 256  # images copied at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ImdbMat:
+    """Images [n, 3, W, H], in a file or in memory, and for each split the rows and 0-based labels."""
+
+    data: FileArray | np.ndarray
+    rows: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray]
+    classes: tuple[str, ...]
+    files: tuple[Path, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def num_images(self) -> dict[str, int]:
+        """Images per split."""
+        return {split: len(rows) for split, rows in self.rows.items()}
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image."""
+        return int(np.prod(self.data.shape[1:]))
+
+    def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
+        """One image, uint8 [h, w, 3], and its 0-based label."""
+        image = self.data[int(self.rows[split][index])].transpose(2, 1, 0)
+        return np.ascontiguousarray(image), int(self.labels[split][index])
+
+
+def open_source(request: Request) -> ImdbMat:
+    """The .mat file `request.path`."""
+    path = request.required_path
+    if path.is_dir():
+        raise DataError(f"--input {path.absolute()} is a folder; give the .mat file itself")
+    if h5py.is_hdf5(path):
+        data, fields = _open_hdf5(path, request.scratch)
+    else:
+        data, fields = _open_v7(path)
+    labels, sets = (_codes(fields[name], name, len(data), path) for name in ("labels", "set"))
+    if labels.min() < 1:
+        raise DataError(f"{path}: images.labels go down to {labels.min()}; expected 1-based labels: mislabelled")
+    if unknown := sorted(set(sets.tolist()) - _SETS.keys()):
+        raise DataError(f"{path}: images.set holds {unknown}; expected 1 (train), 2 (val) and 3 (test)")
+    rows = {name: np.flatnonzero(sets == code) for code, name in _SETS.items() if (sets == code).any()}
+    if "train" not in rows:
+        raise DataError(f"{path}: images.set has no 1: there are no training images")
+    classes = tuple(f"class {label}" for label in range(1, int(labels.max()) + 1))
+    facts = {} if fields["mean"] is None else {"stored_mean_rgb": np.ravel(fields["mean"]).astype(float).tolist()}
+    split_labels = {name: labels[at] - 1 for name, at in rows.items()}
+    return ImdbMat(data, rows, split_labels, classes, (path,), facts)
+
+
+def _open_hdf5(path: Path, scratch: Path) -> tuple[FileArray, dict[str, Any]]:
+    try:
+        with h5py.File(path) as file:
+            data, labels, sets = (_dataset(file, f"images/{name}") for name in ("data", "labels", "set"))
+            _check_images(data.shape, data.dtype, path)
+            mean = _dataset(file, "meta/rgbMean")[()] if "meta/rgbMean" in file else None
+            fields = {"labels": labels[()], "set": sets[()], "mean": mean}
+            return _flat(data, path, scratch), fields
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path} is damaged or truncated ({error}); download it again") from error
+
+
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    value = file.get(name)
+    if not isinstance(value, h5py.Dataset):
+        raise DataError(f"{file.filename} isn't an imdb file: it lacks the array {name.replace('/', '.')}")
+    return value
+
+
+def _flat(data: h5py.Dataset, path: Path, scratch: Path) -> FileArray:
+    """The images as they lie in the file, or copied out of its chunks, which hold parts of many images."""
+    offset = data.id.get_offset()
+    if data.chunks is None and offset is not None:
+        return FileArray(path, offset, data.shape)
+    target = scratch / f"{path.stem}.images"
+    if not target.exists():
+        scratch.mkdir(parents=True, exist_ok=True)
+        check_space(scratch, int(np.prod(data.shape, dtype=np.int64)))
+        temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+        chunk = (data.chunks or (1,))[0]
+        step = -(-_BLOCK // chunk) * chunk  # whole chunks: each is unpacked once
+        with temporary.open("wb") as file:
+            for start in range(0, len(data), step):
+                file.write(data[start : start + step].tobytes())
+        temporary.replace(target)
+    return FileArray(target, 0, data.shape)
+
+
+def _open_v7(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    try:
+        file = scipy.io.loadmat(path, variable_names=["images", "meta"], struct_as_record=False, squeeze_me=True)
+        images = file["images"]
+        data, labels, sets = images.data, images.labels, images.set
+    except (KeyError, AttributeError) as error:
+        raise DataError(f"{path} isn't an imdb file: it lacks {error}") from error
+    except Exception as error:  # scipy's reader of damaged files raises errors of every kind
+        raise DataError(f"{path} isn't a readable MATLAB file ({error}); download it again") from error
+    data = np.asarray(data).transpose()
+    _check_images(data.shape, data.dtype, path)
+    return data, {"labels": labels, "set": sets, "mean": getattr(file.get("meta"), "rgbMean", None)}
+
+
+def _check_images(shape: tuple[int, ...], dtype: np.dtype, path: Path) -> None:
+    if dtype != np.uint8 or len(shape) != 4 or shape[1] != 3 or min(shape) < 1:
+        raise DataError(
+            f"{path}: images.data is {dtype} {tuple(reversed(shape))}; expected uint8 [height, width, 3, images]"
+        )
+
+
+def _codes(values: Any, name: str, count: int, path: Path) -> np.ndarray:
+    """Whole numbers stored as floating point, int32 [count]."""
+    values = np.ravel(values)
+    if len(values) != count:
+        raise DataError(f"{path}: {count} images and {len(values)} images.{name}: they don't match")
+    if values.dtype.kind not in "uif" or not np.isfinite(values).all() or (values != np.round(values)).any():
+        raise DataError(f"{path}: images.{name} aren't whole numbers")
+    return values.astype(np.int32)

@@ -1,0 +1,80 @@
+"""Reads a whole data set again and compares everything the manifest says."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gmsop_jax.conversion.shards import Statistics
+from gmsop_jax.data.manifest import Manifest, Split
+from gmsop_jax.data.records import decode
+from gmsop_jax.data.shard_reader import ShardReader
+from gmsop_jax.errors import DataError
+
+_BLOCK = 256
+_REDO = "convert the data set again"
+
+
+def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manifest:
+    """Checks every shard's checksum and every record against the manifest.
+
+    Args:
+      directory: the data set.
+      progress: show a progress bar where there is a terminal.
+    Returns: the manifest, if all of it is true.
+    Raises: DataError with the first thing that isn't.
+    """
+    path = Path(directory)
+    manifest = Manifest.load(path, verify_checksums=True)
+    total = sum(split.num_images for split in manifest.splits.values())
+    with tqdm(total=total, unit=" images", desc="verifying", disable=None if progress else True) as bar:
+        for name, split in manifest.splits.items():
+            found = _read(path, name, split, manifest.num_classes, bar)
+            _compare(path, name, split, found)
+            if name == "train" and not _same_colours(found, manifest):
+                raise DataError(
+                    f"{path}: the training images' mean is {found.mean}, the manifest says "
+                    f"{manifest.mean_rgb} (or their "
+                    f"covariances differ); {_REDO}"
+                )
+    return manifest
+
+
+def _same_colours(found: Statistics, manifest: Manifest) -> bool:
+    if manifest.provenance["codec"] == "jpeg":  # another decoder's pixels may differ by a level
+        return bool(np.allclose(found.mean, manifest.mean_rgb, rtol=0, atol=1))
+    return (found.mean, found.covariance) == (manifest.mean_rgb, manifest.covariance_rgb)
+
+
+def _read(path: Path, name: str, split: Split, num_classes: int, bar: tqdm) -> Statistics:
+    reader = ShardReader(path, split.shards)
+    found = Statistics([0] * num_classes)
+    for start in range(0, len(reader), _BLOCK):
+        records = reader.read(np.arange(start, min(start + _BLOCK, len(reader))))
+        for row, record in enumerate(records, start):
+            try:
+                example = decode(record)
+            except DataError as error:
+                raise DataError(f"{path}: record {row} of split {name!r}: {error}") from error
+            if example["label"] >= num_classes:
+                raise DataError(
+                    f"{path}: record {row} of split {name!r} has label {example['label']} of "
+                    f"{num_classes} classes; {_REDO}"
+                )
+            found.add(example["image"], example["label"])
+        bar.update(len(records))
+    return found
+
+
+def _compare(path: Path, name: str, split: Split, found: Statistics) -> None:
+    if tuple(found.class_counts) != split.class_counts:
+        label = next(at for at, (a, b) in enumerate(zip(found.class_counts, split.class_counts, strict=True)) if a != b)
+        raise DataError(
+            f"{path}: split {name!r} has {found.class_counts[label]} images of class {label}, the "
+            "manifest says "
+            f"{split.class_counts[label]}; {_REDO}"
+        )
+    size = next(iter(found.image_sizes)) if len(found.image_sizes) == 1 else None
+    if size != split.image_size:
+        raise DataError(f"{path}: split {name!r} has images of {size}, the manifest says {split.image_size}; {_REDO}")

@@ -1,0 +1,1 @@
+"""Training: from a configuration and shards to checkpoints and metrics."""

@@ -1,0 +1,334 @@
+"""Checkpoints of a run, through Orbax: asynchronous, the last n and the best kept."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.files import find_damage, write_checksums
+from gmsop_jax.training.parallel import first_process_does
+from gmsop_jax.training.step import TrainState
+
+DIRECTORY = "checkpoints"
+_DAMAGED = "damaged-checkpoints"  # beside it
+_ITEMS = ("params", "batch_stats", "opt_state")
+_AVERAGES = "ema"  # one more, of params and batch_stats, in a run that has them
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside its arrays.
+
+    Attributes:
+      step: optimiser steps done; with the seed it is also the position in the data and in every
+        random stream.
+      epoch: whole epochs done.
+      wall_seconds: spent so far, over all starts of the run.
+      skipped: steps whose update was left out, as their loss was not finite.
+    """
+
+    step: int
+    epoch: int
+    wall_seconds: float
+    skipped: tuple[int, ...] = ()
+
+
+def _error(metrics: Mapping[str, float]) -> float:
+    return metrics["top1_error"]
+
+
+class Checkpoints:
+    """The checkpoints in one folder, one sub-folder a step; parameters, moments, optimiser and averages apart.
+
+    Each is written under a temporary name, with its files' checksums, and renamed when it is whole.
+
+    Attributes:
+      directory: the folder.
+      set_aside: of each damaged checkpoint that was moved away on opening, what was wrong and where it
+        is now; told by the first process alone.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, *, keep: int = 3, read_only: bool = False):
+        """Opens the folder, which is made unless read_only; damaged checkpoints are set aside.
+
+        Raises:
+          CheckpointError: if all checkpoints are damaged, or the folder can't be written to.
+        """
+        self.directory = path = pathlib.Path(directory).absolute()
+        self.set_aside: list[str] = []
+        if not read_only:
+            first_process_does(self._set_damaged_aside)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells its every step there, and errors twice
+        keep_policy = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(keep),
+                # the lowest error comes last; of equal ones the latest
+                policies.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_error,  # without one Orbax writes no metrics
+            preservation_policy=keep_policy,
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_rename),
+        )
+        handlers = {name: ocp.StandardCheckpointHandler() for name in (*_ITEMS, _AVERAGES)}
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        for name, handler in handlers.items():
+            registry.add(name, ocp.args.StandardSave, handler)
+            registry.add(name, ocp.args.StandardRestore, handler)
+        registry.add("progress", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        registry.add("progress", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+        with self._explaining_damage() if read_only else self._explaining_errors():
+            self._manager = ocp.CheckpointManager(path, options=options, handler_registry=registry)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        # what raised before is not to be hidden by what closing raises of the same cause
+        with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+            self.close()
+
+    def _damaged(self) -> dict[int, str]:
+        """What is wrong, of each step where something is."""
+        damage = {step: find_damage(self.directory / str(step)) for step in steps_on_disk(self.directory)}
+        return {
+            step: f"checkpoint {self.directory / str(step)} is damaged ({what})"
+            for step, what in damage.items()
+            if what
+        }
+
+    def _set_damaged_aside(self) -> None:
+        damaged = self._damaged()
+        if damaged and len(damaged) == len(steps_on_disk(self.directory)):
+            raise CheckpointError(
+                "; ".join(damaged.values()) + ": none is left to go on from; start in another --workdir"
+            )
+        for step, line in damaged.items():
+            target = self.directory.parent / _DAMAGED / str(step)
+            with self._explaining_errors():
+                while target.exists():
+                    target = target.with_name(f"{target.name}_")
+                target.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(target)
+            self.set_aside.append(f"{line}; moved to {target}")
+
+    def _before_rename(self) -> None:
+        for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            write_checksums(folder)
+
+    @contextlib.contextmanager
+    def _explaining_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            told = "; ".join(self._damaged().values())
+            raise CheckpointError(told or f"{self.directory} can't be read ({_first_line(error)})") from error
+
+    @contextlib.contextmanager
+    def _explaining_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            steps = steps_on_disk(self.directory)
+            saved = f"step {steps[-1]} is saved there" if steps else "none is saved there"
+            raise CheckpointError(
+                f"can't write a checkpoint to {self.directory} ({_first_line(error)}); {saved}. Free space or bring"
+                " the folder back, and give the same command again to go on from there"
+            ) from error
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last step saved."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest top-1 error, the latest of equals; None if none was evaluated."""
+        metrics = {step: self.metrics(step) for step in self._manager.all_steps()}
+        errors = [(_error(values), -step) for step, values in metrics.items() if values]
+        return -min(errors)[1] if errors else None
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """What was measured at a step; None if it was not evaluated."""
+        with self._explaining_reads(step):
+            values = self._manager.metrics(step)
+            return values and {**values, "top1_error": float(values["top1_error"])}
+
+    def save(self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts saving; `wait` returns once it is on disk. A step that is there already is kept.
+
+        Raises:
+          CheckpointError: if this one, or the one before in the background, can't be written.
+        """
+        if progress.step in self._manager.all_steps():
+            return
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
+        items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
+        with self._explaining_errors():
+            self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics))
+
+    def restore(self, like: TrainState, step: int) -> tuple[TrainState, Progress]:
+        """The state saved at a step, placed as `like` is.
+
+        Raises:
+          CheckpointError: if the shapes differ from those of `like`, or files are damaged.
+        """
+        items, progress = self._restore(_trees(like), step)
+        return like.replace(step=_like(like.step, progress.step), **items), progress
+
+    def restore_variables(self, like: Mapping[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
+        """Parameters and moments to evaluate, as `model.apply` takes them: the averages if there are any.
+
+        Errors as `restore`.
+        """
+        if not (self.directory / str(step) / _AVERAGES).is_dir():
+            return self._restore(dict(like), step)
+        items, progress = self._restore({_AVERAGES: dict(like)}, step)
+        return items[_AVERAGES], progress
+
+    def _restore(self, trees: dict[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
+        if damage := find_damage(self.directory / str(step)):
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged ({damage}); name another step")
+        abstract = {name: jax.tree.map(_abstract, tree) for name, tree in trees.items()}
+        self._check_shapes(abstract, step)
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        with self._explaining_reads(step):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()))
+        items = {name: restored[name] for name in trees}
+        return items, self._progress(restored["progress"], step)
+
+    @contextlib.contextmanager
+    def _explaining_reads(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: Orbax checks little of what it reads
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} can't be read ({_first_line(error)});"
+                " delete that folder to go on from the one before"
+            ) from error
+
+    def _progress(self, stored: Any, step: int) -> Progress:
+        try:
+            skipped = tuple(int(at) for at in stored.get("skipped", ()))
+            progress = Progress(int(stored["step"]), int(stored["epoch"]), float(stored["wall_seconds"]), skipped)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} has no progress ({error})") from error
+        if progress.step != step:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} is of step {progress.step}: it was renamed")
+        return progress
+
+    def _check_shapes(self, abstract: Mapping[str, Any], step: int) -> None:
+        with self._explaining_reads(step):
+            stored_items = self._manager.item_metadata(step)
+        lines = []
+        for name, tree in abstract.items():
+            stored = stored_items.get(name)
+            if stored is None:
+                raise CheckpointError(
+                    f"{self.directory / str(step)} has no {name}: it is no checkpoint of gmsop_jax, or damaged"
+                )
+            theirs, ours = dict(_shapes(stored)), dict(_shapes(tree))
+            for path in sorted(theirs.keys() | ours.keys()):
+                a, b = theirs.get(path, "absent"), ours.get(path, "absent")
+                if a != b:
+                    lines.append(f"  {name}{path}: checkpoint {a}, model {b}")
+        if lines:
+            more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} doesn't fit the model:\n"
+                + "\n".join(lines[:10] + more)
+                + "\nuse the configuration it was trained with (config.json beside the checkpoints)"
+            )
+
+    def wait(self) -> None:
+        """Returns once all that was saved is on disk; errors as `save`."""
+        with self._explaining_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then closes the folder; errors as `save`."""
+        with self._explaining_errors():
+            self._manager.close()
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    names = _ITEMS if state.ema is None else (*_ITEMS, _AVERAGES)
+    return {name: getattr(state, name) for name in names}
+
+
+def _like(array: jax.Array, value: int) -> jax.Array:
+    return jax.device_put(jax.numpy.asarray(value, array.dtype), array.sharding)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _shapes(tree: Any) -> Iterator[tuple[str, str]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if hasattr(leaf, "shape"):
+            keys = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
+            yield "".join(f"/{key}" for key in keys), str(tuple(leaf.shape))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def steps_on_disk(directory: pathlib.Path) -> list[int]:
+    """The steps whose checkpoints are whole, in order."""
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
+def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """The folder of checkpoints and the step that a path means.
+
+    Args:
+      path: a working directory, its `checkpoints` folder, or one step's folder in it.
+
+    Returns: (folder, step or None where the path names no single one).
+
+    Raises:
+      CheckpointError: if no checkpoint is there.
+    """
+    path = pathlib.Path(path)
+    # a working directory may have a number for a name too
+    step = int(path.name) if path.name.isdigit() and not (path / DIRECTORY).is_dir() else None
+    folder = path.parent if step is not None else path
+    if (folder / DIRECTORY).is_dir():
+        folder = folder / DIRECTORY
+    steps = steps_on_disk(folder)
+    if not steps or (step is not None and step not in steps):
+        there = f"; there are steps {', '.join(map(str, steps))}" if steps else ""
+        raise CheckpointError(f"no checkpoint at {path}{there}; name a working directory that a training run made")
+    return folder, step
+
+
+def read_config(path: str | pathlib.Path) -> str:
+    """The `config.json` that belongs to a checkpoint, as text.
+
+    Raises:
+      CheckpointError: if it is missing or no JSON.
+    """
+    folder, _ = locate(path)
+    file = folder.parent / "config.json"
+    try:
+        text = file.read_text()
+        json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} can't be read ({error}); name it with --config") from error
+    return text

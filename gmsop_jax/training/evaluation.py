@@ -1,0 +1,114 @@
+"""Evaluation: a whole split through the network."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.data import pipeline
+from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.errors import ConfigError
+from gmsop_jax.files import write_atomic
+from gmsop_jax.models import create_model
+from gmsop_jax.training import checkpoint, parallel
+from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.metrics import summarize
+from gmsop_jax.training.restore import restore_variables
+from gmsop_jax.training.step import make_eval_step
+
+
+def evaluate_split(
+    eval_step: Callable, variables: Mapping[str, Any], config: ConfigDict, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """Loss and errors on all images of `config.eval.split`.
+
+    Args:
+      eval_step: compiled, from `train_step.make_eval_step`.
+      variables: parameters and moments, averaged if the run averages.
+      config: its `data` and `eval` parts.
+      mesh: where the batches go.
+
+    Returns: `loss` (nats), `top1_error`, `top5_error` (percent), `candidate_use` (mean gate weights).
+    """
+    batches = pipeline.eval_batches(
+        config.data.dir,
+        config.eval.split,
+        batch_size=config.eval.batch_size,
+        image_size=config.data.image_size or None,
+        resize=config.eval.resize,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        on_corrupt=config.data.on_corrupt,
+    )
+    with contextlib.closing(batches):
+        sums = [eval_step(variables, parallel.place_batch(batch, mesh)) for batch in batches]
+    return summarize(jax.device_get(sums))
+
+
+def resolve(config: ConfigDict, manifest: Manifest) -> ConfigDict:
+    """A copy of the configuration with the data set's number of classes filled in.
+
+    Raises:
+      ConfigError: if the configuration names another number.
+    """
+    config = ConfigDict(config.to_dict())
+    given = config.model.num_classes
+    if given not in (0, manifest.num_classes):
+        raise ConfigError(
+            f"config.model.num_classes = {given}, but the data set {config.data.dir} has"
+            f" {manifest.num_classes} classes; 0 takes the data set's number"
+        )
+    config.model.num_classes = manifest.num_classes
+    return config
+
+
+def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
+    """Height, width and channels of the images that the network gets."""
+    if config.data.image_size:
+        return config.data.image_size, config.data.image_size, 3
+    size = manifest.split(config.eval.split).image_size
+    if size is None:
+        raise ConfigError(f"the images of {config.data.dir} differ in size; set --config.data.image_size=…")
+    return (*size, 3)
+
+
+def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, Any]:
+    """Evaluates a checkpoint on `config.eval.split` and writes `evaluation-<split>.json` beside it.
+
+    The training split's shards need not be there. The mean colour subtracted is that of the images which
+    the network was trained on (`inputs.json`).
+
+    Args:
+      config: of the run; its model must fit the checkpoint.
+      path: a working directory (its best checkpoint is taken, or the last if none was evaluated), or
+        one step's folder in it.
+
+    Returns: `step`, and what `evaluate_split` returns.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or it doesn't fit the model.
+      DataError: if the data set is missing or damaged.
+    """
+    folder, _ = checkpoint.locate(path)
+    split = config.eval.split
+    checked = [split] if config.data.on_corrupt == "stop" else []
+    manifest = Manifest.load(config.data.dir, config.data.verify, splits=checked)
+    config = resolve(config, manifest)
+    mesh = parallel.create_mesh()
+    parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    model = create_model(config.model)
+    shape = image_shape(config, manifest)
+    variables, step, _ = restore_variables(model, shape, path, parallel.replicated(mesh))
+    trained_on = Inputs.load(folder.parent)
+    step_function = make_eval_step(model, mean_rgb=trained_on.mean_rgb, flip_average=config.eval.flip_average)
+    eval_step = parallel.jit_eval_step(step_function, mesh)
+    result = {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
+    if jax.process_index() == 0:
+        write_atomic(folder.parent / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")
+    return result

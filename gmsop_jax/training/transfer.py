@@ -1,0 +1,109 @@
+"""Starting from another run's network: which of its arrays a new one takes."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
+
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.errors import CheckpointError, ConfigError
+from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.restore import load_onto
+
+Path = tuple[str, ...]  # of an array: collection, backbone or head, …, name
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A trained network that another starts from.
+
+    Attributes:
+      path: as `config.train.init_from` names it.
+      step: optimiser steps that it was trained for.
+      variables: parameters and moments, in the host's memory; the averages of a run that has them.
+      inputs: what it was trained on; the new network gets pixels less the same mean colour.
+    """
+
+    path: str
+    step: int
+    variables: Mapping[str, Any]
+    inputs: Inputs
+
+
+def read_source(config: ConfigDict, sharding: Sharding) -> Source:
+    """The network that `config.train.init_from` names.
+
+    Args:
+      config: of the new run.
+      sharding: where each array is put while it is read; on devices of all processes.
+
+    Raises:
+      ConfigError: if there is no such network, or its pixels are of another scale.
+    """
+    path = config.train.init_from
+    try:
+        _, variables, info = load_onto(path, sharding)
+    except (CheckpointError, ConfigError) as error:
+        raise ConfigError(f"config.train.init_from = {path!r}: {error}") from error
+    theirs, ours = info.config.model.pixel_scale, config.model.pixel_scale
+    if theirs != ours:
+        raise ConfigError(
+            f"config.model.pixel_scale = {ours}, but the network of config.train.init_from = {path!r} was trained"
+            f" with {theirs}; set --config.model.pixel_scale={theirs}"
+        )
+    return Source(os.fspath(path), info.step, jax.device_get(variables), info.inputs)
+
+
+def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], str]:
+    """The arrays that a new network takes from another: its backbone, and each layer of the head that fits.
+
+    A layer is taken whole, if its arrays there have the shapes that they have here, or not at all: a bias
+    means nothing without its kernel.
+
+    Args:
+      like: the new network's parameters and moments, or their shapes.
+      source: the other.
+
+    Returns: (path → array, what a line says about it).
+
+    Raises:
+      ConfigError: naming the first array of the backbones that differs.
+    """
+    ours, theirs = _flatten(like), _flatten(source.variables)
+    new_layers = set()
+    for path in sorted(ours.keys() | theirs.keys(), key=lambda path: (path[0] != "params", path)):
+        here, there = (str(arrays[path].shape) if path in arrays else "absent" for arrays in (ours, theirs))
+        if here != there:
+            if path[1] == "backbone":
+                raise ConfigError(
+                    f"config.train.init_from = {source.path!r} has another backbone: {'/'.join(path)} is"
+                    f" {there} there and {here} here; set the fields of config.model as in"
+                    " that run's config.json"
+                )
+            if path in ours:
+                new_layers.add(path[1:-1])
+    taken = {path: theirs[path] for path in ours if path[1:-1] not in new_layers}
+    line = f"{len(taken)} of {len(ours)} arrays come from {source.path} (step {source.step})"
+    return taken, f"{line}; new: {_name_parts(ours.keys() - taken.keys(), taken)}"
+
+
+def _flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
+    return dict(flatten_dict(variables))
+
+
+def _name_parts(new: set[Path], taken: Mapping[Path, Any]) -> str:
+    """The largest parts of which nothing was taken."""
+    used = {path[1:end] for path in taken for end in range(2, len(path) + 1)}
+    starts = ((path[1:end] for end in range(2, len(path) + 1)) for path in new)
+    parts = {"/".join(next(part for part in parts if part not in used)) for parts in starts}
+    return ", ".join(sorted(parts)) or "none"
+
+
+def merge(variables: Mapping[str, Any], taken: Mapping[Path, Any]) -> dict[str, Any]:
+    """Variables with some arrays replaced, which keep their dtypes."""
+    own = _flatten(variables)
+    return unflatten_dict({**own, **{path: array.astype(own[path].dtype) for path, array in taken.items()}})

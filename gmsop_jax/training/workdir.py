@@ -1,0 +1,125 @@
+"""A run's working directory: one run at a time, of one configuration."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+from gmsop_jax import config as configs
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.files import write_atomic
+from gmsop_jax.training.checkpoint import DIRECTORY, steps_on_disk
+from gmsop_jax.training.parallel import first_process_does
+
+_CONFIG, _LOCK = "config.json", ".lock"
+
+
+class Workdir:
+    """The folder, made if missing, locked while entered.
+
+    The lock is the operating system's (`flock` on `.lock`), so it ends with the process, however that
+    ends. It is the first process's, which writes for all.
+
+    Args:
+      path: of the folder.
+      config: resolved; kept there as `config.json`, and compared with the one that is there already.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: ConfigDict):
+        self.path = pathlib.Path(path).absolute()
+        self._config = config
+        self._lock: int | None = None
+
+    def __enter__(self):
+        """Locks the folder.
+
+        Raises:
+          CheckpointError: if it can't be written to, another run is in it, or it was made with another
+            configuration.
+        """
+        first_process_does(self._open)
+        return self
+
+    def __exit__(self, *_):
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextlib.contextmanager
+    def explaining_errors(self) -> Iterator[None]:
+        """Says of an OSError inside (full disk, read-only or vanished folder) what is saved and what to do.
+
+        Raises:
+          CheckpointError: in its place.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(self._explain(error.strerror or str(error))) from error
+
+    def check(self) -> None:
+        """Raises CheckpointError if the folder is no longer the one that was locked."""
+        if self._lock is None:
+            return
+        try:
+            same = os.path.samestat(os.stat(self.path / _LOCK), os.fstat(self._lock))
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(self._explain("the folder has vanished, or another took its place"))
+
+    def _explain(self, reason: str) -> str:
+        steps = steps_on_disk(self.path / DIRECTORY)
+        saved = f"step {steps[-1]} is saved there" if steps else "no checkpoint is there"
+        return (
+            f"can't write to the working directory {self.path} ({reason}); {saved}. Free space or bring the folder"
+            " back, and give the same command again to go on from the last checkpoint"
+        )
+
+    def _open(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            self._take_lock(self._lock)
+            self._check_config(self.path / _CONFIG)
+        except OSError as error:
+            self.__exit__()
+            raise CheckpointError(
+                f"can't write to the working directory {self.path} ({error.strerror}); name another --workdir"
+            ) from error
+        except CheckpointError:
+            self.__exit__()
+            raise
+
+    def _take_lock(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            holder = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
+            raise CheckpointError(
+                f"a run is going on in {self.path} ({holder}); wait for its end, stop it, or name another --workdir"
+                " (processes of one run are started with --coordinator)"
+            ) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def _check_config(self, file: pathlib.Path) -> None:
+        if not file.exists():
+            write_atomic(file, configs.to_json(self._config) + "\n")
+            return
+        try:
+            stored = configs.from_json(file.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{file} is damaged ({error}); name another --workdir") from error
+        if lines := configs.differences(stored, self._config):
+            raise CheckpointError(
+                f"{self.path} was made with another configuration:\n  "
+                + "\n  ".join(lines)
+                + "\nname another --workdir, or set these fields back"
+            )

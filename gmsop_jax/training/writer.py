@@ -1,0 +1,165 @@
+"""What a run tells: a progress line, `metrics.jsonl`, TensorBoard events, `result.json`, `curves.png`."""
+
+import contextlib
+import json
+import pathlib
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tqdm import tqdm
+
+from gmsop_jax.files import write_atomic
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Records of `metrics.jsonl`; a last line cut off by a kill is left out."""
+    file = workdir / METRICS
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Writer:
+    """Tells how a run goes; silent in all processes but the first.
+
+    Args:
+      workdir: where the files go.
+      total_steps: of the whole run.
+      start_step: where this start goes on; records of later steps, written before an interruption and
+        done again now, are dropped.
+      enabled: whether this process tells anything.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, total_steps: int, start_step: int = 0, enabled: bool = True):
+        self._enabled = enabled
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=not enabled,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}",
+        )
+        if not enabled:
+            return
+        kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
+        write_atomic(workdir / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
+        self._jsonl = (workdir / METRICS).open("a")
+        # not tensorboardX's SummaryWriter: its thread dies of a full disk and leaves this one waiting
+        self._events = EventsWriter(str(workdir / "events"), f".{start_step}")
+        if start_step:  # TensorBoard drops what came after it
+            self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self._bar.close()
+        if self._enabled:
+            # what raised before is not to be hidden by what closing raises of the same cause
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                self._jsonl.close()
+                self._events.close()
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def describe(self, config: str) -> None:
+        """Puts the resolved configuration, as JSON, among TensorBoard's texts."""
+        if self._enabled:
+            text = textwrap.indent(config, "    ")  # so indented, Markdown leaves it alone
+            self._add(0, summary=summary.text("config", text))
+            self._events.flush()
+
+    def record(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        """Writes one record, of kind `train` or `eval`, to the files; a list becomes a picture of bars."""
+        if not self._enabled:
+            return
+        line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            if not isinstance(value, list):
+                self._add(step, summary=summary.scalar(f"{kind}/{name}", value))
+            elif len(value) > 1:  # without a gate there is one weight, always 1
+                bars = summary.image(f"{kind}/{name}", _draw_bars(value, name), dataformats="HWC")
+                self._add(step, summary=bars)
+        self._events.flush()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Puts loss, error and speed on the progress line."""
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, error {values['top1_error']:.1f} %,"
+            f" {values['images_per_second']:.0f} images/s",
+            refresh=False,
+        )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line."""
+        if self._enabled:
+            tqdm.write(text, file=sys.stderr)
+
+
+def _draw_bars(values: Sequence[float], title: str) -> np.ndarray:
+    """A picture, uint8 [h, w, 3], of one bar for each value, with their mean as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 2.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.bar(range(len(values)), values)
+    axes.axhline(float(np.mean(values)), color="black", linewidth=0.8, linestyle="--")
+    axes.set(title=title.replace("_", " "), xticks=range(len(values)))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def plot_curves(workdir: pathlib.Path) -> None:
+    """Draws loss, error, learning rate and balance loss over the epochs into `curves.png`."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    records = read_metrics(workdir)
+    panels = {
+        "loss": "cross entropy [nats]",
+        "top1_error": "top-1 error [%]",
+        "learning_rate": "learning rate",
+        "balance_loss": "balance loss",
+    }
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for kind, label in (("train", "training"), ("eval", "evaluation")):
+            points = [(r["epoch"], r[name]) for r in records if r["kind"] == kind and name in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if name == "learning_rate":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+    figure.axes[0].legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomic(workdir / "curves.png", buffer.getvalue())

@@ -1,0 +1,133 @@
+import json
+import pathlib
+import re
+import runpy
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from gmsop_jax.analysis.report import build_report
+from gmsop_jax.errors import CheckpointError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class _Outline(HTMLParser):
+    """Text outside of scripts and styles, and every address that the page would load."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.text, self.loaded, self._open, self.unbalanced = "", [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.loaded += [
+            value for name, value in attrs if name in ("src", "srcset", "data") or (tag, name) == ("link", "href")
+        ]
+        if tag not in ("meta", "link", "img", "br"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data):
+        if not {"script", "style", "svg"} & set(self._open):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(trained_run):
+    return build_report([trained_run])
+
+
+def test_page_is_well_formed_and_loads_nothing(page):
+    outline = _Outline(page)
+    assert outline.unbalanced == []
+    assert all(address.startswith("data:") for address in outline.loaded)
+    assert "@import" not in page
+    assert len(page) < 3e6
+
+
+def test_page_says_the_essentials_without_scripts(page, trained_run):
+    text = _Outline(page).text
+    result = json.loads((trained_run / "result.json").read_text())
+    assert f"{result['top1_error']:.2f} %" in text
+    assert "GM-SOP-4-2 on 1 block × (8, 12)" in text
+    for title in ("Cross entropy", "Learning rate", "Balance loss", "Throughput", "Confusion", "Worst-confused pairs",
+                  "Most certain, and wrong", "Least certain", "Use of each candidate over training",
+                  "Which candidates go together", "Gate entropy by class", "Images that weigh most on each candidate",
+                  "train.batch_size"):  # fmt: skip
+        assert title in text, title
+    assert page.count("<svg") >= 8
+    assert page.count('class="card"') > 30
+
+
+def test_each_card_has_its_candidates(page):
+    for gate in re.findall(r'<span class="gate">(.*?)</span>\s*</figcaption>', page, re.S):
+        weights = [float(weight) for weight in re.findall(r"\d+: (\d\.\d\d)", gate)]
+        assert len(weights) == 2
+        assert sum(weights) == pytest.approx(1, abs=0.011)
+
+
+def test_use_over_training_has_every_epoch(page):
+    specs = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)]
+    [use] = [spec["data"]["values"] for spec in specs if spec["data"]["values"] and "use" in spec["data"]["values"][0]]
+    assert {(point["epoch"], point["candidate"]) for point in use} == {(e, i) for e in (1.0, 2.0) for i in range(4)}
+
+
+def test_several_runs_are_compared(trained_run, tmp_path):
+    other = shutil.copytree(trained_run, tmp_path / "run")
+    config = json.loads((other / "config.json").read_text())
+    config["train"]["momentum"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "result.json").unlink()
+    page = build_report([trained_run, other])
+    text = _Outline(page).text
+    assert "What run learnt" in text
+    assert "What run (2) learnt" in text
+    assert "unfinished" in text
+    assert re.findall(r"<tr class=differs><th>(.*?)</th>", page) == ["train.momentum"]
+
+
+def test_without_data_or_checkpoint_the_curves_remain(trained_run, tmp_path):
+    text = _Outline(build_report([trained_run], data=tmp_path)).text
+    assert "Without what the network says about the images: no data set at" in text
+    assert "Use of each candidate over training" in text
+    run = shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    text = _Outline(build_report([run])).text
+    assert "no checkpoint at" in text
+    assert "Nothing was recorded yet" in text
+
+
+def test_names_are_escaped(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "<script>alert(1)<")
+    other = shutil.copytree(trained_run, tmp_path / "plain")
+    page = build_report([run, other])
+    assert "<script>alert" not in page
+
+
+def test_a_foreign_folder_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
+        build_report([tmp_path])
+
+
+def test_tool(trained_run, tmp_path, monkeypatch, capsys):
+    def run(*arguments) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / "tools" / "report.py"), run_name="__main__")
+        out, err = capsys.readouterr()
+        return exit_.value.code, out, err
+
+    status, out, _ = run(trained_run, "--output", tmp_path / "page.html", "--max-images", 64)
+    assert status == 0
+    assert re.fullmatch(r".*page\.html: \d\.\d MB\n", out)
+    assert "64 images of the split “val”, drawn at random from its 200." in (tmp_path / "page.html").read_text()
+    status, _, err = run(tmp_path, "--output", tmp_path / "x.html")
+    assert status == 2
+    assert re.fullmatch(r"error: .*config\.json can't be read .*\n", err)
+    assert "--max-images must be at least 1" in run(trained_run, "--max-images", 0)[2]
+    assert "can't be written to" in run(trained_run, "--max-images", 1, "--output", "/nowhere/x.html")[2]

@@ -1,0 +1,132 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gmsop_jax.conversion.sources import pickles
+from gmsop_jax.conversion.sources.files import FileArray
+from gmsop_jax.errors import DataError
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_plain_values(tmp_path: Path, protocol: int):
+    value = {"ints": [0, -1, 255, 65536, 2**40], "text": "größe", "nested": {"t": (1, (2, 3), ())}, "none": None}
+    value |= {"float": 0.5, "flags": [True, False], "many": list(range(5000)), "same": [[7]] * 2}
+    assert pickles.load(write(tmp_path / "x", pickle.dumps(value, protocol))) == value
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("dtype", ["u1", "<i8", ">i4", "<f4"])
+def test_small_arrays(tmp_path: Path, protocol: int, dtype: str):
+    array = np.arange(24).astype(dtype).reshape(4, 6)
+    found = pickles.load(write(tmp_path / "x", pickle.dumps({"a": array}, protocol)))["a"]
+    assert found.dtype == array.dtype
+    np.testing.assert_array_equal(found, array)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_long_arrays_stay_in_the_file(tmp_path: Path, protocol: int):
+    array = np.random.default_rng(0).integers(0, 256, (50, 3000), np.uint8)
+    found = pickles.load(write(tmp_path / "x", pickle.dumps({"a": array}, protocol)))["a"]
+    assert isinstance(found, FileArray)
+    np.testing.assert_array_equal(found[49], array[49])
+    np.testing.assert_array_equal(found.whole(), array)
+
+
+def test_strings_of_python_2(tmp_path: Path):
+    # cPickle's protocol 2: {'labels': [1], 'data': 'ab'} with byte strings (SHORT_BINSTRING)
+    found = pickles.load(write(tmp_path / "x", b"\x80\x02}(U\x06labels]K\x01aU\x04dataU\x02abu."))
+    assert found == {"labels": [1], "data": b"ab"}
+
+
+class Evil:
+    """Would make a file if it were run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+class Shell:
+    def __reduce__(self):
+        import os
+
+        return (os.system, ("touch /tmp/never",))
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_nothing_runs(tmp_path: Path, protocol: int):
+    target = tmp_path / "made"
+    data = pickle.dumps({"data": Evil(target)}, protocol)
+    with pytest.raises(DataError, match=r"it names (pathlib|builtins|__builtin__)\.\w+"):
+        pickles.load(write(tmp_path / "x", data))
+    assert not target.exists()
+    pickle.loads(data)  # it was dangerous indeed
+    assert target.exists()
+
+
+def test_the_name_is_told(tmp_path: Path):
+    with pytest.raises(DataError, match=r"names (posix|nt)\.system, which .* could run code"):
+        pickles.load(write(tmp_path / "x", pickle.dumps([Shell()])))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "truncated"),
+        (b"\x80\x04", "truncated"),
+        (b"(dp0\n.", "not a pickle of protocol 2 or later"),
+        (b"PK\x03\x04....", "not a pickle of protocol 2 or later"),
+        (b"\x80\x04\xff.", "not a pickle, byte"),
+        (b"\x80\x02ccodecs\nencode\n.", "names codecs.encode"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "names os.system"),
+        (b"\x80\x02cnumpy\nndarray\n)R.", "calls"),
+        (b"\x80\x02cnumpy\nndarray\n.", "bare name"),
+        (b"\x80\x02K\x01)R.", "calls 1"),
+        (b"\x80\x02K\x01}b.", "fills a int"),
+        (b"\x80\x02K\x01K\x02a.", "appends to a int"),
+        (b"\x80\x02]K\x01K\x02s.", "sets items of a list"),
+        (b"\x80\x02}]K\x02s.", "damaged pickle"),  # an unhashable key
+        (b"\x80\x02h\x05.", "damaged pickle"),  # no such memo
+        (b"\x80\x02.", "damaged pickle"),  # nothing to return
+        (b"\x80\x02K\x01\x86.", "damaged pickle"),  # a pair of one
+        (b"\x80\x02Q.", "instruction BINPERSID"),
+        (b"\x80\x02cos\nsystem", "without end"),
+        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.", "truncated"),
+        (b"\x80\x02\x82\x01.", "instruction EXT1"),
+    ],
+)
+def test_refused(tmp_path: Path, data: bytes, message: str):
+    with pytest.raises(DataError, match=message):
+        pickles.load(write(tmp_path / "x", data))
+
+
+@pytest.mark.parametrize("array", [np.array([{}], object), np.asfortranarray(np.zeros((2, 2))), np.array(["a"])])
+def test_other_arrays_are_refused(tmp_path: Path, array: np.ndarray):
+    with pytest.raises(DataError, match="is refused"):
+        pickles.load(write(tmp_path / "x", pickle.dumps({"a": array}, 4)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damage_never_escapes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    good = pickle.dumps({"data": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": [1, 2, 3]}, 4)
+    damaged = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    path = write(tmp_path_factory.getbasetemp() / "damaged", bytes(damaged))
+    try:
+        value = pickles.load(path)
+    except DataError:
+        return
+    assert isinstance(value, (dict, list, tuple, int, float, str, bytes, type(None), np.ndarray))

@@ -1,0 +1,396 @@
+import concurrent.futures
+import gzip
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from foreign import imagenet_batches, images, jpeg, write_imagenet, write_imdb, write_places
+from PIL import Image
+
+from gmsop_jax.conversion.sources import NAMES, Options, Request, Source, UnreadableImage, imagenet64, open_source
+from gmsop_jax.conversion.sources.images import Names, decode_image
+from gmsop_jax.data.manifest import sha256
+from gmsop_jax.data.resize import imresize
+from gmsop_jax.errors import ConfigError, DataError
+
+
+def opened(name: str, path: Path | None, tmp_path: Path, **options) -> Source:
+    return open_source(name, Request(path, tmp_path / "scratch", options=Options(**options)))
+
+
+def everything(source: Source, split: str) -> tuple[np.ndarray, list[int]]:
+    loaded = [source.load(split, at) for at in range(source.num_images[split])]
+    return np.stack([image for image, _ in loaded]), [label for _, label in loaded]
+
+
+def test_unknown_source_and_option(tmp_path: Path):
+    with pytest.raises(ConfigError, match="unknown source 'cifar'; one of fashion-mnist"):
+        opened("cifar", None, tmp_path)
+    with pytest.raises(ConfigError, match="'imagenet64' takes no option size"):
+        opened("imagenet64", None, tmp_path, size=3)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"fashion-mnist"}))
+def test_input_is_needed_and_must_exist(name: str, tmp_path: Path):
+    with pytest.raises(DataError, match="needs --input"):
+        opened(name, None, tmp_path)
+    with pytest.raises(DataError, match="doesn't exist"):
+        opened(name, tmp_path / "none", tmp_path)
+
+
+# --- Fashion-MNIST
+
+
+def write_idx(folder: Path, name: str, values: np.ndarray, *, packed: bool) -> None:
+    data = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+    (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(data) if packed else data)
+
+
+def write_fashion(folder: Path, *, packed: bool = False) -> None:
+    for prefix, count in (("train", 7), ("t10k", 3)):
+        write_idx(folder, f"{prefix}-images-idx3-ubyte", images(count, 28, 28)[..., 0], packed=packed)
+        write_idx(folder, f"{prefix}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8), packed=packed)
+
+
+def test_the_embedded_sample(tmp_path: Path):
+    source = opened("fashion-mnist", None, tmp_path)
+    assert source.num_images == {"train": 5000, "val": 1000}
+    assert everything(source, "val")[0].shape == (1000, 28, 28)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files(tmp_path: Path, packed: bool):
+    write_fashion(tmp_path, packed=packed)
+    source = opened("fashion-mnist", tmp_path, tmp_path)
+    pixels, labels = everything(source, "train")
+    np.testing.assert_array_equal(pixels, images(7, 28, 28)[..., 0])
+    assert labels == list(range(7))
+    assert source.num_images["val"] == 3
+
+
+def test_damaged_idx_files(tmp_path: Path):
+    with pytest.raises(DataError, match="lacks train-images-idx3-ubyte"):
+        opened("fashion-mnist", tmp_path, tmp_path)
+    write_fashion(tmp_path)
+    file = tmp_path / "train-images-idx3-ubyte"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1])
+    with pytest.raises(DataError, match="5503 bytes; its header"):
+        opened("fashion-mnist", tmp_path, tmp_path)
+    file.write_bytes(b"\1" + good[1:])
+    with pytest.raises(DataError, match="isn't an IDX file"):
+        opened("fashion-mnist", tmp_path, tmp_path)
+    write_idx(tmp_path, file.name, images(6, 28, 28)[..., 0], packed=False)
+    with pytest.raises(DataError, match=r"6 images and .* 7 labels"):
+        opened("fashion-mnist", tmp_path, tmp_path)
+    file.unlink()
+    (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(good)[:-9])
+    with pytest.raises(DataError, match="can't be decompressed"):
+        opened("fashion-mnist", tmp_path, tmp_path)
+
+
+# --- downsampled ImageNet
+
+
+@pytest.mark.parametrize("layout", ["pickle", "npz", "npz-compressed", "zip", "zip-npz"])
+def test_imagenet_layouts(tmp_path: Path, layout: str):
+    write_imagenet(tmp_path / "in", layout)
+    source = opened("imagenet64", tmp_path / "in", tmp_path)
+    assert source.num_images == {"train": 60, "val": 20}
+    assert source.classes == ("name_1", "crane (n00000002)", "name_3", "crane (n00000004)", "name_5")
+    pixels, labels = everything(source, "train")
+    # batches in the order of their numbers: 1, 2, 10
+    np.testing.assert_array_equal(pixels, np.concatenate([images(20, 8, 8, seed=at) for at in range(3)]))
+    assert labels == [(at + row) % 5 for at in range(3) for row in range(20)]
+    np.testing.assert_array_equal(everything(source, "val")[0], images(20, 8, 8, seed=3))
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_imagenet_pickle_protocols(tmp_path: Path, protocol: int):
+    write_imagenet(tmp_path / "in", "pickle", count=5, protocol=protocol)
+    pixels, labels = everything(opened("imagenet64", tmp_path / "in", tmp_path), "val")
+    np.testing.assert_array_equal(pixels, images(5, 8, 8, seed=3))
+    assert labels == [label - 1 for label in imagenet_batches(5)["val_data"]["labels"]]
+
+
+def test_imagenet_without_names(tmp_path: Path):
+    write_imagenet(tmp_path / "in", "npz")
+    (tmp_path / "in" / "map_clsloc.txt").unlink()
+    assert opened("imagenet64", tmp_path / "in", tmp_path).classes[999] == "class 1000"
+
+
+def test_imagenet_refuses(tmp_path: Path):
+    with pytest.raises(DataError, match="holds no train_data_batch_1"):
+        opened("imagenet64", tmp_path, tmp_path)
+    batches = write_imagenet(tmp_path, "npz")
+    for change, message in (
+        ({"labels": [0, *range(1, 20)]}, r"labels go from 0 to 19; expected 1 to 5 \(1-based\)"),
+        ({"labels": [1.5] * 20}, "float64"),
+        ({"labels": [1] * 19}, "don't match"),
+        ({"data": np.zeros((20, 192), np.int32)}, "isn't a uint8 array"),
+        ({"data": np.zeros((20, 100), np.uint8)}, "rows of"),
+    ):
+        np.savez(tmp_path / "train_data_batch_2.npz", **{**batches["val_data"], **change})
+        with pytest.raises(DataError, match=message):
+            opened("imagenet64", tmp_path, tmp_path)
+    np.savez(tmp_path / "train_data_batch_2.npz", data=np.zeros((2, 192), np.uint8))
+    with pytest.raises(DataError, match="lacks 'labels'; it holds data"):
+        opened("imagenet64", tmp_path, tmp_path)
+    np.savez(tmp_path / "train_data_batch_2.npz", data=np.array([{}]), labels=[1], allow_pickle=True)
+    with pytest.raises(DataError, match="holds Python objects"):
+        opened("imagenet64", tmp_path, tmp_path)
+    (tmp_path / "map_clsloc.txt").write_text("n1 1 one\nn3 3 three\n")
+    with pytest.raises(DataError, match="numbers from 1 up"):
+        opened("imagenet64", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["pickle", "npz", "npz-compressed", "zip"])
+def test_imagenet_truncated(tmp_path: Path, layout: str):
+    write_imagenet(tmp_path, layout, count=40, side=32)  # arrays long enough to stay in their files
+    name = {"zip": "Imagenet64_train_part2.zip", "pickle": "train_data_batch_2"}.get(layout, "train_data_batch_2.npz")
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"truncated|isn't a whole zip|refused"):
+        opened("imagenet64", tmp_path, tmp_path)
+
+
+def test_imagenet_bit_flip_inside_an_archive(tmp_path: Path):
+    write_imagenet(tmp_path, "zip")
+    file = tmp_path / "Imagenet64_val.zip"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"Imagenet64_val.zip"):
+        opened("imagenet64", tmp_path, tmp_path)
+
+
+def test_imagenet_published_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_imagenet(tmp_path, "zip")
+    archive = tmp_path / "Imagenet64_val.zip"
+    size, checksum = archive.stat().st_size, sha256(archive)
+    monkeypatch.setattr(imagenet64, "_PUBLISHED", {"val": (size, checksum)})
+    told = opened("imagenet64", tmp_path, tmp_path).facts["archives"]
+    assert told["Imagenet64_val.zip"] == f"the published val archive (sha256 {checksum})"
+    assert told["Imagenet64_train_part1.zip"] == "not a published npz archive"
+    monkeypatch.setattr(imagenet64, "_PUBLISHED", {"val": (size, "0" * 64)})
+    with pytest.raises(DataError, match=r"size of the published val archive but sha256 .* it is damaged"):
+        opened("imagenet64", tmp_path, tmp_path)
+
+
+# --- imdb files
+
+
+@pytest.mark.parametrize("kind", [{}, {"chunks": (3, 1, 2, 3)}, {"v7": True}], ids=["contiguous", "chunked", "v7"])
+def test_imdb(tmp_path: Path, kind: dict):
+    sets, labels = [1, 2, 1, 3, 1, 1, 2], [1.0, 2.0, 3.0, 3.0, 2.0, 1.0, 1.0]
+    pixels = write_imdb(tmp_path / "imdb.mat", sets, labels, **kind)
+    source = opened("imdb-mat", tmp_path / "imdb.mat", tmp_path)
+    assert source.num_images == {"train": 4, "val": 2, "test": 1}
+    assert source.classes == ("class 1", "class 2", "class 3")
+    for split, rows in {"train": [0, 2, 4, 5], "val": [1, 6], "test": [3]}.items():
+        found, found_labels = everything(source, split)
+        np.testing.assert_array_equal(found, pixels[rows])
+        assert found_labels == [labels[row] - 1 for row in rows]
+    np.testing.assert_allclose(source.facts["stored_mean_rgb"], pixels[[0, 2, 4, 5]].mean((0, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("sets", "labels", "message"),
+    [
+        ([1, 2, 4], [1, 1, 1], r"images.set holds \[4\]"),
+        ([2, 2, 2], [1, 1, 1], "no training images"),
+        ([1, 2, 2], [0, 1, 1], "go down to 0"),
+        ([1, 2, 2], [1, 1.5, 1], "images.labels aren't whole numbers"),
+        ([1, 2, 2], [1, float("nan"), 1], "images.labels aren't whole numbers"),
+        ([1, 2, 2], [1, 1], "3 images and 2 images.labels"),
+    ],
+)
+@pytest.mark.parametrize("v7", [False, True])
+def test_imdb_mislabelled(tmp_path: Path, sets: list[int], labels: list[float], message: str, v7: bool):
+    write_imdb(tmp_path / "imdb.mat", sets, labels, v7=v7)
+    with pytest.raises(DataError, match=message):
+        opened("imdb-mat", tmp_path / "imdb.mat", tmp_path)
+
+
+@pytest.mark.parametrize("v7", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_imdb_truncated(tmp_path: Path, v7: bool, share: float):
+    file = tmp_path / "imdb.mat"
+    write_imdb(file, [1] * 60, [1.0] * 60, v7=v7)
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    with pytest.raises(DataError, match=r"imdb.mat"):
+        opened("imdb-mat", file, tmp_path)
+
+
+def test_imdb_foreign(tmp_path: Path):
+    with pytest.raises(DataError, match="is a folder"):
+        opened("imdb-mat", tmp_path, tmp_path)
+    (tmp_path / "x.mat").write_bytes(b"hello" * 100)
+    with pytest.raises(DataError, match="isn't a readable MATLAB file"):
+        opened("imdb-mat", tmp_path / "x.mat", tmp_path)
+
+
+# --- Places365
+
+
+@pytest.mark.parametrize("tar", [True, False])
+def test_places(tmp_path: Path, tar: bool):
+    expected = write_places(tmp_path, tar=tar)
+    source = opened("places365", tmp_path, tmp_path)
+    assert source.classes == ("airfield", "arch", "barn/outdoor")
+    for split, (files, labels) in expected.items():
+        assert source.num_images[split] == len(labels)
+        for at, (data, label) in enumerate(zip(files, labels, strict=True)):
+            image, found = source.load(split, at)
+            np.testing.assert_array_equal(image, imresize(decode_image(data, ""), (100, 100)))
+            assert found == label
+    assert source.load("train", 1)[0].shape == (100, 100, 1)  # the gray one
+
+
+def test_places_options(tmp_path: Path):
+    write_places(tmp_path, tar=False)
+    assert opened("places365", tmp_path, tmp_path, size=32, resize="pillow").load("val", 0)[0].shape == (32, 32, 3)
+    with pytest.raises(ConfigError, match="--size is 0"):
+        opened("places365", tmp_path, tmp_path, size=0)
+
+
+def test_places_damaged(tmp_path: Path):
+    write_places(tmp_path, tar=True)
+    tar = tmp_path / "val_256.tar"
+    good = tar.read_bytes()
+    tar.write_bytes(good[:30_000])
+    with pytest.raises(DataError, match=r"val_256.tar (lacks|isn't a whole tar)"):
+        opened("places365", tmp_path, tmp_path)
+    tar.write_bytes(b"x" * 2000)
+    with pytest.raises(DataError, match="isn't a whole tar"):
+        opened("places365", tmp_path, tmp_path)
+    tar.unlink()
+    with pytest.raises(DataError, match=r"neither val_256.tar nor the folder val_256"):
+        opened("places365", tmp_path, tmp_path)
+    tar.write_bytes(good)
+    (tmp_path / "places365_val.txt").write_text("Places365_val_00000000.jpg 3\n")
+    with pytest.raises(DataError, match="labels go from 3 to 3; 3 categories go from 0 to 2"):
+        opened("places365", tmp_path, tmp_path)
+    (tmp_path / "places365_val.txt").write_text("what is this\n")
+    with pytest.raises(DataError, match="isn't a list of `name number` lines"):
+        opened("places365", tmp_path, tmp_path)
+
+
+# --- folders of images
+
+
+def save(path: Path, image: Image.Image, **parameters) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **parameters)
+
+
+def write_folder(root: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        for label in ("cat", "dog"):
+            for at in range(count):
+                save(root / split / label / f"{at}.png", Image.fromarray(images(1, 5 + at, 4, seed=at)[0]))
+
+
+def test_folder_with_splits(tmp_path: Path):
+    write_folder(tmp_path / "in")
+    source = opened("image-folder", tmp_path / "in", tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert source.num_images == {"train": 6, "val": 4}
+    image, label = source.load("train", 4)
+    np.testing.assert_array_equal(image, images(1, 6, 4, seed=1)[0])
+    assert label == 1
+
+
+def test_folder_with_a_fraction(tmp_path: Path):
+    write_folder(tmp_path / "in")
+    root = tmp_path / "in" / "train"
+    with pytest.raises(DataError, match="give --val-fraction"):
+        opened("image-folder", root, tmp_path)
+    source = opened("image-folder", root, tmp_path, val_fraction=0.3)
+    assert source.num_images == {"train": 4, "val": 2}
+    seen = [source.load(split, at) for split in ("train", "val") for at in range(source.num_images[split])]
+    assert sorted(image.shape[0] for image, _ in seen) == [5, 5, 6, 6, 7, 7]
+    with pytest.raises(ConfigError, match="leaves a split empty"):
+        opened("image-folder", root, tmp_path, val_fraction=0.01)
+
+
+def test_folder_resizes_the_middle_square(tmp_path: Path):
+    pixels = images(1, 10, 30)[0]
+    save(tmp_path / "in/train/a/x.png", Image.fromarray(pixels))
+    save(tmp_path / "in/val/a/x.png", Image.fromarray(pixels))
+    image, _ = opened("image-folder", tmp_path / "in", tmp_path, size=4, resize="matlab").load("train", 0)
+    np.testing.assert_array_equal(image, imresize(pixels[:, 10:20], (4, 4)))
+
+
+def test_folder_refuses(tmp_path: Path):
+    (tmp_path / "in/train").mkdir(parents=True)
+    (tmp_path / "in/val").mkdir()
+    with pytest.raises(DataError, match="holds no class folders"):
+        opened("image-folder", tmp_path / "in", tmp_path)
+    (tmp_path / "in/train/a").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        opened("image-folder", tmp_path / "in", tmp_path)
+    (tmp_path / "in/val/b").mkdir()
+    with pytest.raises(DataError, match="classes that train lacks: b"):
+        opened("image-folder", tmp_path / "in", tmp_path)
+    with pytest.raises(ConfigError, match="--size is 0"):
+        opened("image-folder", tmp_path / "in", tmp_path, size=0)
+
+
+def decoded(tmp_path: Path, image: Image.Image, ending: str = "png", **parameters) -> np.ndarray:
+    save(tmp_path / f"x.{ending}", image, **parameters)
+    return decode_image((tmp_path / f"x.{ending}").read_bytes(), "x")
+
+
+def test_modes(tmp_path: Path):
+    pixels = images(1, 3, 5)[0]
+    rgb = Image.fromarray(pixels)
+    np.testing.assert_array_equal(decoded(tmp_path, rgb), pixels)
+    np.testing.assert_array_equal(decoded(tmp_path, rgb, "webp", lossless=True), pixels)
+    np.testing.assert_array_equal(decoded(tmp_path, rgb.convert("L"))[..., 0], np.asarray(rgb.convert("L")))
+    assert set(np.unique(decoded(tmp_path, rgb.convert("1")))) <= {0, 255}
+    palette = rgb.quantize(4)
+    np.testing.assert_array_equal(decoded(tmp_path, palette), np.asarray(palette.convert("RGB")))
+    assert decoded(tmp_path, rgb.convert("CMYK"), "tif").shape == (3, 5, 3)
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decoded(tmp_path, deep)[..., 0], pixels[..., 0])
+
+
+def test_alpha_lies_over_white(tmp_path: Path):
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    image.putpixel((1, 0), (10, 20, 30, 0))
+    assert decoded(tmp_path, image).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_exif_rotation(tmp_path: Path):
+    pixels = images(1, 3, 5)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown rotated a quarter clockwise
+    np.testing.assert_array_equal(decoded(tmp_path, Image.fromarray(pixels), exif=exif), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 300])
+def test_unreadable(cut: int):
+    with pytest.raises(UnreadableImage, match=r"broken.jpg"):
+        decode_image(jpeg(images(1, 40, 40)[0])[:cut], "broken.jpg")
+
+
+def test_threads_leave_the_warnings_filters_as_they_were():
+    before = list(warnings.filters)
+    data = jpeg(images(1, 200, 200)[0])
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda at: decode_image(data, str(at)), range(200)))
+    assert list(warnings.filters) == before
+
+
+def test_bomb(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnreadableImage, match="bomb"):
+        decode_image(jpeg(images(1, 40, 40)[0]), "bomb.jpg")
+
+
+def test_names():
+    values = ["a", "", "größe", "x" * 300, "\udcff"]  # the last: a byte that isn't UTF-8
+    names = Names.of(values)
+    assert [names[at] for at in range(len(names))] == values

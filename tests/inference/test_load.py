@@ -1,0 +1,77 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gmsop_jax
+from gmsop_jax.config import from_json
+from gmsop_jax.data import pipeline
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.training.evaluation import evaluate_checkpoint
+from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.step import normalize
+
+
+def test_load_gives_the_network_that_was_evaluated(trained_run):
+    config = from_json((trained_run / "config.json").read_text())
+    model, variables, info = gmsop_jax.load(trained_run)
+    apply = jax.jit(model.apply)
+    wrong = count = 0
+    for batch in pipeline.eval_batches(config.data.dir, "val", batch_size=50):
+        logits, aux = apply(variables, normalize(jnp.asarray(batch["image"]), info.inputs.mean_rgb))
+        wrong += int(np.sum(np.asarray(logits.argmax(-1) != batch["label"])[batch["mask"]]))
+        count += int(batch["mask"].sum())
+        assert aux["gate_weights"].shape == (50, info.num_candidates)
+    assert info.metrics is not None
+    assert 100 * wrong / count == pytest.approx(info.metrics["top1_error"])
+
+
+def test_load_needs_no_data_set(trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["dir"] = "/nowhere"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    _, variables, info = gmsop_jax.load(tmp_path / "run")
+    assert info.inputs.classes[0] == "t-shirt/top"
+    assert info.inputs.image_size == (28, 28)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+
+
+def test_load_takes_one_step(trained_run):
+    first = min(int(p.name) for p in (trained_run / "checkpoints").iterdir() if p.name.isdigit())
+    assert gmsop_jax.load(trained_run / "checkpoints" / str(first))[2].step == first
+
+
+def test_load_agrees_with_evaluation(trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = from_json((trained_run / "config.json").read_text())
+    result = evaluate_checkpoint(config, tmp_path / "run")
+    assert gmsop_jax.load(tmp_path / "run")[2].metrics == {k: v for k, v in result.items() if k != "step"}
+    assert sum(result["candidate_use"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"dataset": "d", "classes": ["a"], "mean_rgb": [1], "image_size": [1, 1]}']
+)
+def test_damaged_inputs_are_told(trained_run, tmp_path, text):
+    shutil.copytree(trained_run, tmp_path / "run")
+    (tmp_path / "run" / "inputs.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"inputs\.json can't be read"):
+        gmsop_jax.load(tmp_path / "run")
+
+
+def test_inputs_of_another_run_are_refused(trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    inputs = Inputs.load(trained_run)
+    dataclasses.replace(inputs, classes=inputs.classes[:3]).save(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="10 classes, inputs"):
+        gmsop_jax.load(tmp_path / "run")
+
+
+def test_no_checkpoint_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        gmsop_jax.load(tmp_path)

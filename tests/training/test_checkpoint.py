@@ -1,0 +1,195 @@
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gmsop_jax.errors import CheckpointError
+from gmsop_jax.training.checkpoint import Checkpoints, Progress, locate, read_config
+from gmsop_jax.training.step import TrainState
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def state(value: float = 0.0, width: int = 3) -> TrainState:
+    params = {"dense": {"kernel": jnp.full((2, width), value), "bias": jnp.full(width, value)}}
+    moments = {"bn": {"mean": jnp.full(width, 2 * value)}}
+    momentum = jax.tree.map(lambda leaf: leaf + 7, OPTIMIZER.init(params))
+    return TrainState(jnp.int32(0), params, moments, momentum)
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, step // 10, 1.5 * step)
+
+
+def save_all(folder: Path, errors: dict[int, float | None], keep: int = 2) -> None:
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        for step, error in errors.items():
+            metrics = None if error is None else {"top1_error": error, "loss": 1.0}
+            checkpoints.save(state(step), progress(step), metrics)
+            checkpoints.wait()
+
+
+def steps(folder: Path) -> set[int]:
+    return {int(path.name) for path in folder.iterdir() if path.name.isdigit()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with steps 10 (the best), 30 and 35 (not evaluated); tests only read it."""
+    workdir = tmp_path_factory.mktemp("saved")
+    save_all(workdir / "checkpoints", {10: 20.0, 20: 40.0, 30: 30.0, 35: None})
+    (workdir / "config.json").write_text('{"seed": 3}')
+    return workdir
+
+
+def test_the_last_n_and_the_best_are_kept(saved, tmp_path):
+    assert steps(saved / "checkpoints") == {10, 30, 35}
+    # of equally good ones the latest is the best
+    save_all(tmp_path / "c", {1: 50.0, 2: 30.0, 3: 30.0, 4: 60.0, 5: None, 6: None})
+    assert steps(tmp_path / "c") == {3, 5, 6}
+
+
+def test_best_and_latest(saved):
+    with Checkpoints(saved / "checkpoints", read_only=True) as checkpoints:
+        assert (checkpoints.best_step, checkpoints.latest_step) == (10, 35)
+        metrics = checkpoints.metrics(10)
+        assert metrics is not None
+        assert metrics["top1_error"] == 20
+        assert checkpoints.metrics(35) is None
+
+
+def test_nothing_saved_yet(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert (checkpoints.best_step, checkpoints.latest_step) == (None, None)
+
+
+def test_restore(saved):
+    with Checkpoints(saved / "checkpoints", read_only=True) as checkpoints:
+        restored, where = checkpoints.restore(state(), 30)
+    assert where == progress(30)
+    assert int(restored.step) == 30
+    expected = state(30)
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(restored.variables), jax.tree.leaves(expected.variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(jax.tree.leaves(restored.opt_state)[0], np.full(3, 7.0))
+
+
+def test_restore_variables_needs_no_optimiser(saved):
+    with Checkpoints(saved / "checkpoints", read_only=True) as checkpoints:
+        variables, where = checkpoints.restore_variables(state().variables, 10)
+    np.testing.assert_array_equal(variables["params"]["dense"]["kernel"], np.full((2, 3), 10.0))
+    assert where.step == 10
+
+
+def test_saving_returns_before_it_is_on_disk_and_keeps_what_was_saved(tmp_path):
+    # the caller may give the arrays' memory away at once, as the training step does
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        arrays = state(5.0)
+        checkpoints.save(arrays, progress(1))
+        jax.tree.map(lambda leaf: leaf.delete(), arrays)
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(state(), 1)
+    np.testing.assert_array_equal(restored.params["dense"]["bias"], np.full(3, 5.0))
+
+
+def test_a_step_that_is_there_is_kept(tmp_path):
+    save_all(tmp_path / "c", {1: 50.0})
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(state(9.0), progress(1), {"top1_error": 1.0})
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(state(), 1)
+        assert (checkpoints.metrics(1) or {})["top1_error"] == 50
+    np.testing.assert_array_equal(restored.params["dense"]["bias"], np.full(3, 1.0))
+
+
+def test_another_model_is_refused_with_the_shapes(saved):
+    other = state(width=4)
+    del other.params["dense"]["bias"]
+    other.params["extra"] = {"bias": jnp.zeros(5)}
+    with Checkpoints(saved / "checkpoints", read_only=True) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore_variables(other.variables, 30)
+    message = str(caught.value)
+    assert f"checkpoint {saved / 'checkpoints' / '30'} doesn't fit the model" in message
+    assert "params/dense/kernel: checkpoint (2, 3), model (2, 4)" in message
+    assert "params/dense/bias: checkpoint (3,), model absent" in message
+    assert "params/extra/bias: checkpoint absent, model (5,)" in message
+    assert "batch_stats/bn/mean: checkpoint (3,), model (4,)" in message
+
+
+def test_damaged_checkpoint_is_refused(saved, tmp_path):
+    save_all(tmp_path / "c", {1: 50.0})
+    data = max((tmp_path / "c" / "1" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 255
+    data.write_bytes(content)
+    with (
+        Checkpoints(tmp_path / "c", read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=f"checkpoint {tmp_path / 'c' / '1'} is damaged"),
+    ):
+        checkpoints.restore(state(), 1)
+
+
+# ---- paths
+
+
+def test_locate(saved, tmp_path):
+    folder = saved / "checkpoints"
+    assert locate(saved) == (folder, None)
+    assert locate(folder) == (folder, None)
+    assert locate(folder / "30") == (folder, 30)
+    assert locate(saved / "30") == (folder, 30)
+    (tmp_path / "2024").symlink_to(saved)
+    assert locate(tmp_path / "2024") == (tmp_path / "2024" / "checkpoints", None)
+
+
+def test_nothing_to_locate(saved, tmp_path):
+    for path in (tmp_path, tmp_path / "none", saved / "config.json"):
+        with pytest.raises(CheckpointError, match=f"no checkpoint at {path}; name a working directory"):
+            locate(path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*20; there are steps 10, 30, 35"):
+        locate(saved / "checkpoints" / "20")
+
+
+def test_read_config(saved, tmp_path):
+    for path in (saved, saved / "checkpoints", saved / "checkpoints" / "30"):
+        assert json.loads(read_config(path)) == {"seed": 3}
+    save_all(tmp_path / "checkpoints", {1: 50.0})
+    with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json can't be read .*name it with --config"):
+        read_config(tmp_path)
+
+
+# ---- averages
+
+
+def averaged(value: float) -> TrainState:
+    plain = state(value)
+    return plain.replace(ema=jax.tree.map(lambda leaf: leaf + 100, plain.variables))
+
+
+def test_averages_are_restored_and_are_what_is_evaluated(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(averaged(3.0), progress(1))
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(averaged(0.0), 1)
+        jax.tree.map(np.testing.assert_array_equal, restored, averaged(3.0).replace(step=jnp.int32(1)))
+        variables, where = checkpoints.restore_variables(state().variables, 1)
+        jax.tree.map(np.testing.assert_array_equal, variables, averaged(3.0).ema)
+        assert where.step == 1
+        with pytest.raises(CheckpointError, match=r"ema/params/dense/kernel: checkpoint \(2, 3\), model \(2, 4\)"):
+            checkpoints.restore_variables(state(width=4).variables, 1)
+
+
+def test_averages_that_are_not_there(saved):
+    with (
+        Checkpoints(saved / "checkpoints", read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match="has no ema"),
+    ):
+        checkpoints.restore(averaged(0.0), 30)
