@@ -10,25 +10,31 @@ from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.sources import NAMES, Options
 from gmsop_jax.data import cli
 from gmsop_jax.data.records import CODECS
+from gmsop_jax.data.resize import METHODS
 from gmsop_jax.errors import ConfigError
 
 
-def main() -> int | None:
-    """Parses the command line and converts."""
-    parser = argparse.ArgumentParser(description="Converts a foreign data set to shards; run again to resume.")
+def main() -> None:
+    """Parses the command line and converts the data set."""
+    parser = argparse.ArgumentParser(description="Converts a data set to shards. Run again to resume.")
     parser.add_argument("source", choices=NAMES)
-    parser.add_argument("--input", help="what was downloaded; fashion-mnist has a sample of its own")
+    parser.add_argument("--input", help="the downloaded file or folder; by default, the sample of fashion-mnist")
     parser.add_argument("--output", required=True, help="a new folder, or that of an unfinished conversion")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument("--shards", type=int, help="training shards (default: some 128 MiB each)")
-    parser.add_argument("--limit", type=int, help="keep a random subset of each split")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of training (default: 0)")
-    parser.add_argument("--codec", choices=CODECS, default="raw", help="of the records (default: raw)")
-    parser.add_argument("--size", type=int, help="side of the images (places365: 100; image-folder: as they are)")
-    parser.add_argument("--resize", choices=("matlab", "pillow"), help="bicubic as MATLAB's imresize, or Pillow's")
-    parser.add_argument("--val-fraction", type=float, help="image-folder: share of one folder to validate on")
-    parser.add_argument("--max-unreadable", type=float, default=0.01, help="allowed share (default: 0.01)")
-    parser.add_argument("--shard-range", default="0/1", help="i/n: make every n-th shard from the i-th, i from 0")
+    parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    parser.add_argument("--shards", type=int, help="number of training shards (default: about 128 MiB each)")
+    parser.add_argument("--limit", type=int, help="keep a random subset of at most this many images of each split")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the training images (default: 0)")
+    parser.add_argument("--codec", choices=CODECS, default="raw", help="format of the pixels (default: raw)")
+    parser.add_argument("--size", type=int, help="side of the images (default: 100 for places365, else unchanged)")
+    parser.add_argument("--resize", choices=METHODS, help="bicubic resizing like MATLAB's imresize, or by Pillow")
+    parser.add_argument("--val-fraction", type=float, help="image-folder: share of the images to set aside as val")
+    parser.add_argument(
+        "--follow-links", action="store_true", default=None, help="also read files outside the input folder"
+    )
+    parser.add_argument(
+        "--max-unreadable", type=float, default=0.01, help="largest accepted share of unreadable images (default: 0.01)"
+    )
+    parser.add_argument("--shard-range", default="0/1", help="i/n: convert every n-th shard from the i-th, i from 0")
     args = parser.parse_args()
     manifest = convert(
         args.source,
@@ -39,12 +45,12 @@ def main() -> int | None:
         limit=args.limit,
         seed=args.seed,
         codec=args.codec,
-        options=Options(args.size, args.resize, args.val_fraction),
+        options=Options(args.size, args.resize, args.val_fraction, args.follow_links),
         shard_range=_range(args.shard_range),
         max_unreadable=args.max_unreadable,
     )
     if manifest is None:
-        print(f"{args.output}: part {args.shard_range} is done; tools/merge_manifests.py joins them when all are")
+        print(f"{args.output}: part {args.shard_range} is done; when all are, join them with tools/merge_manifests.py")
         return
     for name, split in manifest.splits.items():
         print(f"{args.output}: {name}: {split.num_images:,} images in {len(split.shards)} shards")

@@ -1,4 +1,4 @@
-"""Joins the parts that `tools/convert.py --shard-range i/n` made into one data set.
+"""Joins the parts that `tools/convert.py --shard-range i/n` converted into one data set.
 
 python tools/merge_manifests.py data/imagenet64 [other-folder-of-the-same-conversion …]
 """
@@ -12,11 +12,11 @@ from gmsop_jax.data import cli
 
 
 def main() -> None:
-    """Parses the command line and joins."""
-    parser = argparse.ArgumentParser(description="Joins the parts made with --shard-range into one data set.")
+    """Parses the command line and joins the parts."""
+    parser = argparse.ArgumentParser(description="Joins the parts converted with --shard-range into one data set.")
     parser.add_argument("directory", type=Path, help="the folder that becomes the data set")
-    parser.add_argument("parts", type=Path, nargs="*", help="folders whose shards are copied into it, if not the same")
-    parser.add_argument("--max-unreadable", type=float, default=0.01, help="allowed share (default: 0.01)")
+    parser.add_argument("parts", type=Path, nargs="*", help="other folders, whose shards are copied into it")
+    parser.add_argument("--max-unreadable", type=float, default=0.01, help="largest accepted share (default: 0.01)")
     args = parser.parse_args()
     for part in args.parts:
         job.gather(args.directory, part)

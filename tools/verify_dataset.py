@@ -1,4 +1,4 @@
-"""Reads a data set again and compares every checksum, label, count and the mean with its manifest.
+"""Reads a data set and compares every checksum, label and count, and the mean, with its manifest.
 
 python tools/verify_dataset.py data/fashion-mnist
 """
@@ -11,16 +11,13 @@ from gmsop_jax.data import cli
 
 
 def main() -> None:
-    """Parses the command line and verifies."""
-    parser = argparse.ArgumentParser(description="Reads a data set again and compares it with its manifest.")
+    """Parses the command line and verifies the data set."""
+    parser = argparse.ArgumentParser(description="Reads a data set and compares it with its manifest.")
     parser.add_argument("directory")
     args = parser.parse_args()
-    manifest = verify(args.directory)
-    for name, split in manifest.splits.items():
-        print(
-            f"{args.directory}: {name}: {split.num_images:,} images in {len(split.shards)} shards, "
-            "all as the manifest says"
-        )
+    for name, split in verify(args.directory).splits.items():
+        shards = len(split.shards)
+        print(f"{args.directory}: {name}: {split.num_images:,} images in {shards} shards, all as the manifest says")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Foreign data sets to ArrayRecord shards."""
+"""Conversion of foreign data sets to ArrayRecord shards."""

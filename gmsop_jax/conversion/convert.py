@@ -1,11 +1,11 @@
-"""Foreign data sets → shards: parallel, in constant memory, and resumable to the same bytes.
+"""Converts foreign data sets to shards: in parallel, in constant memory, and resumable to the same bytes.
 
-Each shard is a pure function of the source and the settings: it is written under a temporary name,
-renamed when whole, and noted. A killed conversion started again skips the noted shards and makes
-the others.
+Each shard is a pure function of the source and the settings. It is written under a temporary name, renamed when it
+is complete, and noted. If a killed conversion is started again, it skips the noted shards and converts the others.
 """
 
 import contextlib
+import functools
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,20 @@ from tqdm import tqdm
 
 import gmsop_jax
 from gmsop_jax.conversion import job as jobs
-from gmsop_jax.conversion.job import Job
-from gmsop_jax.conversion.shards import Task, split_order, write_shard
-from gmsop_jax.conversion.sources import Options, Request, Source, open_source
+from gmsop_jax.conversion.job import ConversionJob
+from gmsop_jax.conversion.shards import ShardTask, split_order, write_shard
+from gmsop_jax.conversion.sources import Options, Request, Source, UnreadableImage, open_source
 from gmsop_jax.conversion.sources.files import check_space
 from gmsop_jax.data.manifest import JOB_DIR, Manifest, sha256
-from gmsop_jax.data.records import CODECS, HEADER, Codec
+from gmsop_jax.data.records import CODECS, HEADER, Codec, encode
 from gmsop_jax.errors import ConfigError, DataError, UserError
 
-_SHARD_BYTES = 128 * 2**20  # a shard's usual size
-_RECORD_OVERHEAD = HEADER.itemsize + 72  # the container's bytes per record, rounded up
-_SMALL = 20_000  # images below which starting processes takes longer than the work
+_SHARD_BYTES = 128 * 2**20  # usual size of a shard
+_RECORD_OVERHEAD = HEADER.itemsize + 72  # bytes that the header and the container add to a record, rounded up
+_SAMPLED_IMAGES = 128  # images encoded to estimate the size of a record
+_IMAGES_FOR_PROCESSES = 20_000  # with fewer images, starting processes takes longer than the work
 
-Range = tuple[int, int]
+Share = Callable[[Callable[[], object]], None]  # writes the shards of one worker; calls its argument after each image
 
 
 def convert(
@@ -49,191 +50,162 @@ def convert(
     seed: int = 0,
     codec: Codec = "raw",
     options: Options | None = None,
-    shard_range: Range = (0, 1),
+    shard_range: tuple[int, int] = (0, 1),
     max_unreadable: float = 0.01,
     progress: bool = True,
 ) -> Manifest | None:
-    """Converts a foreign data set; done already, it returns at once; unfinished, it resumes.
+    """Converts a foreign data set, resumes an unfinished conversion, or returns at once if it is already done.
+
+    Only one process converts a part of a data set at a time; others wait until it has ended.
 
     Args:
       source_name: one of `gmsop_jax.conversion.sources.NAMES`.
-      input_path: what was downloaded; None for a source that comes with the package.
-      output_dir: a new, empty or unfinished folder.
-      workers: processes; by default one per core, or none besides this one for a small source.
-      shards: number of training shards; by default as many as make some 128 MiB each.
+      input_path: the file or folder that was downloaded; None for the sample that comes with the package.
+      output_dir: a new or empty folder, or that of an unfinished conversion.
+      workers: number of processes. By default one per core, or only this process for a small source.
+      shards: number of training shards. By default, shards have about 128 MiB each.
       limit: keep a random subset of at most this many images of each split.
-      seed: of the training split's order and of any random choice a source makes.
-      codec: of the records, 'raw', 'png' or 'jpeg'.
-      options: the source's own.
-      shard_range: (i, n) makes every n-th shard from the i-th; when all n jobs are done,
+      seed: seed of the order of the training images, and of any random choice of a source.
+      codec: format of the pixels in the records, 'raw', 'png' or 'jpeg'.
+      options: options of the source.
+      shard_range: (i, n) converts every n-th shard, beginning with the i-th. When all n parts are converted,
         `job.finish` joins them.
-      max_unreadable: share of unreadable images above which the result is refused.
-      progress: show a progress bar where there is a terminal.
-    Returns: the manifest; None for a part of the shards.
-    Raises: DataError or ConfigError for anything wrong with the source, the output folder or the
-      settings.
+      max_unreadable: largest share of unreadable images that is accepted.
+      progress: show a progress bar if the output is a terminal.
+    Returns: the manifest, or None if only a part of the shards was converted.
+    Raises:
+      ConfigError: if a setting is out of range.
+      DataError: if the source or the output folder is wrong, or can't be read or written.
     """
-    _check_numbers(workers, shards, limit, seed, codec, shard_range, max_unreadable)
-    output = Path(output_dir)
-    with _folder(output):
-        path = None if input_path is None else Path(input_path)
-        chosen = options or Options()
-        source = open_source(source_name, Request(path, output / JOB_DIR / "scratch", seed, chosen))
-        job = _job(source_name, source, chosen, shards, limit, seed, codec)
-        if manifest := jobs.finished(output, job):
-            shutil.rmtree(output / JOB_DIR, ignore_errors=True)
-            return manifest
-        jobs.start(output, job)
-        mine = job.tasks[shard_range[0] :: shard_range[1]]
-        pending = [task for task in mine if jobs.read_notes(output, task) is None]
-        _check_space(output, source, pending)
-        hash_files = shard_range[0] == 0 and jobs.read_sums(output) is None
-        work = _Work(source, output, job, hash_files)
-        total = sum(task.stop - task.start for task in mine)
-        remaining = sum(task.stop - task.start for task in pending)
-        with _bar(total, total - remaining, progress) as advance:
-            _run(work, pending, workers, remaining, advance)
-        return jobs.finish(output, max_unreadable) if shard_range[1] == 1 else None
-
-
-class _Work:
-    """What every worker needs: the source, where to, and the request."""
-
-    def __init__(self, source: Source, output: Path, job: Job, hash_files: bool) -> None:
-        self.source, self.output, self.job, self.hash_files = source, output, job, hash_files
-        self._orders: dict[str, Any] = {}
-
-    def write(self, task: Task, tick: Callable[[], None]) -> None:
-        """Makes one shard and notes it."""
-        if task.split not in self._orders:
-            self._orders[task.split] = split_order(self.source, task.split, self.job.seed, self.job.limit)
-        rows = self._orders[task.split][task.start : task.stop].tolist()
-        codec: Codec = next(codec for codec in CODECS if codec == self.job.codec)
-        try:
-            notes = write_shard(self.source, task, rows, self.output, codec, tick)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{task.file} can't be written ({error}); mend that and run again to resume") from error
-        jobs.write_notes(self.output, notes)
-
-    def write_sums(self) -> None:
-        """Notes the input files' checksums, by their position in the job's list."""
-        sums = {str(number): sha256(path) for number, path in enumerate(self.source.files)}
-        jobs.write_sums(self.output, sums)
-
-
-def _run(work: _Work, tasks: list[Task], workers: int | None, images: int, advance: Callable[[int], None]) -> None:
-    count = min(workers or (1 if images < _SMALL else os.cpu_count() or 1), max(len(tasks), 1))
-    if count > 1:
-        _run_in_processes(work, tasks, count, advance)
-        return
-    for task in tasks:
-        work.write(task, lambda: advance(1))
-    if work.hash_files:
-        work.write_sums()
-
-
-def _run_in_processes(work: _Work, tasks: list[Task], workers: int, advance: Callable[[int], None]) -> None:
-    """Shares the tasks out beforehand: no queue and no lock that a killed worker could hold."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads, such as JAX's, may hang
-    done = context.RawArray("q", workers)  # images made by each
-    errors, running = {}, []
+    _check_settings(workers, shards, limit, seed, codec, shard_range, max_unreadable)
+    output, options = Path(output_dir), options or Options()
+    path = None if input_path is None else Path(input_path)
     try:
-        for number in range(workers):
-            errors[number], send = context.Pipe(duplex=False)
-            arguments = (work, tasks[number::workers], number, number == workers - 1, done, send)
-            running.append(context.Process(target=_worker, args=arguments, daemon=True))
-            running[-1].start()
+        with jobs.claim(output, shard_range):
+            source = open_source(source_name, Request(path, output / JOB_DIR / "scratch", seed, options))
+            pixel_bytes = _mean_pixel_bytes(source, seed, limit, codec)
+            job = _create_job(source_name, source, options, shards, limit, seed, codec, pixel_bytes)
+            if manifest := jobs.finished(output, job):
+                shutil.rmtree(output / JOB_DIR)
+                return manifest
+            jobs.start(output, job)
+            _write_shards(source, output, job, shard_range, workers, pixel_bytes, progress)
+            return jobs.finish(output, max_unreadable, verify=False) if shard_range[1] == 1 else None
+    except OSError as error:  # a full disk, a file without permission, too many open files, …
+        raise DataError(
+            f"the conversion to {output.absolute()} failed ({error}); mend that and run the same command again to"
+            " resume"
+        ) from error
+
+
+def _write_shards(
+    source: Source,
+    output: Path,
+    job: ConversionJob,
+    shard_range: tuple[int, int],
+    workers: int | None,
+    pixel_bytes: float,
+    progress: bool,
+) -> None:
+    """Writes the shards of this part that are not finished yet, and the checksums of the input files."""
+    tasks = job.tasks[shard_range[0] :: shard_range[1]]
+    pending = [task for task in tasks if jobs.read_notes(output, task, verify=True) is None]
+    total, remaining = (sum(task.stop - task.start for task in some) for some in (tasks, pending))
+    check_space(output, math.ceil(remaining * (pixel_bytes + _RECORD_OVERHEAD)))
+    hash_files = shard_range[0] == 0 and jobs.read_sums(output) is None
+    workers = min(workers or (1 if remaining < _IMAGES_FOR_PROCESSES else os.cpu_count() or 1), max(len(pending), 1))
+    # Dividing the tasks beforehand needs no queue and no lock that a killed worker could hold.
+    shares = [
+        functools.partial(_write_tasks, source, output, job, pending[at::workers], hash_files and at == 0)
+        for at in range(workers)
+    ]
+    disable = None if progress else True  # None hides the bar if the output is not a terminal
+    with tqdm(total=total, initial=total - remaining, unit=" images", desc="converting", disable=disable) as bar:
+        if workers == 1:
+            shares[0](lambda: bar.update(1))
+        else:
+            _run_in_processes(shares, output, bar.update)
+
+
+def _write_tasks(
+    source: Source,
+    output: Path,
+    job: ConversionJob,
+    tasks: Sequence[ShardTask],
+    hash_files: bool,
+    tick: Callable[[], object],
+) -> None:
+    orders = {split: split_order(source, split, job.seed, job.limit) for split in {task.split for task in tasks}}
+    for task in tasks:
+        rows = orders[task.split][task.start : task.stop].tolist()
+        jobs.write_notes(output, write_shard(source, task, rows, output, job.codec, tick))
+    if hash_files:
+        jobs.write_sums(output, [sha256(path) for path in source.files])
+
+
+def _run_in_processes(shares: Sequence[Share], output: Path, advance: Callable[[int], object]) -> None:
+    context = multiprocessing.get_context("spawn")  # forking a process that has threads, such as JAX's, may hang
+    images_done = context.RawArray("q", len(shares))
+    errors, processes = [], []
+    try:
+        for number, share in enumerate(shares):
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_run_worker, args=(share, number, images_done, send), daemon=True)
+            process.start()
+            send.close()
+            errors.append(receive)
+            processes.append(process)
         shown = 0
-        while any(process.exitcode is None for process in running):
-            multiprocessing.connection.wait([p.sentinel for p in running if p.exitcode is None], 0.2)
-            now = sum(done)
-            advance(now - shown)
-            shown = now
-            for number, process in enumerate(running):
+        while any(process.exitcode is None for process in processes):
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], 0.2)
+            advance(sum(images_done) - shown)
+            shown = sum(images_done)
+            for process, receive in zip(processes, errors, strict=True):
                 if process.exitcode:
-                    raise _why(process.exitcode, errors[number])
+                    raise _worker_error(process.exitcode, receive)
     finally:
-        for process in running:
+        for process in processes:
             process.terminate()
             process.join()
-            for leftover in work.output.glob(f"*.tmp-{process.pid}"):
+            for leftover in output.glob(f"*.tmp-{process.pid}"):
                 leftover.unlink()
 
 
-def _why(exit_code: int, errors: Connection) -> Exception:
-    """The error a worker sent before it ended; another one if it couldn't."""
+def _worker_error(exit_code: int, errors: Connection) -> Exception:
+    """Returns the error that a worker sent before it ended, or another one if it could not send any."""
     with contextlib.suppress(EOFError):
         if errors.poll():
             return errors.recv()
     return DataError(
-        f"a worker process ended unexpectedly (exit code {exit_code}; often: not enough memory); run again to "
-        "resume, with fewer workers"
+        f"a worker process ended unexpectedly (exit code {exit_code}), often because there is not enough memory; run"
+        " the same command again to resume, with fewer --workers"
     )
 
 
-def _worker(work: _Work, tasks: list[Task], number: int, last: bool, done: Any, errors: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+def _run_worker(share: Share, number: int, images_done: Any, errors: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def tick() -> None:
-        done[number] += 1
+        images_done[number] += 1
 
     try:
-        for task in tasks:
-            work.write(task, tick)
-        if last and work.hash_files:
-            work.write_sums()
+        share(tick)
     except UserError as error:
         errors.send(error)
         sys.exit(1)
+    except OSError as error:
+        errors.send(DataError(f"a worker process failed ({error}); mend that and run the same command again to resume"))
+        sys.exit(1)
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
 
-@contextlib.contextmanager
-def _bar(total: int, done: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    # disable=None: none where the output isn't a terminal
-    with tqdm(
-        total=total,
-        initial=done,
-        unit=" images",
-        desc="converting",
-        disable=None if progress else True,
-    ) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
-
-
-@contextlib.contextmanager
-def _folder(output: Path) -> Iterator[None]:
-    """The output folder, left as it was found if nothing came of it."""
-    jobs.check_output(output)
-    existed = output.exists()
-    try:
-        (output / JOB_DIR).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"--output {output.absolute()} can't be made ({error}); give a folder you may write to"
-        ) from error
-    try:
-        yield
-    except BaseException:
-        if not (output / JOB_DIR / "job.json").exists():
-            shutil.rmtree(output / JOB_DIR, ignore_errors=True)
-            if not existed:
-                output.rmdir()
-        raise
-
-
-def _job(
+def _create_job(
     name: str,
     source: Source,
     options: Options,
@@ -241,16 +213,18 @@ def _job(
     limit: int | None,
     seed: int,
     codec: Codec,
-) -> Job:
+    pixel_bytes: float,
+) -> ConversionJob:
+    if not source.num_images["train"]:
+        raise DataError(f"the source {name!r} has no training images")
     counts = {split: min(count, limit or count) for split, count in source.num_images.items()}
-    counts = {"train": counts["train"], **counts}  # first, whatever the source's order
-    train = shards or max(1, math.ceil(counts["train"] * source.image_bytes / _SHARD_BYTES))
+    counts = {"train": counts["train"], **counts}  # first, whatever the order of the source
+    train = shards or min(max(1, math.ceil(counts["train"] * pixel_bytes / _SHARD_BYTES)), counts["train"])
     num_shards = {split: max(1, round(train * count / counts["train"])) for split, count in counts.items()}
-    num_shards["train"] = train
     for split, count in counts.items():
         if num_shards[split] > count:
-            raise DataError(f"{num_shards[split]} shards for the {count} images of split {split!r}; use fewer --shards")
-    return Job(
+            raise DataError(f"split {split!r} has {count} images and can't fill {num_shards[split]} shards; use fewer")
+    return ConversionJob(
         source=name,
         options=options.given(),
         seed=seed,
@@ -265,18 +239,25 @@ def _job(
     )
 
 
-def _check_space(output: Path, source: Source, pending: list[Task]) -> None:
-    needed = sum(task.stop - task.start for task in pending) * (source.image_bytes + _RECORD_OVERHEAD)
-    check_space(output, needed)
+def _mean_pixel_bytes(source: Source, seed: int, limit: int | None, codec: Codec) -> float:
+    """Returns the mean number of bytes that the pixels of a record take, measured on a random sample if unknown."""
+    if codec == "raw" and source.image_bytes is not None:
+        return source.image_bytes
+    sizes = []
+    for index in split_order(source, "train", seed, limit)[:_SAMPLED_IMAGES].tolist():
+        with contextlib.suppress(UnreadableImage):  # they are counted when the shards are written
+            image, _ = source.load("train", index)
+            sizes.append(len(encode(image, 0, codec=codec)) - HEADER.itemsize)
+    return sum(sizes) / max(len(sizes), 1)
 
 
-def _check_numbers(
+def _check_settings(
     workers: int | None,
     shards: int | None,
     limit: int | None,
     seed: int,
     codec: str,
-    shard_range: Range,
+    shard_range: tuple[int, int],
     max_unreadable: float,
 ) -> None:
     for name, value in {"workers": workers, "shards": shards, "limit": limit}.items():
@@ -285,7 +266,7 @@ def _check_numbers(
     if seed < 0:
         raise ConfigError(f"seed is {seed}; it must not be negative")
     if codec not in CODECS:
-        raise ConfigError(f"unknown codec {codec!r}; one of {', '.join(CODECS)}")
+        raise ConfigError(f"unknown codec {codec!r}; it must be one of {', '.join(CODECS)}")
     if not 0 <= shard_range[0] < shard_range[1]:
         raise ConfigError(f"shard range {shard_range[0]}/{shard_range[1]} is not i/n with 0 ≤ i < n")
     if not 0 <= max_unreadable <= 1:

@@ -1,12 +1,14 @@
-"""A conversion's own folder inside its output, and the manifest that comes of it.
+"""The state of a conversion, kept inside the output folder until the manifest is written.
 
-DIR/.convert/job.json            the request; a run with another one is refused
-DIR/.convert/sums.json           the input files' checksums
-DIR/.convert/<shard>.json        notes of a finished shard
-DIR/.convert/scratch/            inputs that had to be unpacked
-DIR/dataset.json                 written last; then .convert goes
+DIR/.convert/job.json        what is converted, and how; resuming with other settings is refused
+DIR/.convert/sums.json       checksums of the input files
+DIR/.convert/<shard>.json    notes about a finished shard
+DIR/.convert/scratch/        input files that had to be unpacked
+DIR/.convert/part-i-of-n     lock of the process that converts that part
+DIR/dataset.json             written last; then .convert is removed
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,179 +16,210 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmsop_jax.conversion.shards import Notes, Statistics, Task, plan
-from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR, Manifest, Split, write_json
+from gmsop_jax.conversion.shards import ShardNotes, ShardTask, Statistics, shard_tasks
+from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR, Manifest, Split, sha256, write_json
+from gmsop_jax.data.records import Codec
 from gmsop_jax.errors import DataError
 
+SHEET_NAME = "contact_sheet.png"  # the file that tools/inspect_dataset.py adds to a data set
 _LOG = logging.getLogger(__name__)
-_OWN = re.compile(rf"{re.escape(JOB_DIR)}|{re.escape(FILE_NAME)}(\.tmp-\d+)?|\w+-\d+-of-\d+\.arrayrecord(\.tmp-\d+)?")
-_MEAN_TOLERANCE = 0.01  # of 255; rounding in the original's single precision is far below
+_OWN_FILES = re.compile(
+    rf"({re.escape(JOB_DIR)}|{re.escape(SHEET_NAME)}|\.?{re.escape(FILE_NAME)}|\w+-\d+-of-\d+\.arrayrecord)"
+    r"(\.tmp-\d+|\..*tmp)?"
+)
+_MEAN_TOLERANCE = 0.01  # of 255; the rounding of means in single precision is far below this
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything that decides the bytes of the result, and what the manifest says beside them."""
+class ConversionJob:
+    """Everything that determines the bytes of the result, and the facts that the manifest records."""
 
     source: str
     options: Mapping[str, Any]
     seed: int
     limit: int | None
-    codec: str
+    codec: Codec
     num_images: Mapping[str, int]
     num_shards: Mapping[str, int]
-    files: Sequence[Sequence[Any]]  # [name, bytes] each
+    files: Sequence[Sequence[Any]]  # name and size in bytes of each input file
     classes: Sequence[str]
     facts: Mapping[str, Any]
     tool_version: str
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[ShardTask]:
         """All shards, in order."""
-        return plan(dict(self.num_images), dict(self.num_shards))
+        return shard_tasks(self.num_images, self.num_shards)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored and compared: lists for tuples."""
+        """Returns the job as JSON values, with lists instead of tuples, so that it equals a stored one."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def digest(self) -> str:
-        """A checksum of the whole request, kept in the manifest."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        """Returns a checksum of the job, which the manifest records."""
+        return _digest(self.to_json())
+
+
+@contextlib.contextmanager
+def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
+    """Creates the folder for a conversion; if nothing comes of it, it is left as it was found."""
+    check_output(output)
+    existed = output.exists()
+    (output / JOB_DIR).mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if (output / JOB_DIR).exists() and not (output / JOB_DIR / "job.json").exists():
+            shutil.rmtree(output / JOB_DIR)
+            if not existed:
+                output.rmdir()
 
 
 def check_output(output: Path) -> None:
-    """Raises DataError if `output` is a file or holds anything that no conversion wrote."""
+    """Raises DataError if `output` is a file, or a folder with files that are not part of a data set."""
     if output.is_dir():
-        entries = sorted(entry.name for entry in output.iterdir())
-        foreign = [name for name in entries if not _OWN.fullmatch(name)]
-        if entries and not foreign and not {JOB_DIR, FILE_NAME} & set(entries):
-            foreign = entries
+        names = sorted(entry.name for entry in output.iterdir())
+        foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
+        if names and not foreign and not {JOB_DIR, FILE_NAME} & set(names):
+            foreign = names  # shards without a manifest: nobody knows whose they are
         if foreign:
             raise DataError(
-                f"--output {output.absolute()} holds other files ({foreign[0]}); give a new or empty folder"
+                f"the folder {output.absolute()} contains files that belong to no data set, such as {foreign[0]}; give"
+                " a new or empty folder for the data set"
             )
     elif output.exists():
-        raise DataError(f"--output {output.absolute()} is a file; give a new or empty folder")
+        raise DataError(f"{output.absolute()} is a file; give a new or empty folder for the data set")
 
 
-def finished(output: Path, job: Job) -> Manifest | None:
-    """The manifest, if this very job is already done; DataError if another one is."""
+def finished(output: Path, job: ConversionJob) -> Manifest | None:
+    """Returns the manifest if this job is already done; raises DataError if the folder holds another data set."""
     if not (output / FILE_NAME).exists():
         return None
     manifest = Manifest.load(output)
     if manifest.provenance.get("job_sha256") != job.digest():
         raise DataError(
-            f"--output {output.absolute()} already holds data set {manifest.name!r}, made from "
-            "other files or with other "
-            "settings; give another folder, or delete it first"
+            f"{output.absolute()} already contains the data set {manifest.name!r}, made from other files or with other"
+            " settings; give another folder, or delete it first"
         )
     return manifest
 
 
-def start(output: Path, job: Job) -> None:
-    """Writes the request down; DataError if an unfinished one differs, with the differences."""
+def start(output: Path, job: ConversionJob) -> None:
+    """Records the job; raises DataError with the differences if another job is unfinished in this folder."""
     file = output / JOB_DIR / "job.json"
     if not file.exists():
-        write_json(file, job.to_json())
+        _write(file, job.to_json())
         return
-    before, now = _read_json(file), job.to_json()
-    differing = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if differing:
-        shown = "; ".join(f"{name}: {_short(before.get(name))} then, {_short(now.get(name))} now" for name in differing)
+    before, now = load(output).to_json(), job.to_json()
+    if differing := sorted(name for name in now if before[name] != now[name]):
+        shown = "; ".join(f"{name} was {_shorten(before[name])} and is now {_shorten(now[name])}" for name in differing)
         raise DataError(
-            f"--output {output.absolute()} holds an unfinished conversion with other settings "
-            f"({shown}); use the same "
-            "settings, or delete the folder"
+            f"{output.absolute()} contains an unfinished conversion with other settings ({shown}); use the same"
+            " settings, or delete the folder"
         )
 
 
-def load(output: Path) -> Job:
-    """The request of an unfinished conversion; DataError if there is none."""
+def load(output: Path) -> ConversionJob:
+    """Returns the job of an unfinished conversion; raises DataError if there is none."""
     file = output / JOB_DIR / "job.json"
     if not file.exists():
-        raise DataError(f"{output.absolute()} holds no unfinished conversion (no {JOB_DIR}/job.json)")
+        raise DataError(f"{output.absolute()} contains no unfinished conversion (it has no {JOB_DIR}/job.json)")
+    value = _read(file)
     try:
-        return Job(**_read_json(file))
+        return ConversionJob(**value)
     except TypeError as error:
-        raise DataError(f"{file} is of another release ({error}); delete {output} and convert again") from error
+        raise DataError(
+            f"{file} is damaged, or was written by another release; delete {output.absolute()} and convert again"
+        ) from error
 
 
-def read_notes(output: Path, task: Task) -> Notes | None:
-    """The notes of a finished shard whose file is there with its size; otherwise None."""
-    file = output / JOB_DIR / f"{task.file}.json"
-    if not file.exists():
+def read_notes(output: Path, task: ShardTask, verify: bool) -> ShardNotes | None:
+    """Returns the notes about a finished shard, or None if the shard must be converted (again).
+
+    Args:
+      output: the folder of the data set.
+      task: the shard.
+      verify: compare the checksum of the shard; if False, only its size is compared.
+    """
+    value = _read(output / JOB_DIR / f"{task.file}.json")
+    file = output / task.file
+    if value is None or not file.is_file():
         return None
-    notes = Notes.from_json(_read_json(file))
-    shard = output / task.file
-    return notes if shard.is_file() and shard.stat().st_size == notes.shard.bytes else None
+    notes = ShardNotes.from_json(value)
+    unchanged = file.stat().st_size == notes.shard.bytes and (not verify or sha256(file) == notes.shard.sha256)
+    if not unchanged:
+        _LOG.warning("%s has changed since it was written; it is converted again", file)
+    return notes if unchanged else None
 
 
-def write_notes(output: Path, notes: Notes) -> None:
+def write_notes(output: Path, notes: ShardNotes) -> None:
     """Marks a shard as finished."""
-    write_json(output / JOB_DIR / f"{notes.shard.file}.json", notes.to_json())
+    _write(output / JOB_DIR / f"{notes.shard.file}.json", notes.to_json())
 
 
-def write_sums(output: Path, sums: Mapping[str, str]) -> None:
-    """Keeps the input files' checksums for the manifest."""
-    write_json(output / JOB_DIR / "sums.json", dict(sums))
+def write_sums(output: Path, sums: Sequence[str]) -> None:
+    """Records the checksums of the input files."""
+    _write(output / JOB_DIR / "sums.json", list(sums))
 
 
-def read_sums(output: Path) -> dict[str, str] | None:
-    """The input files' checksums, if they were taken already."""
-    file = output / JOB_DIR / "sums.json"
-    return _read_json(file) if file.exists() else None
+def read_sums(output: Path) -> list[str] | None:
+    """Returns the checksums of the input files, or None if they have not been computed yet."""
+    return _read(output / JOB_DIR / "sums.json")
 
 
 def gather(output: Path, part: Path) -> None:
     """Copies the finished shards of `part`, another folder of the same conversion, into `output`.
 
-    Raises: DataError if `part` isn't one, or is of another conversion.
+    Raises: DataError if `part` contains no such conversion, or one with other settings.
     """
     mine, theirs = load(output), load(part)
     if mine.digest() != theirs.digest():
-        raise DataError(
-            f"{part.absolute()} and {output.absolute()} are of different conversions; their settings differ"
-        )
+        raise DataError(f"{part.absolute()} and {output.absolute()} contain conversions with different settings")
     for task in theirs.tasks:
-        notes = read_notes(part, task)
-        if notes is not None and read_notes(output, task) is None:
+        notes = read_notes(part, task, verify=True)
+        if notes is not None and read_notes(output, task, verify=True) is None:
             temporary = output / f"{task.file}.tmp-{os.getpid()}"
             shutil.copyfile(part / task.file, temporary)
             temporary.replace(output / task.file)
             write_notes(output, notes)
-    sums = read_sums(part)
-    if sums is not None:
+    if (sums := read_sums(part)) is not None:
         write_sums(output, sums)
 
 
-def finish(output: Path, max_unreadable: float) -> Manifest:
-    """Writes the manifest from the notes of all shards and removes the conversion's own folder.
+def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manifest:
+    """Writes the manifest from the notes about all shards, and removes the state of the conversion.
 
-    Raises: DataError if shards are missing, or more images were unreadable than the stated share.
+    Args:
+      output: the folder of the data set.
+      max_unreadable: largest share of unreadable images that is accepted.
+      verify: compare the checksums of the shards, not just their sizes.
+    Returns: the manifest.
+    Raises: DataError if shards are missing, or too many images were unreadable.
     """
     job = load(output)
-    notes = {task: read_notes(output, task) for task in job.tasks}
-    missing = [task.file for task, note in notes.items() if note is None]
-    if missing:
-        raise DataError(f"{len(missing)} of {len(notes)} shards aren't converted yet, {missing[0]} the first")
-    done = [note for note in notes.values() if note is not None]
-    unreadable = [message for note in done for message in note.unreadable]
+    found = {task.file: read_notes(output, task, verify) for task in job.tasks}
+    notes = [note for note in found.values() if note is not None]
+    if missing := [file for file, note in found.items() if note is None]:
+        raise DataError(f"{len(missing)} of {len(found)} shards have not been converted yet, such as {missing[0]}")
+    unreadable = [message for note in notes for message in note.unreadable]
     _check_unreadable(unreadable, sum(job.num_images.values()), max_unreadable)
     splits, statistics = {}, {}
     for name in job.num_shards:
-        statistics[name] = Statistics([0] * len(job.classes))
-        for note in done:
-            if note.split == name:
-                statistics[name].merge(note.statistics)
-        splits[name] = _split(statistics[name], [note for note in done if note.split == name])
+        statistics[name] = Statistics(len(job.classes))
+        shards = [note for note in notes if note.split == name]
+        for note in shards:
+            statistics[name].merge(note.statistics)
+        splits[name] = _split(statistics[name], shards)
     train = statistics["train"]
     if not train.pixels:
         raise DataError("the training split has no readable image")
-    provenance = _provenance(job, read_sums(output), unreadable)
+    _warn_of_missing_classes(job, splits)
     _compare_mean(job, train.mean)
+    provenance = _provenance(job, read_sums(output), unreadable)
     manifest = Manifest(job.source, tuple(job.classes), train.mean, train.covariance, splits, provenance)
     manifest.save(output)
     shutil.rmtree(output / JOB_DIR)
@@ -195,24 +228,25 @@ def finish(output: Path, max_unreadable: float) -> Manifest:
     return manifest
 
 
-def _split(statistics: Statistics, notes: Sequence[Notes]) -> Split:
+def _split(statistics: Statistics, notes: Sequence[ShardNotes]) -> Split:
     sizes = statistics.image_sizes
     return Split(
-        num_images=sum(statistics.class_counts),
+        num_images=int(statistics.class_counts.sum()),
         image_size=next(iter(sizes)) if len(sizes) == 1 else None,
-        class_counts=tuple(statistics.class_counts),
+        class_counts=tuple(statistics.class_counts.tolist()),
         shards=tuple(note.shard for note in notes),
     )
 
 
-def _provenance(job: Job, sums: dict[str, str] | None, unreadable: list[str]) -> dict[str, Any]:
-    request = job.to_json()
+def _provenance(job: ConversionJob, sums: Sequence[str] | None, unreadable: list[str]) -> dict[str, Any]:
+    stored = ("source", "options", "seed", "limit", "codec", "facts", "tool_version")
+    value = job.to_json()
+    checksums = sums or [None] * len(job.files)
     files = [
-        {"name": name, "bytes": size, "sha256": (sums or {}).get(str(number))}
-        for number, (name, size) in enumerate(request.pop("files"))
+        {"name": name, "bytes": size, "sha256": checksum}
+        for (name, size), checksum in zip(job.files, checksums, strict=True)
     ]
-    dropped = ("classes", "num_images", "num_shards")
-    kept = {name: value for name, value in request.items() if name not in dropped}
+    kept = {name: value[name] for name in stored}
     return {**kept, "files": files, "unreadable": unreadable, "job_sha256": job.digest()}
 
 
@@ -220,36 +254,61 @@ def _check_unreadable(unreadable: list[str], total: int, allowed: float) -> None
     for message in unreadable[:20]:
         _LOG.warning("unreadable: %s", message)
     if len(unreadable) > 20:
-        _LOG.warning("unreadable: %d more (dataset.json lists all)", len(unreadable) - 20)
+        _LOG.warning("unreadable: %d more, all listed in dataset.json", len(unreadable) - 20)
     if len(unreadable) > allowed * total:
         raise DataError(
-            f"{len(unreadable)} of {total} images are unreadable ({unreadable[0]}, …), more than "
-            "the allowed share "
-            f"{allowed:g}; mend the source, or raise --max-unreadable and run again"
+            f"{len(unreadable)} of {total} images are unreadable, such as {unreadable[0]}. That is more than the"
+            f" allowed share {allowed:g}; repair the source, or raise --max-unreadable and run again"
         )
 
 
-def _compare_mean(job: Job, mean: Sequence[float]) -> None:
+def _warn_of_missing_classes(job: ConversionJob, splits: Mapping[str, Split]) -> None:
+    for name, split in splits.items():
+        missing = [job.classes[label] for label, count in enumerate(split.class_counts) if not count]
+        if missing:
+            _LOG.warning(
+                "split %r contains no images of %d of the %d classes: %s%s",
+                name,
+                len(missing),
+                len(job.classes),
+                ", ".join(missing[:5]),
+                ", …" if len(missing) > 5 else "",
+            )
+
+
+def _compare_mean(job: ConversionJob, mean: Sequence[float]) -> None:
     stored = job.facts.get("stored_mean_rgb")
     if stored is None or job.limit is not None:
         return
     if max(abs(a - b) for a, b in zip(stored, mean, strict=True)) > _MEAN_TOLERANCE:
         _LOG.warning(
-            "the source stores the mean %s, its training images have %s: if they were made by "
-            "another program, check "
-            "the order of the channels",
+            "the source stores the mean %s, but the mean of its training images is %s. If another program made this"
+            " file, check the order of the channels",
             [round(value, 3) for value in stored],
             [round(value, 3) for value in mean],
         )
 
 
-def _read_json(file: Path) -> Any:
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _write(file: Path, value: Any) -> None:
+    """Writes JSON with its checksum, so that damage to the state of a conversion never reaches the manifest."""
+    write_json(file, {"sha256": _digest(value), "value": value})
+
+
+def _read(file: Path) -> Any:
+    """Returns what `_write` stored, or None if the file is missing or damaged."""
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} can't be read ({error}); delete {file.parent.parent} and convert again") from error
+        stored = json.loads(file.read_text("utf-8"))
+        return stored["value"] if stored["sha256"] == _digest(stored["value"]) else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -1,9 +1,9 @@
-"""One shard: its place in the plan, its writing, and the statistics of its images."""
+"""One shard of a data set: which images it contains, their statistics, and writing it."""
 
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.errors import DataError
 
-# One record per chunk for random access. Pixels hardly compress in the container, so it isn't asked
-# to; one background thread bounds the memory.
-_WRITER = "group_size:1,uncompressed,max_parallelism:1"
+# Every record is a chunk of its own, for random access. The container does not compress, because pixels hardly
+# shrink, and uses one background thread, which bounds its memory.
+_WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A shard to write: rows [start, stop) of its split's order."""
+class ShardTask:
+    """A shard to write: the rows [start, stop) of the order of its split."""
 
     split: str
     file: str
@@ -31,159 +31,184 @@ class Task:
     stop: int
 
 
-def plan(num_images: dict[str, int], num_shards: dict[str, int]) -> list[Task]:
-    """All shards of a data set, with rows shared out evenly.
+def shard_tasks(num_images: Mapping[str, int], num_shards: Mapping[str, int]) -> list[ShardTask]:
+    """Divides the images of each split evenly among its shards.
 
-    >>> [(task.start, task.stop) for task in plan({"val": 5}, {"val": 2})]
-    [(0, 2), (2, 5)]
+    Example:
+      >>> [(task.start, task.stop) for task in shard_tasks({"val": 5}, {"val": 2})]
+      [(0, 2), (2, 5)]
     """
     tasks = []
     for split, shards in num_shards.items():
         cuts = [num_images[split] * shard // shards for shard in range(shards + 1)]
         for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
-            tasks.append(Task(split, f"{split}-{number:05}-of-{shards:05}.arrayrecord", start, stop))
+            tasks.append(ShardTask(split, f"{split}-{number:05}-of-{shards:05}.arrayrecord", start, stop))
     return tasks
 
 
 def split_order(source: Source, split: str, seed: int, limit: int | None) -> np.ndarray:
-    """The source's indices in the order of the shards: training shuffled, others as they come.
+    """Returns the indices of a split in the order of its records, int64 [n].
 
-    A limit keeps a random subset.
+    Training images are shuffled; the other splits keep the order of the source. If `limit` is given, a random
+    subset of at most that many images is kept.
     """
     order = permutation(source.num_images[split], seed)[:limit]
     return order if split == "train" else np.sort(order)
 
 
-@dataclasses.dataclass
 class Statistics:
-    """Exact sums over the images of a shard: Python integers, so nothing is ever rounded."""
+    """Exact sums over the images of a shard or split, as integers: the order of summation makes no difference.
 
-    class_counts: list[int]
-    image_sizes: set[tuple[int, int]] = dataclasses.field(default_factory=set)
-    pixels: int = 0
-    sums: list[int] = dataclasses.field(default_factory=lambda: [0] * 3)
-    products: list[list[int]] = dataclasses.field(default_factory=lambda: [[0] * 3 for _ in range(3)])
+    Attributes:
+      class_counts: number of images of each class, int64 [num_classes].
+      image_sizes: the sizes (height, width) that occur.
+      pixels: number of pixels.
+      sums: sum of each channel over all pixels, int64 [3].
+      products: sum of the products of each pair of channels, int64 [3, 3]; exact up to 1.4·10¹⁴ pixels.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.class_counts = np.zeros(num_classes, np.int64)
+        self.image_sizes: set[tuple[int, int]] = set()
+        self.pixels = 0
+        self.sums = np.zeros(3, np.int64)
+        self.products = np.zeros((3, 3), np.int64)
 
     def add(self, image: np.ndarray, label: int) -> None:
-        """Counts one image, uint8 [h, w] or [h, w, 1 or 3]."""
+        """Adds one image, uint8 [h, w] or [h, w, 1 or 3]. A gray image counts as one with three equal channels."""
         self.class_counts[label] += 1
         self.image_sizes.add((image.shape[0], image.shape[1]))
-        # exact: whole numbers far below 2⁵³; channels first and vecdot, as they are the fastest here
+        # These float64 sums are exact: whole numbers far below 2⁵³. vecdot over contiguous channels is the fastest.
         channels = image.reshape(image.shape[0] * image.shape[1], -1).T.astype(np.float64, order="C")
-        sums, products = channels.sum(1).tolist(), np.vecdot(channels[:, None], channels).tolist()
         self.pixels += channels.shape[1]
-        for row in range(3):
-            self.sums[row] += int(sums[row % len(sums)])
-            for column in range(3):
-                self.products[row][column] += int(products[row % len(sums)][column % len(sums)])
+        self.sums += channels.sum(1).astype(np.int64)
+        self.products += np.vecdot(channels[:, None], channels).astype(np.int64)
 
     def merge(self, other: "Statistics") -> None:
-        """Adds another shard's sums."""
-        self.class_counts = [a + b for a, b in zip(self.class_counts, other.class_counts, strict=True)]
+        """Adds the sums of another shard."""
+        self.class_counts += other.class_counts
         self.image_sizes |= other.image_sizes
         self.pixels += other.pixels
-        self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
-        self.products = [
-            [a + b for a, b in zip(mine, theirs, strict=True)]
-            for mine, theirs in zip(self.products, other.products, strict=True)
-        ]
+        self.sums += other.sums
+        self.products += other.products
 
     @property
     def mean(self) -> tuple[float, float, float]:
         """Mean of each channel over all pixels."""
-        red, green, blue = (total / self.pixels for total in self.sums)
+        red, green, blue = (total / self.pixels for total in self.sums.tolist())
         return red, green, blue
 
     @property
     def covariance(self) -> tuple[tuple[float, float, float], ...]:
-        """Covariance of the channels over all pixels (divided by their number), [3, 3]."""
-        s, n = self.sums, self.pixels
-        rows = [[(n * self.products[i][j] - s[i] * s[j]) / n**2 for j in range(3)] for i in range(3)]
+        """Covariance of the channels over all pixels, divided by their number, [3, 3]."""
+        s, products, n = self.sums.tolist(), self.products.tolist(), self.pixels  # Python's integers never overflow
+        rows = [[(n * products[i][j] - s[i] * s[j]) / n**2 for j in range(3)] for i in range(3)]
         return tuple((row[0], row[1], row[2]) for row in rows)
 
     def to_json(self) -> dict[str, Any]:
-        """The sums, for a shard's notes."""
-        return {**dataclasses.asdict(self), "image_sizes": sorted(self.image_sizes)}
+        """Returns the sums as JSON values."""
+        arrays = {name: getattr(self, name).tolist() for name in ("class_counts", "sums", "products")}
+        return {**arrays, "image_sizes": sorted(map(list, self.image_sizes)), "pixels": self.pixels}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Statistics":
-        """The inverse of `to_json`."""
-        return cls(**{**value, "image_sizes": {(height, width) for height, width in value["image_sizes"]}})
+        """Inverts `to_json`."""
+        self = cls(len(value["class_counts"]))
+        self.image_sizes = {(height, width) for height, width in value["image_sizes"]}
+        self.pixels = value["pixels"]
+        self.class_counts, self.sums, self.products = (
+            np.array(value[name], np.int64) for name in ("class_counts", "sums", "products")
+        )
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
-class Notes:
-    """What is known of a finished shard; kept beside it until the manifest is written."""
+class ShardNotes:
+    """What is known about a finished shard; stored until the manifest is written."""
 
     split: str
     shard: Shard
     statistics: Statistics
-    unreadable: tuple[str, ...]
+    unreadable: tuple[str, ...]  # a message for each image that was skipped
 
     def to_json(self) -> dict[str, Any]:
-        """For the notes' file."""
-        return {**dataclasses.asdict(self), "statistics": self.statistics.to_json()}
+        """Returns the notes as JSON values."""
+        return {
+            "split": self.split,
+            "shard": dataclasses.asdict(self.shard),
+            "statistics": self.statistics.to_json(),
+            "unreadable": list(self.unreadable),
+        }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Notes":
-        """The inverse of `to_json`."""
+    def from_json(cls, value: dict[str, Any]) -> "ShardNotes":
+        """Inverts `to_json`."""
         statistics = Statistics.from_json(value["statistics"])
         return cls(value["split"], Shard(**value["shard"]), statistics, tuple(value["unreadable"]))
 
 
 def write_shard(
-    source: Source,
-    task: Task,
-    rows: Iterable[int],
-    output: Path,
-    codec: Codec,
-    tick: Callable[[], None],
-) -> Notes:
-    """Writes one shard under a temporary name and renames it when whole.
+    source: Source, task: ShardTask, rows: Iterable[int], output: Path, codec: Codec, tick: Callable[[], object]
+) -> ShardNotes:
+    """Writes one shard under a temporary name and renames it when it is complete.
 
     Args:
       source: where the images come from.
-      task: the shard's split and file name.
-      rows: the source's indices, in order.
-      output: the data set's folder.
-      codec: of the records.
+      task: the split and file name of the shard.
+      rows: indices of the images in the source, in the order of the records.
+      output: the folder of the data set.
+      codec: format of the pixels in the records.
       tick: called after each image.
-    Raises: DataError for a label out of range or an image no record can hold.
+    Returns: the notes for the manifest.
+    Raises: DataError if a label is out of range, a record can't hold an image, or the file can't be written.
     """
-    for leftover in output.glob(f"{task.file}.tmp-*"):  # of a run that was killed
+    for leftover in output.glob(f"{task.file}.tmp-*"):  # of a conversion that was killed
         leftover.unlink()
     temporary = output / f"{task.file}.tmp-{os.getpid()}"
-    statistics = Statistics([0] * len(source.classes))
-    unreadable = []
+    statistics = Statistics(len(source.classes))
     try:
-        writer = ArrayRecordWriter(str(temporary), _WRITER)
-        for index in rows:
-            try:
-                image, label = source.load(task.split, index)
-            except UnreadableImage as error:
-                unreadable.append(str(error))
-            else:
-                _check_label(label, len(source.classes), task.split, index)
-                record = encode(image, label, codec=codec)
-                writer.write(record)
-                statistics.add(decode(record)["image"] if codec == "jpeg" else image, label)
-            tick()
+        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        unreadable = _write_records(writer, source, task.split, rows, codec, statistics, tick)
         writer.close()
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    count = sum(statistics.class_counts)
-    shard = Shard(task.file, count, temporary.stat().st_size, sha256(temporary))
-    temporary.replace(output / task.file)
-    return Notes(task.split, shard, statistics, tuple(unreadable))
-
-
-def _check_label(label: int, num_classes: int, split: str, index: int) -> None:
-    if not 0 <= label < num_classes:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        shard = Shard(task.file, int(statistics.class_counts.sum()), temporary.stat().st_size, sha256(temporary))
+        temporary.replace(output / task.file)
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError if the disk is full
         raise DataError(
-            f"image {index} of split {split!r} has label {label}; {num_classes} classes go from 0 "
-            "to "
-            f"{num_classes - 1}: the source's labels or class names are wrong"
-        )
+            f"{output / task.file} can't be written ({error}); mend that and run the same command again to resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ShardNotes(task.split, shard, statistics, tuple(unreadable))
+
+
+def _write_records(
+    writer: ArrayRecordWriter,
+    source: Source,
+    split: str,
+    rows: Iterable[int],
+    codec: Codec,
+    statistics: Statistics,
+    tick: Callable[[], object],
+) -> list[str]:
+    """Writes the images and adds them to the statistics; returns a message for each unreadable one."""
+    unreadable = []
+    for index in rows:
+        try:
+            image, label = source.load(split, index)
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+        except OSError as error:  # too many open files, for example: never a damaged image
+            raise DataError(f"image {index} of split {split!r} can't be read from the source: {error}") from error
+        else:
+            if not 0 <= label < len(source.classes):
+                raise DataError(
+                    f"image {index} of split {split!r} has label {label}; {len(source.classes)} classes go from 0 to"
+                    f" {len(source.classes) - 1}. The labels or the class names of the source are wrong"
+                )
+            record = encode(image, label, codec=codec)
+            writer.write(record)
+            statistics.add(decode(record)["image"] if codec == "jpeg" else image, label)
+        tick()
+    return unreadable

@@ -1,4 +1,4 @@
-"""Reads a whole data set again and compares everything the manifest says."""
+"""Verification: reads a whole data set and compares it with everything that its manifest states."""
 
 import os
 from pathlib import Path
@@ -12,18 +12,18 @@ from gmsop_jax.data.records import decode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 
-_BLOCK = 256
+_BLOCK = 256  # records read at a time
 _REDO = "convert the data set again"
 
 
 def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manifest:
-    """Checks every shard's checksum and every record against the manifest.
+    """Compares the checksum of every shard, and every record, with the manifest.
 
     Args:
-      directory: the data set.
-      progress: show a progress bar where there is a terminal.
-    Returns: the manifest, if all of it is true.
-    Raises: DataError with the first thing that isn't.
+      directory: the folder of the data set.
+      progress: show a progress bar if the output is a terminal.
+    Returns: the manifest, if everything agrees with it.
+    Raises: DataError for the first difference.
     """
     path = Path(directory)
     manifest = Manifest.load(path, verify_checksums=True)
@@ -34,22 +34,21 @@ def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manif
             _compare(path, name, split, found)
             if name == "train" and not _same_colours(found, manifest):
                 raise DataError(
-                    f"{path}: the training images' mean is {found.mean}, the manifest says "
-                    f"{manifest.mean_rgb} (or their "
-                    f"covariances differ); {_REDO}"
+                    f"{path}: the mean of the training images is {found.mean}, but the manifest says"
+                    f" {manifest.mean_rgb} (or their covariances differ); {_REDO}"
                 )
     return manifest
 
 
 def _same_colours(found: Statistics, manifest: Manifest) -> bool:
-    if manifest.provenance["codec"] == "jpeg":  # another decoder's pixels may differ by a level
+    if manifest.provenance["codec"] == "jpeg":  # another decoder's pixels may differ by one level
         return bool(np.allclose(found.mean, manifest.mean_rgb, rtol=0, atol=1))
     return (found.mean, found.covariance) == (manifest.mean_rgb, manifest.covariance_rgb)
 
 
 def _read(path: Path, name: str, split: Split, num_classes: int, bar: tqdm) -> Statistics:
     reader = ShardReader(path, split.shards)
-    found = Statistics([0] * num_classes)
+    found = Statistics(num_classes)
     for start in range(0, len(reader), _BLOCK):
         records = reader.read(np.arange(start, min(start + _BLOCK, len(reader))))
         for row, record in enumerate(records, start):
@@ -59,8 +58,8 @@ def _read(path: Path, name: str, split: Split, num_classes: int, bar: tqdm) -> S
                 raise DataError(f"{path}: record {row} of split {name!r}: {error}") from error
             if example["label"] >= num_classes:
                 raise DataError(
-                    f"{path}: record {row} of split {name!r} has label {example['label']} of "
-                    f"{num_classes} classes; {_REDO}"
+                    f"{path}: record {row} of split {name!r} has label {example['label']}, but there are {num_classes}"
+                    f" classes; {_REDO}"
                 )
             found.add(example["image"], example["label"])
         bar.update(len(records))
@@ -68,13 +67,15 @@ def _read(path: Path, name: str, split: Split, num_classes: int, bar: tqdm) -> S
 
 
 def _compare(path: Path, name: str, split: Split, found: Statistics) -> None:
-    if tuple(found.class_counts) != split.class_counts:
-        label = next(at for at, (a, b) in enumerate(zip(found.class_counts, split.class_counts, strict=True)) if a != b)
+    if differing := np.flatnonzero(found.class_counts != split.class_counts).tolist():
+        label = differing[0]
         raise DataError(
-            f"{path}: split {name!r} has {found.class_counts[label]} images of class {label}, the "
-            "manifest says "
-            f"{split.class_counts[label]}; {_REDO}"
+            f"{path}: split {name!r} has {found.class_counts[label]} images of class {label}, but the manifest says"
+            f" {split.class_counts[label]}; {_REDO}"
         )
     size = next(iter(found.image_sizes)) if len(found.image_sizes) == 1 else None
     if size != split.image_size:
-        raise DataError(f"{path}: split {name!r} has images of {size}, the manifest says {split.image_size}; {_REDO}")
+        sizes = f"the size {size}" if size else "different sizes"
+        raise DataError(
+            f"{path}: the images of split {name!r} have {sizes}, but the manifest says {split.image_size}; {_REDO}"
+        )

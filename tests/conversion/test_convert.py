@@ -1,3 +1,5 @@
+import dataclasses
+import errno
 import json
 import logging
 import os
@@ -6,21 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from foreign import images, jpeg, write_imagenet, write_imdb
 from PIL import Image
 
+from gmsop_jax.conversion import convert as conversion
 from gmsop_jax.conversion import job
 from gmsop_jax.conversion.convert import convert
-from gmsop_jax.conversion.shards import Statistics, plan
+from gmsop_jax.conversion.shards import Statistics, shard_tasks
 from gmsop_jax.conversion.sources import Options
 from gmsop_jax.conversion.verify import verify
 from gmsop_jax.data.manifest import Manifest, sha256
-from gmsop_jax.data.records import decode
+from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import ConfigError, DataError
 
@@ -76,10 +81,10 @@ def test_statistics_are_exact(reference: Path):
 
 def test_gray_counts_as_three_channels():
     image = images(1, 5, 7, 1)[0]
-    gray, rgb = Statistics([0]), Statistics([0])
+    gray, rgb = Statistics(1), Statistics(1)
     gray.add(image, 0)
     rgb.add(np.repeat(image, 3, 2), 0)
-    assert gray == rgb
+    assert gray.to_json() == rgb.to_json()
 
 
 def test_workers_make_the_same_bytes(imagenet: Path, reference: Path, tmp_path: Path):
@@ -112,7 +117,7 @@ def test_again_returns_at_once(imagenet: Path, reference: Path):
 
 def test_other_settings_on_a_finished_set_are_refused(imagenet: Path, reference: Path):
     before = contents(reference)
-    with pytest.raises(DataError, match="already holds data set 'imagenet64'"):
+    with pytest.raises(DataError, match="already contains the data set 'imagenet64'"):
         convert("imagenet64", imagenet, reference, shards=6, seed=5, progress=False)
     assert contents(reference) == before
 
@@ -144,7 +149,7 @@ def test_interruption_resumes_to_the_same_bytes(
     assert not list(output.glob("*.tmp-*"))
     with pytest.raises(DataError, match="half-written"):
         Manifest.load(output)
-    with pytest.raises(DataError, match=r"unfinished conversion with other settings .*seed: 0 then, 3 now"):
+    with pytest.raises(DataError, match=r"unfinished conversion with other settings .*seed was 0 and is now 3"):
         convert("imagenet64", imagenet, output, shards=6, seed=3, progress=False)
     loaded.clear()
     monkeypatch.setattr(ImageNet64, "load", lambda *args: loaded.append(0) or original(*args))
@@ -209,7 +214,7 @@ def test_shard_ranges_join(imagenet: Path, reference: Path, tmp_path: Path):
     output, other = tmp_path / "set", tmp_path / "other"
     for at, where in enumerate((output, other, output)):
         assert convert("imagenet64", imagenet, where, shards=6, shard_range=(at, 3), progress=False) is None
-    with pytest.raises(DataError, match=r"3 of 8 shards aren't converted yet, train-00001-of-00006"):
+    with pytest.raises(DataError, match=r"3 of 8 shards have not been converted yet, such as train-00001-of-00006"):
         job.finish(output, 0)
     job.gather(output, other)
     job.finish(output, 0)
@@ -219,15 +224,15 @@ def test_shard_ranges_join(imagenet: Path, reference: Path, tmp_path: Path):
 def test_gather_refuses_another_conversion(imagenet: Path, tmp_path: Path):
     for seed in (0, 1):
         convert("imagenet64", imagenet, tmp_path / str(seed), seed=seed, shard_range=(0, 2), progress=False)
-    with pytest.raises(DataError, match="different conversions"):
+    with pytest.raises(DataError, match="different settings"):
         job.gather(tmp_path / "0", tmp_path / "1")
-    with pytest.raises(DataError, match="no unfinished conversion"):
+    with pytest.raises(DataError, match="contains no unfinished conversion"):
         job.gather(tmp_path / "0", tmp_path)
 
 
 def test_foreign_output_is_refused_and_untouched(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(DataError, match=r"holds other files \(thesis.tex\)"):
+    with pytest.raises(DataError, match=r"belong to no data set, such as thesis\.tex"):
         convert("fashion-mnist", None, tmp_path, progress=False)
     assert os.listdir(tmp_path) == ["thesis.tex"]
     with pytest.raises(DataError, match="is a file"):
@@ -236,7 +241,7 @@ def test_foreign_output_is_refused_and_untouched(tmp_path: Path):
 
 def test_stray_shards_are_foreign(tmp_path: Path):
     (tmp_path / "train-00000-of-00001.arrayrecord").write_text("whose?")
-    with pytest.raises(DataError, match="holds other files"):
+    with pytest.raises(DataError, match="belong to no data set, such as train-00000"):
         convert("fashion-mnist", None, tmp_path, progress=False)
 
 
@@ -248,7 +253,7 @@ def test_a_bad_source_leaves_no_trace(tmp_path: Path):
 
 def test_unwritable_output(tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="can't be made"):
+    with pytest.raises(DataError, match=r"the conversion to .*/set failed .*Not a directory"):
         convert("fashion-mnist", None, tmp_path / "file" / "set", progress=False)
 
 
@@ -266,7 +271,7 @@ def test_full_disk_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"shards": -1}, "shards is -1"),
         ({"limit": 0}, "limit is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"codec": "webp"}, "unknown codec 'webp'; one of raw, png, jpeg"),
+        ({"codec": "webp"}, "unknown codec 'webp'; it must be one of raw, png, jpeg"),
         ({"shard_range": (2, 2)}, "shard range 2/2"),
         ({"max_unreadable": 2}, "max_unreadable is 2"),
     ],
@@ -278,7 +283,7 @@ def test_wrong_numbers(tmp_path: Path, arguments: dict, message: str):
 
 
 def test_more_shards_than_images(tmp_path: Path):
-    with pytest.raises(DataError, match="6 shards for the 5 images"):
+    with pytest.raises(DataError, match="split 'train' has 5 images and can't fill 6 shards"):
         convert("fashion-mnist", None, tmp_path / "set", limit=5, shards=6, progress=False)
 
 
@@ -315,7 +320,7 @@ def test_unreadable_images_are_listed(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_too_many_unreadable_are_refused(tmp_path: Path):
     write_photos(tmp_path / "in", broken=3)
     arguments = {"options": Options(size=8), "progress": False}
-    with pytest.raises(DataError, match=r"3 of 23 images are unreadable .* more than the allowed share 0.01"):
+    with pytest.raises(DataError, match=r"3 of 23 images are unreadable.* more than the allowed share 0.01"):
         convert("image-folder", tmp_path / "in", tmp_path / "set", **arguments)
     manifest = convert("image-folder", tmp_path / "in", tmp_path / "set", max_unreadable=0.5, **arguments)
     assert manifest is not None
@@ -341,12 +346,167 @@ def test_another_stored_mean_is_told(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_plan_covers_everything_once():
-    tasks = plan({"train": 103, "val": 7}, {"train": 4, "val": 1})
+    tasks = shard_tasks({"train": 103, "val": 7}, {"train": 4, "val": 1})
     rows = [row for task in tasks if task.split == "train" for row in range(task.start, task.stop)]
     assert rows == list(range(103))
     assert tasks[-1].file == "val-00000-of-00001.arrayrecord"
 
 
-def test_notes_survive_their_file(reference: Path):
-    value = json.loads(json.dumps(Statistics([1, 2], {(3, 4)}, 5, [6] * 3, [[7] * 3] * 3).to_json()))
-    assert Statistics.from_json(value) == Statistics([1, 2], {(3, 4)}, 5, [6] * 3, [[7] * 3] * 3)
+def test_statistics_survive_their_file():
+    statistics = Statistics(2)
+    statistics.add(images(1, 3, 4)[0], 1)
+    value = json.loads(json.dumps(statistics.to_json()))
+    assert Statistics.from_json(value).to_json() == value
+
+
+def test_two_conversions_of_the_same_input_are_equal(tmp_path: Path):
+    """Messages about unreadable files are stored in dataset.json: no address or absolute path may be among them."""
+    write_photos(tmp_path / "in", broken=2)
+    (tmp_path / "in/train/a/text.png").write_text("not an image")
+    shutil.copytree(tmp_path / "in", tmp_path / "moved/in")
+    for at, source in enumerate((tmp_path / "in", tmp_path / "in", tmp_path / "moved/in")):
+        convert("image-folder", source, tmp_path / str(at), codec="jpeg", max_unreadable=1, progress=False)
+    assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert "0x" not in (tmp_path / "0/dataset.json").read_text()
+
+
+@pytest.mark.parametrize("where", ["shard", "notes"])
+def test_resuming_compares_checksums(imagenet: Path, reference: Path, tmp_path: Path, where: str):
+    output = tmp_path / "set"
+    convert("imagenet64", imagenet, output, shards=6, shard_range=(0, 2), progress=False)
+    shard = output / "train-00002-of-00006.arrayrecord"
+    file = shard if where == "shard" else output / f".convert/{shard.name}.json"
+    data = bytearray(file.read_bytes())
+    at = len(data) // 2 if where == "shard" else data.index(b'"num_records"') + 16
+    data[at] ^= 1
+    file.write_bytes(data)
+    convert("imagenet64", imagenet, output, shards=6, progress=False)
+    assert contents(output) == contents(reference)
+
+
+def test_joining_compares_checksums(imagenet: Path, tmp_path: Path):
+    for at in (0, 1):
+        convert("imagenet64", imagenet, tmp_path / str(at), shards=2, shard_range=(at, 2), progress=False)
+    shard = tmp_path / "1/train-00001-of-00002.arrayrecord"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    job.gather(tmp_path / "0", tmp_path / "1")
+    with pytest.raises(DataError, match="1 of 3 shards have not been converted yet, such as train-00001"):
+        job.finish(tmp_path / "0", 0)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"sha256": "0", "value": {}}', "null", ""])
+def test_a_damaged_job_file_is_one_error(imagenet: Path, tmp_path: Path, damage: str):
+    convert("imagenet64", imagenet, tmp_path / "set", shard_range=(0, 2), progress=False)
+    (tmp_path / "set/.convert/job.json").write_text(damage)
+    with pytest.raises(DataError, match=r"job\.json is damaged"):
+        convert("imagenet64", imagenet, tmp_path / "set", shard_range=(0, 2), progress=False)
+
+
+@dataclasses.dataclass
+class TinyImages:
+    """A large source of 8×8 images."""
+
+    num_images: dict[str, int]
+    image_bytes: int | None
+    loaded: int = 0
+    classes: tuple[str, ...] = ("a",)
+    files: tuple[Path, ...] = ()
+    facts: dict = dataclasses.field(default_factory=dict)
+
+    def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
+        self.loaded += 1
+        return images(1, 8, 8, seed=index)[0], 0
+
+
+class Stop(Exception):
+    """Ends a conversion before it writes any shard."""
+
+
+def shards_and_space(
+    source: TinyImages, output: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Mapping[str, int], int]:
+    space = []
+
+    def check_space(folder: Path, needed: int) -> None:
+        space.append(needed)
+        raise Stop
+
+    monkeypatch.setattr(conversion, "open_source", lambda name, request: source)
+    monkeypatch.setattr(conversion, "check_space", check_space)
+    with pytest.raises(Stop):
+        convert("image-folder", None, output, codec=codec, progress=False)
+    return job.load(output).num_shards, space[0]
+
+
+@pytest.mark.parametrize(("codec", "image_bytes"), [("raw", None), ("png", 3 * 256**2), ("jpeg", 3 * 256**2)])
+def test_shard_count_and_space_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: Codec, image_bytes: int | None
+):
+    """100,000 images of 8×8 fit into one shard, and need no more space than their records take."""
+    source = TinyImages({"train": 100_000, "val": 5}, image_bytes)
+    shards, space = shards_and_space(source, tmp_path / "set", codec, monkeypatch)
+    assert shards == {"train": 1, "val": 1}
+    assert source.loaded <= 200
+    record = np.mean([len(encode(images(1, 8, 8, seed=at)[0], 0, codec=codec)) for at in range(100)])
+    assert space == pytest.approx(100_005 * (record + 72), rel=0.05)
+
+
+def test_raw_images_of_known_size_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = TinyImages({"train": 1_281_167, "val": 50_000}, 3 * 64**2)
+    shards, _ = shards_and_space(source, tmp_path / "set", "raw", monkeypatch)
+    assert shards == {"train": 118, "val": 5}  # 1,281,167 · 12,288 bytes / 128 MiB = 117.3
+    assert source.loaded == 0
+
+
+def test_large_images_make_no_more_shards_than_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = TinyImages({"train": 3, "val": 2}, 200 * 2**20)
+    assert shards_and_space(source, tmp_path / "set", "raw", monkeypatch)[0] == {"train": 3, "val": 2}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_error(tmp_path: Path, workers: int):
+    """A limit on the size of files stands for a disk that is full from the start, or from a shard on."""
+    for limit in (10, 100_000):
+        command = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+from gmsop_jax.data import cli
+from convert import main
+sys.argv = ["convert.py", "fashion-mnist", "--output", "{tmp_path}/set", "--workers", "{workers}", "--shards", "2"]
+sys.exit(cli.run(main))
+"""
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tools"}
+        result = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert "File too large" in result.stderr or "written" in result.stderr
+    convert("fashion-mnist", None, tmp_path / "set", shards=2, progress=False)
+
+
+def test_too_many_open_files_are_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_photos(tmp_path / "in", broken=0)
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(DataError, match="Too many open files") as caught:
+        convert("image-folder", tmp_path / "in", tmp_path / "set", max_unreadable=1, progress=False)
+    assert "damage" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_photos(tmp_path / "in", broken=0)
+    original = os.scandir
+
+    def scandir(path: Path) -> Any:
+        if str(path).endswith("/in/train/a"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"failed \(.*Permission denied: .*/in/train/a"):
+        convert("image-folder", tmp_path / "in", tmp_path / "set", progress=False)

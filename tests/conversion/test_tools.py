@@ -28,7 +28,8 @@ def test_convert_inspect_verify(tmp_path: Path):
     inspected = tool("inspect_dataset.py", "set", folder=tmp_path)
     assert (inspected.returncode, inspected.stderr) == (0, "")
     assert "ankle boot" in inspected.stdout
-    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]  # nothing in the current folder
+    with Image.open(tmp_path / "set/contact_sheet.png") as sheet:
         assert sheet.size == (110 + 10 * 64, 10 * 64)
         # names at the left are dark on white, pictures of clothes at the right mostly dark
         pixels = np.asarray(sheet.convert("L"))
@@ -36,6 +37,11 @@ def test_convert_inspect_verify(tmp_path: Path):
     verified = tool("verify_dataset.py", "set", folder=tmp_path)
     assert (verified.returncode, verified.stderr) == (0, "")
     assert "all as the manifest says" in verified.stdout
+    again = tool("convert.py", "fashion-mnist", "--output", "set", "--limit", "200", folder=tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")  # the sheet is no foreign file
+    named = tool("inspect_dataset.py", "set", "--sheet", "other.png", folder=tmp_path)
+    assert "contact sheet: other.png" in named.stdout
+    assert (tmp_path / "other.png").exists()
 
 
 def test_parts_and_merge(tmp_path: Path):
@@ -51,7 +57,7 @@ def test_parts_and_merge(tmp_path: Path):
     ("name", "arguments", "message"),
     [
         ("convert.py", ("imagenet64", "--output", "set"), "error: this source needs --input"),
-        ("convert.py", ("fashion-mnist", "--output", "set", "--size", "8"), "takes no option size"),
+        ("convert.py", ("fashion-mnist", "--output", "set", "--size", "8"), "does not accept the option size"),
         ("convert.py", ("fashion-mnist", "--output", "set", "--shard-range", "x"), "'x' is not i/n"),
         ("inspect_dataset.py", ("none",), "there is no such folder"),
         ("verify_dataset.py", (".",), "the folder is empty"),

@@ -54,7 +54,7 @@ def test_label_out_of_range(copy: Path):
     changed = records(copy)
     changed[7] = encode(np.zeros((28, 28), np.uint8), 10)
     rewrite(copy, changed)
-    with pytest.raises(DataError, match="record 7 of split 'train' has label 10 of 10 classes"):
+    with pytest.raises(DataError, match="record 7 of split 'train' has label 10, but there are 10 classes"):
         verify(copy, progress=False)
 
 
@@ -63,7 +63,7 @@ def test_mislabelled(copy: Path):
     found = next(at for at, record in enumerate(changed) if record[12] != 3)
     changed[found] = encode(np.zeros((28, 28), np.uint8), 3)
     rewrite(copy, changed)
-    with pytest.raises(DataError, match=r"split 'train' has \d+ images of class \d, the manifest says 500"):
+    with pytest.raises(DataError, match=r"split 'train' has \d+ images of class \d, but the manifest says 500"):
         verify(copy, progress=False)
 
 
@@ -71,7 +71,7 @@ def test_another_size(copy: Path):
     changed = records(copy)
     changed[0] = encode(np.zeros((28, 27), np.uint8), changed[0][12])
     rewrite(copy, changed)
-    with pytest.raises(DataError, match="has images of None, the manifest says"):
+    with pytest.raises(DataError, match="have different sizes, but the manifest says"):
         verify(copy, progress=False)
 
 

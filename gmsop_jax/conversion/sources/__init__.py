@@ -1,18 +1,20 @@
-"""Readers of foreign data sets, one small module each, behind one protocol.
+"""Readers of foreign data sets: one module for each format, all behind the same protocol.
 
-A module offers `open_source(request) -> Source` and the names of the options it takes in `OPTIONS`.
-Everything after reading (order, shards, statistics, checksums, progress) is
-`gmsop_jax.conversion.convert`'s.
+A module defines `open_source(request) -> Source`, and the names of the options that it accepts in
+`OPTIONS`. `gmsop_jax.conversion.convert` does everything that follows reading: the order of the images,
+shards, statistics, checksums and progress.
 """
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from gmsop_jax.data.resize import METHODS, Method
 from gmsop_jax.errors import ConfigError, DataError
 
 _MODULES = {
@@ -26,65 +28,81 @@ NAMES = tuple(_MODULES)
 
 
 class UnreadableImage(DataError):
-    """One image of many can't be decoded; conversion lists it and goes on, up to a stated share."""
+    """One image among many can't be decoded. Conversion lists and skips it, up to a given share of images."""
 
 
 class Source(Protocol):
-    """A foreign data set, opened: what it holds, and any one of its images.
+    """An opened foreign data set, with random access to its images.
 
-    Sources are pickled to worker processes, so they keep paths and tables but no open files.
+    Sources are pickled and sent to worker processes, so they contain paths and tables but no open files.
     """
 
     @property
     def classes(self) -> Sequence[str]:
-        """Class names; labels are their positions."""
+        """Class names; the label of a class is its position in this sequence."""
         ...
 
     @property
     def num_images(self) -> Mapping[str, int]:
-        """Images per split; 'train' is one of them."""
+        """Number of images in each split. There is always a split 'train'."""
         ...
 
     @property
-    def image_bytes(self) -> int:
-        """Bytes of one image as it will be stored raw (an estimate if they differ)."""
+    def image_bytes(self) -> int | None:
+        """Bytes of one decoded image, or None if the images have different sizes."""
         ...
 
     @property
     def files(self) -> Sequence[Path]:
-        """The files that were read, for the manifest."""
+        """The input files, whose names, sizes and checksums are recorded in the manifest."""
         ...
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """More for the manifest; 'stored_mean_rgb' is compared with the computed mean."""
+        """Further entries for the manifest. If 'stored_mean_rgb' is given, the computed mean is compared with it."""
         ...
 
     def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
-        """One image, uint8 [h, w] or [h, w, 1 or 3], and its 0-based label.
+        """Returns one image, uint8 [h, w] or [h, w, 1 or 3], and its 0-based label.
 
-        Raises: UnreadableImage for a damaged one among many; DataError where the whole source is
-          wrong.
+        Raises:
+          UnreadableImage: if this image is damaged.
+          DataError: if the source as a whole is wrong, or its files can't be opened.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What some sources can be asked for; None leaves the source's own default."""
+    """Options of the sources; None stands for the default of the source.
+
+    Attributes:
+      size: side of the square images, in pixels.
+      resize: 'matlab' or 'pillow', the implementation of bicubic resizing.
+      val_fraction: share of the training images to set aside as the split 'val'.
+      follow_links: also read files outside the input folder, to which links or lists inside it lead. All
+        sources accept it.
+    """
 
     size: int | None = None
-    resize: str | None = None
+    resize: Method | None = None
     val_fraction: float | None = None
+    follow_links: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"--size is {self.size}; it must be at least 1")
+        if self.resize not in (None, *METHODS):
+            raise ConfigError(f"--resize is {self.resize!r}; it must be one of {', '.join(METHODS)}")
 
     def given(self) -> dict[str, Any]:
-        """The options that were set."""
+        """Returns the options that are not None."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Where and how to open a source; `scratch` is a folder for what must be unpacked."""
+    """Where the input is, a `scratch` folder for unpacking it, and the options for reading it."""
 
     path: Path | None
     scratch: Path
@@ -93,25 +111,41 @@ class Request:
 
     @property
     def required_path(self) -> Path:
-        """The input path, which must exist."""
+        """The input path; DataError if it was not given or does not exist."""
         if self.path is None:
-            raise DataError("this source needs --input: the folder or file that was downloaded")
+            raise DataError("this source needs --input, the folder or file that was downloaded")
         if not self.path.exists():
-            raise DataError(f"--input {self.path.absolute()} doesn't exist")
+            raise DataError(f"--input {self.path.absolute()} does not exist")
         return self.path
+
+    def check_inside(self, path: Path) -> None:
+        """Raises DataError if `path` leads out of the input folder, unless `follow_links` is set."""
+        root, target = os.path.realpath(self.required_path), os.path.realpath(path)
+        if not self.options.follow_links and not Path(target).is_relative_to(root):
+            raise DataError(
+                f"{path} leads out of the input {root}, to {target}. Give --follow-links if it should be read anyway"
+            )
 
 
 def open_source(name: str, request: Request) -> Source:
-    """Opens the source of that name.
+    """Opens a foreign data set.
 
-    Raises: ConfigError for an unknown name or an option it doesn't take; DataError for files that
-      aren't such a source.
+    Args:
+      name: one of `NAMES`.
+      request: the input path and the options.
+    Returns: the opened source.
+    Raises:
+      ConfigError: if the name is unknown, or the source does not accept an option.
+      DataError: if the files are missing, damaged, not in the format of the source, or outside the input.
     """
     if name not in _MODULES:
-        raise ConfigError(f"unknown source {name!r}; one of {', '.join(NAMES)}")
+        raise ConfigError(f"unknown source {name!r}; it must be one of {', '.join(NAMES)}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     for option, value in request.options.given().items():
-        if option not in module.OPTIONS:
-            raise ConfigError(f"source {name!r} takes no option {option} (given: {value!r})")
+        if option not in module.OPTIONS | {"follow_links"}:
+            raise ConfigError(f"source {name!r} does not accept the option {option} (got {value!r})")
     opener: Callable[[Request], Source] = module.open_source
-    return opener(request)
+    source = opener(request)
+    for file in source.files if request.path is not None else ():
+        request.check_inside(file)
+    return source

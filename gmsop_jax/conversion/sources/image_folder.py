@@ -2,27 +2,29 @@
 
 import dataclasses
 import hashlib
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from gmsop_jax.conversion.sources import Request, UnreadableImage
+from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.images import Names, decode_image
 from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.resize import Method, resize
 from gmsop_jax.errors import ConfigError, DataError
 
 OPTIONS = frozenset({"size", "resize", "val_fraction"})
+_LOG = logging.getLogger(__name__)
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _SPLITS = ("train", "val", "test")
-_GUESSED_SIDE = 256  # of images that keep their sizes, for the estimate of space
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """Names relative to `root` and labels of each split's images."""
+    """The names, relative to `root`, and the labels of the images of each split."""
 
     root: Path
     names: Mapping[str, Names]
@@ -35,21 +37,21 @@ class ImageFolder:
 
     @property
     def num_images(self) -> dict[str, int]:
-        """Images per split."""
+        """Number of images in each split."""
         return {split: len(labels) for split, labels in self.labels.items()}
 
     @property
-    def image_bytes(self) -> int:
-        """Bytes of one image."""
-        return 3 * (self.size or _GUESSED_SIDE) ** 2
+    def image_bytes(self) -> int | None:
+        """Bytes of one image; None if the images keep their sizes."""
+        return None if self.size is None else 3 * self.size**2
 
     def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
-        """One image, uint8 [h, w, 1 or 3]: its middle square resized, if a size was given."""
+        """Returns one image, uint8 [h, w, 1 or 3], and its label. If a size was given, its middle square is resized."""
         name = self.names[split][index]
         try:
             data = (self.root / name).read_bytes()
-        except OSError as error:
-            raise UnreadableImage(f"{name}: {error}") from error
+        except OSError as error:  # failing to open a file does not mean that the image is damaged
+            raise DataError(f"{self.root / name} can't be read: {error.strerror}") from error
         image = decode_image(data, name)
         if self.size is not None:
             image = resize(middle_square(image), (self.size, self.size), self.method)
@@ -57,7 +59,7 @@ class ImageFolder:
 
 
 def middle_square(image: np.ndarray) -> np.ndarray:
-    """The largest square in the middle of an image [h, w, c]."""
+    """Returns the largest square in the middle of an image [h, w, c]."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -65,66 +67,104 @@ def middle_square(image: np.ndarray) -> np.ndarray:
 
 
 def open_source(request: Request) -> ImageFolder:
-    """The folder `request.path`."""
+    """Opens the folder `request.path`. Hidden files, other files and folders without images are ignored."""
     root, options = request.required_path, request.options
-    if options.size is not None and options.size < 1:
-        raise ConfigError(f"--size is {options.size}; it must be at least 1")
-    splits = {split: root / split for split in _SPLITS if (root / split).is_dir()}
-    if "train" not in splits:
-        splits = {"train": root}
-    if "val" not in splits and options.val_fraction is None:
+    if not root.is_dir():
+        raise DataError(f"--input {root.absolute()} is a file; expected a folder of images")
+    folders = {split: root / split for split in _SPLITS if (root / split).is_dir()}
+    if "train" not in folders:
+        folders = {"train": root}
+    if "val" not in folders and options.val_fraction is None:
         raise DataError(
-            f"--input {root.absolute()} holds no train/ and val/ folders: give --val-fraction to "
-            "set a share of the "
-            "images aside, such as 0.1"
+            f"--input {root.absolute()} has no train/ and val/ folders; give --val-fraction to set a share of the"
+            " images aside for validation, such as 0.1"
         )
-    classes = _classes(splits)
+    if "val" in folders and options.val_fraction is not None:
+        raise ConfigError(f"--val-fraction is given, but {root.absolute()} already has a folder val/; omit one of them")
+    found = {split: _find_images(request, folder) for split, folder in folders.items()}
+    classes = tuple(sorted(found["train"]))
+    for split, images in found.items():
+        if unknown := sorted(images.keys() - found["train"].keys()):
+            raise DataError(f"{folders[split].absolute()} has classes that train lacks: {', '.join(unknown[:5])}")
     listing = hashlib.sha256()
     names, labels = {}, {}
-    for split, folder in splits.items():
-        found = list(_images(root, folder, classes))
-        for name, _, size in found:
+    for split, images in found.items():
+        rows = [(name, label, size) for label, key in enumerate(classes) for name, size in images.get(key, ())]
+        for name, _, size in rows:
             listing.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
-        if not found:
-            raise DataError(f"{folder.absolute()} holds no images in class folders ({', '.join(sorted(_ENDINGS))})")
-        names[split] = Names.of(name for name, _, _ in found)
-        labels[split] = np.array([label for _, label, _ in found], np.int32)
-    if "val" not in splits:
+        names[split] = Names.of(name for name, _, _ in rows)
+        labels[split] = np.array([label for _, label, _ in rows], np.int32)
+    if "val" not in folders:
         names, labels = _set_aside(names, labels, options.val_fraction or 0, request.seed)
     facts = {"listing_sha256": listing.hexdigest(), "layout": "of the sorted lines `name<tab>bytes`"}
-    method = cast(Method, options.resize or "pillow")
-    return ImageFolder(root, names, labels, classes, options.size, method, facts)
+    return ImageFolder(root, names, labels, classes, options.size, options.resize or "pillow", facts)
 
 
-def _classes(splits: Mapping[str, Path]) -> tuple[str, ...]:
-    found = {split: {entry.name for entry in folder.iterdir() if entry.is_dir()} for split, folder in splits.items()}
-    if not found["train"]:
-        raise DataError(f"{splits['train'].absolute()} holds no class folders; expected <class>/<image>")
-    for split, names in found.items():
-        if unknown := sorted(names - found["train"]):
-            raise DataError(f"{splits[split].absolute()} has classes that train lacks: {', '.join(unknown[:5])}")
-    return tuple(sorted(found["train"]))
+def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, int]]]:
+    """Finds the images of one split: name and size in bytes of each image of each class.
+
+    Raises: DataError if there are no images, if a link leads out of the input, or if the output folder lies
+      inside `folder` and would be taken for a class.
+    """
+    root = request.required_path
+    request.check_inside(folder)
+    if Path(os.path.realpath(request.scratch)).is_relative_to(os.path.realpath(folder)):
+        raise DataError(f"the output folder lies inside the images' folder {folder}; give another --output")
+    classes: dict[str, list[tuple[str, int]]] = {}
+    ignored = []
+    for path, size in _walk(request, folder, ()):
+        parts = path.relative_to(folder).parts
+        if len(parts) > 1 and path.suffix.lower() in _ENDINGS:
+            classes.setdefault(parts[0], []).append((str(path.relative_to(root)), size))
+        else:
+            ignored.append(path)
+    if not classes:
+        raise DataError(
+            f"{folder.absolute()} has no class folders that contain images; expected <class>/<image>"
+            f" ({', '.join(sorted(_ENDINGS))})"
+        )
+    if ignored:
+        _LOG.warning("%d files that are not images in a class folder are ignored: %s, …", len(ignored), ignored[0])
+    empty = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
+    if visible := [name for name in empty if not name.startswith(".")]:
+        _LOG.warning("%d folders of %s contain no images: %s", len(visible), folder, ", ".join(visible[:5]))
+    return classes
 
 
-def _images(root: Path, folder: Path, classes: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
-    """(name, label, bytes) of each image, in the order of their names."""
-    for label, name in enumerate(classes):
-        for path in sorted((folder / name).rglob("*")):
-            if path.suffix.lower() in _ENDINGS and path.is_file():
-                yield str(path.relative_to(root)), label, path.stat().st_size
+def _walk(request: Request, folder: Path, parents: tuple[str, ...]) -> Iterator[tuple[Path, int]]:
+    """Yields the path and size of every visible file below a folder, sorted by the parts of the path."""
+    real = os.path.realpath(folder)
+    if real in parents:
+        raise DataError(f"{folder} is a link to a folder that contains the link; remove it")
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):  # such as .git, .DS_Store and AppleDouble's ._name.jpg
+            continue
+        if entry.is_symlink():
+            request.check_inside(path)
+            if not path.exists():
+                raise DataError(f"{path} is a link to a file that does not exist; remove or repair it")
+        if entry.is_dir():
+            yield from _walk(request, path, (*parents, real))
+        elif entry.is_file():
+            yield path, entry.stat().st_size
 
 
 def _set_aside(
-    names: Mapping[str, Names], labels: Mapping[str, np.ndarray], fraction: float, seed: int
+    names: dict[str, Names], labels: dict[str, np.ndarray], fraction: float, seed: int
 ) -> tuple[dict[str, Names], dict[str, np.ndarray]]:
     """Moves a random share of the training images to a split 'val'."""
-    total = len(labels["train"])
+    all_names, all_labels = names.pop("train"), labels.pop("train")
+    total = len(all_names)
     count = round(fraction * total)
     if not 0 < count < total:
-        raise ConfigError(f"--val-fraction {fraction:g} of {total} images leaves a split empty; use more, such as 0.1")
+        raise ConfigError(
+            f"--val-fraction {fraction:g} of {total} images leaves a split empty; choose another share, such as 0.1"
+        )
     order = permutation(total, seed, 1)
-    chosen = {"train": np.sort(order[count:]), "val": np.sort(order[:count])}
-    new_names = {split: Names.of(names["train"][row] for row in rows) for split, rows in chosen.items()}
-    rest = {split: value for split, value in labels.items() if split != "train"}
-    rest_names = {split: value for split, value in names.items() if split != "train"}
-    return new_names | rest_names, {split: labels["train"][rows] for split, rows in chosen.items()} | rest
+    rows = {"train": np.sort(order[count:]), "val": np.sort(order[:count])}
+    split_names = {split: Names.of(all_names[row] for row in chosen) for split, chosen in rows.items()}
+    split_labels = {split: all_labels[chosen] for split, chosen in rows.items()}
+    return {**split_names, **names}, {**split_labels, **labels}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterable
@@ -35,7 +36,8 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{name}: {error}") from error
     except Exception as error:  # Pillow's decoders raise errors of every kind on damaged files
-        raise UnreadableImage(f"{name}: {error or type(error).__name__}") from error
+        message = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # the same file gives the same message
+        raise UnreadableImage(f"{name}: {message or type(error).__name__}") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

@@ -1,17 +1,17 @@
-"""Places365-Standard, the 256×256 version: its tars or the folders they unpack to, with its list files.
+"""Places365-Standard in its 256×256 version: the list files, with the tar archives or the folders unpacked from them.
 
-The input folder holds `categories_places365.txt`, `places365_train_standard.txt`,
-`places365_val.txt`, and the images in `train_256_places365standard.tar` and `val_256.tar`, or in
-the folders `data_256` and `val_256`.
+The input folder contains `categories_places365.txt`, `places365_train_standard.txt`, `places365_val.txt`, and
+the images, in `train_256_places365standard.tar` and `val_256.tar` or in the folders `data_256` and `val_256`.
 """
 
 import array
 import dataclasses
 import hashlib
+import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from gmsop_jax.conversion.sources import Request, UnreadableImage
 from gmsop_jax.conversion.sources.files import read_at, read_lines
 from gmsop_jax.conversion.sources.images import Names, decode_image
 from gmsop_jax.data.resize import Method, resize
-from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.errors import DataError
 
 OPTIONS = frozenset({"size", "resize"})
 _SIZE = 100
@@ -30,27 +30,32 @@ _FOLDERS = {"train": "data_256", "val": "val_256"}
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """One split: names, labels, and the images' places in a tar or under a folder."""
+    """The images of one split: names, labels, and where they are in a tar archive or folder."""
 
+    request: Request
     path: Path
     names: Names
     labels: np.ndarray
-    members: np.ndarray | None  # int64 [n, 2]: offset and size in the tar; None for a folder
+    members: np.ndarray | None  # offset and size in the archive, int64 [n, 2]; None for a folder
 
     def read(self, index: int) -> bytes:
-        """The bytes of one image file."""
+        """Returns the bytes of one image file."""
         if self.members is not None:
             offset, size = self.members[index].tolist()
             return read_at(self.path, offset, size)
+        path = self.path / self.names[index]
+        self.request.check_inside(path)
         try:
-            return (self.path / self.names[index]).read_bytes()
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise UnreadableImage(f"{self.names[index]}: the file does not exist") from error
         except OSError as error:
-            raise UnreadableImage(f"{self.names[index]}: {error}") from error
+            raise DataError(f"{path} can't be read: {error.strerror}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Places365:
-    """The splits, and the size their images are brought to."""
+    """The splits, and the size to which their images are resized."""
 
     splits: Mapping[str, Images]
     size: int
@@ -60,7 +65,7 @@ class Places365:
 
     @property
     def num_images(self) -> dict[str, int]:
-        """Images per split."""
+        """Number of images in each split."""
         return {split: len(images.labels) for split, images in self.splits.items()}
 
     @property
@@ -74,59 +79,61 @@ class Places365:
         return {"size": self.size, "resize": self.method}
 
     def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
-        """One image, uint8 [size, size, 1 or 3], and its label."""
+        """Returns one image, uint8 [size, size, 1 or 3], and its label."""
         images = self.splits[split]
         image = decode_image(images.read(index), images.names[index])
         return resize(image, (self.size, self.size), self.method), int(images.labels[index])
 
 
 def open_source(request: Request) -> Places365:
-    """The folder `request.path`."""
+    """Opens the folder `request.path`."""
     folder, options = request.required_path, request.options
-    size = _SIZE if options.size is None else options.size
-    if size < 1:
-        raise ConfigError(f"--size is {size}; it must be at least 1")
     categories = folder / "categories_places365.txt"
-    classes, _ = _list(categories)
+    classes, numbers = _list(categories)
+    if (numbers != np.arange(len(classes))).any():
+        raise DataError(f"{categories}: the numbers of the categories are not 0 to {len(classes) - 1} in order")
     splits, files = {}, [categories]
     for split, name in _LISTS.items():
         names, labels = _list(folder / name)
         if labels.min() < 0 or labels.max() >= len(classes):
             raise DataError(
                 f"{folder / name}: labels go from {labels.min()} to {labels.max()}; {len(classes)} "
-                "categories go from 0 "
-                f"to {len(classes) - 1}: mislabelled, or lists of another version"
+                f"categories go from 0 to {len(classes) - 1}. The labels are wrong, or the lists are of different"
+                " versions"
             )
-        splits[split] = _find(folder, split, names, labels)
+        splits[split] = _find_images(request, split, names, labels)
         files.append(folder / name)
         if splits[split].members is not None:
             files.append(splits[split].path)
-    method = cast(Method, options.resize or "matlab")
     plain = tuple(name.split("/", 1)[-1] for name in (classes[label] for label in range(len(classes))))
-    return Places365(splits, size, method, plain, tuple(files))
+    return Places365(splits, options.size or _SIZE, options.resize or "matlab", plain, tuple(files))
 
 
 def _list(file: Path) -> tuple[Names, np.ndarray]:
-    """The names (without a leading slash) and numbers of a list file's lines."""
+    """Returns the name (without a leading slash) and the number in each line of a list file."""
     lines = [line.rsplit(maxsplit=1) for line in read_lines(file)]
-    if not lines or any(len(line) != 2 or not line[1].isdecimal() for line in lines):
-        raise DataError(f"{file} isn't a list of `name number` lines")
+    if not lines or any(len(line) != 2 or not re.fullmatch(r"\d{1,9}", line[1]) or "\0" in line[0] for line in lines):
+        raise DataError(f"{file} is not a list of `name number` lines")
     return Names.of(name.lstrip("/") for name, _ in lines), np.array([int(n) for _, n in lines], np.int32)
 
 
-def _find(folder: Path, split: str, names: Names, labels: np.ndarray) -> Images:
+def _find_images(request: Request, split: str, names: Names, labels: np.ndarray) -> Images:
+    folder = request.required_path
     tar, images = folder / _TARS[split], folder / _FOLDERS[split]
     if tar.is_file():
-        return Images(tar, names, labels, _index(tar, names))
+        return Images(request, tar, names, labels, _find_members(tar, names))
     if images.is_dir():
-        return Images(images, names, labels, None)
+        for index in range(len(names)):  # links are checked when an image is read
+            if ".." in names[index].split("/"):
+                request.check_inside(images / names[index])
+        return Images(request, images, names, labels, None)
     raise DataError(f"--input {folder.absolute()} has neither {tar.name} nor the folder {images.name}")
 
 
-def _index(tar: Path, names: Names) -> np.ndarray:
-    """Offset and size in the tar of each named image, int64 [n, 2].
+def _find_members(tar: Path, names: Names) -> np.ndarray:
+    """Returns the offset and size in the archive of each named image, int64 [n, 2].
 
-    Millions of names are compared by 8-byte hashes, to keep them out of memory.
+    Names are compared by 8-byte hashes, because millions of strings would need too much memory.
     """
     hashes, places = array.array("Q"), array.array("q")
     try:
@@ -135,9 +142,9 @@ def _index(tar: Path, names: Names) -> np.ndarray:
                 if member.isfile():
                     hashes.append(_hash(member.name.removeprefix("./").split("/", 1)[-1]))
                     places.extend((member.offset_data, member.size))
-                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # or all stay in memory
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # otherwise all stay in memory
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{tar} isn't a whole tar ({error}); download it again") from error
+        raise DataError(f"{tar} is not a complete tar archive ({error}); download it again") from error
     found, table = np.array(hashes, np.uint64), np.array(places, np.int64).reshape(-1, 2)
     order = np.argsort(found)
     wanted = np.fromiter((_hash(names[row]) for row in range(len(names))), np.uint64, len(names))
@@ -145,9 +152,8 @@ def _index(tar: Path, names: Names) -> np.ndarray:
     missing = np.flatnonzero(found[order][positions] != wanted) if len(found) else np.arange(len(names))
     if len(missing):
         raise DataError(
-            f"{tar} lacks {len(missing)} of the {len(names)} listed images, "
-            f"{names[int(missing[0])]} the first: it is "
-            "truncated or of another version"
+            f"{tar} lacks {len(missing)} of the {len(names)} listed images, such as {names[int(missing[0])]}: it is"
+            " truncated or of another version"
         )
     return table[order][positions]
 
