@@ -154,7 +154,10 @@ def _prepare_data(config) -> None:
     if config.data.auto_convert:
         from gmsop_jax.conversion.convert import convert
 
-        convert(config.data.source, None, directory)
+        try:
+            convert(config.data.source, None, directory)
+        except DataError as error:
+            raise DataError(f"config.data.dir = {str(directory)!r} can't be prepared: {error}") from error
     elif not directory.exists():
         raise DataError(
             f"no data set at {directory.absolute()} (config.data.dir). Make it with\n"

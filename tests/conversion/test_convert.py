@@ -28,6 +28,7 @@ from gmsop_jax.data.manifest import Manifest, sha256
 from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -239,6 +240,16 @@ def test_foreign_output_is_refused_and_untouched(tmp_path: Path):
         convert("fashion-mnist", None, tmp_path / "thesis.tex", progress=False)
 
 
+def test_a_foreign_data_dir_is_not_reported_as_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "thesis.tex").write_text("mine")
+    arguments = ["--config", str(ROOT / "configs/quickstart.py"), f"--config.data.dir={tmp_path}"]
+    assert main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert f"config.data.dir = '{tmp_path}' can't be prepared" in message
+    assert "such as thesis.tex" in message
+    assert "--output" not in message
+
+
 def test_stray_shards_are_foreign(tmp_path: Path):
     (tmp_path / "train-00000-of-00001.arrayrecord").write_text("whose?")
     with pytest.raises(DataError, match="belong to no data set, such as train-00000"):
@@ -260,7 +271,7 @@ def test_unwritable_output(tmp_path: Path):
 def test_full_disk_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(DataError, match="needs 5 MiB and its disk has 1 free"):
+    with pytest.raises(DataError, match="needs 5 MiB, but its disk has only 1 MiB free"):
         convert("fashion-mnist", None, tmp_path / "set", progress=False)
 
 

@@ -143,9 +143,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(
-            f"{folder.absolute()} needs {needed / 2**20:,.0f} MiB and its disk has "
-            f"{free / 2**20:,.0f} free; "
-            "make room, or give another --output"
+            f"{folder.absolute()} needs {needed / 2**20:,.0f} MiB, but its disk has only {free / 2**20:,.0f} MiB free;"
+            " make room, or give a folder on another disk"
         )
 
 

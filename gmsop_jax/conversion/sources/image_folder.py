@@ -109,7 +109,7 @@ def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, in
     root = request.required_path
     request.check_inside(folder)
     if Path(os.path.realpath(request.scratch)).is_relative_to(os.path.realpath(folder)):
-        raise DataError(f"the output folder lies inside the images' folder {folder}; give another --output")
+        raise DataError(f"the output folder lies inside the images' folder {folder}; choose one outside of it")
     classes: dict[str, list[tuple[str, int]]] = {}
     ignored = []
     for path, size in _walk(request, folder, ()):
