@@ -4,18 +4,19 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gmsop_jax.errors import DataError
+from gmsop_jax.errors import DataError, FileAccessError
 
 SCHEMA_VERSION = 1
 FILE_NAME = "dataset.json"
 JOB_DIR = ".convert"  # a conversion's own folder while it is unfinished
 
 _LEAST_RECORD = 20  # bytes: the header
-_MOST_BYTES = 2**26  # of dataset.json
+_MAX_BYTES = 2**26  # of dataset.json
 _CONVERT = "make it with `python tools/convert.py SOURCE --output DIR`"
 
 
@@ -101,21 +102,56 @@ class Manifest:
 
 
 def check_shard(directory: Path, shard: Shard, verify_checksum: bool) -> None:
-    """Raises DataError unless the shard is there with its size (and its sha256 sum, if asked)."""
+    """Compares a shard's size with the manifest, and on demand its checksum.
+
+    Raises:
+      DataError: if the shard is missing or differs.
+      FileAccessError: if the system refuses to read it.
+    """
     path = directory / shard.file
     redo = "convert the data set again"
-    if not path.is_file():
-        raise DataError(f"shard {path} is missing; {redo}")
-    if (size := path.stat().st_size) != shard.bytes:
+    if (size := shard_size(directory, shard)) != shard.bytes:
         raise DataError(f"shard {path} has {size} bytes instead of {shard.bytes}; {redo}")
     if verify_checksum and (found := sha256(path)) != shard.sha256:
         raise DataError(f"shard {path} has sha256 {found} instead of {shard.sha256}: its bytes changed; {redo}")
 
 
+def shard_size(directory: Path, shard: Shard) -> int:
+    """Bytes of a shard's file, which is opened to see whether it can be read.
+
+    Raises:
+      DataError: if the shard is missing from the data set, or isn't a file.
+      FileAccessError: if the system refuses to open it, or the whole data set is gone.
+    """
+    path = directory / shard.file
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        if not (directory / FILE_NAME).exists():
+            raise FileAccessError(f"{directory} is no longer a data set: its {FILE_NAME} is missing") from error
+        raise DataError(f"shard {path} is missing; convert the data set again") from error
+    except OSError as error:
+        raise FileAccessError.from_os_error(path, error) from error
+    try:
+        status = os.fstat(file)
+    finally:
+        os.close(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"shard {path} is not a file; convert the data set again")
+    return status.st_size
+
+
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The file's SHA-256 in hexadecimal, read in blocks.
+
+    Raises:
+      FileAccessError: if the file can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileAccessError.from_os_error(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -130,27 +166,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _read(path: Path) -> Any:
-    if not path.exists():
-        raise DataError(f"no data set at {path.absolute()}: there is no such folder; {_CONVERT}")
-    if not path.is_dir():
-        raise DataError(f"no data set at {path.absolute()}: it is a file, not a folder; {_CONVERT}")
     file = path / FILE_NAME
-    if not file.exists():
-        if (path / JOB_DIR).is_dir():
-            raise DataError(
-                f"the data set at {path.absolute()} is half-written: run the same tools/convert.py "
-                "command again to "
-                "finish it (after --shard-range, tools/merge_manifests.py)"
-            )
-        empty = next(path.iterdir(), None) is None
-        held = "the folder is empty" if empty else f"the folder holds other files and no {FILE_NAME}"
-        raise DataError(f"no data set at {path.absolute()}: {held}; {_CONVERT}")
-    if (size := file.stat().st_size) > _MOST_BYTES:
-        raise DataError(f"{file} has {size} bytes, which no manifest has; {_CONVERT}")
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        with file.open("rb") as opened:
+            text = opened.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise DataError(f"no data set at {path.absolute()}: {_what_is_there(path)}") from None
+    except NotADirectoryError:
+        raise DataError(f"no data set at {path.absolute()}: it is a file, not a folder; {_CONVERT}") from None
+    except OSError as error:
+        raise FileAccessError.from_os_error(file, error) from error
+    if len(text) > _MAX_BYTES:
+        raise DataError(f"{file} is larger than {_MAX_BYTES} bytes, so it is not a manifest; {_CONVERT}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} can't be read as JSON ({error}); convert the data set again") from error
+
+
+def _what_is_there(path: Path) -> str:
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        return f"there is no such folder; {_CONVERT}"
+    except OSError as error:
+        raise FileAccessError.from_os_error(path, error) from error
+    if JOB_DIR in names:
+        return (
+            "it is half-written: run the same tools/convert.py command again to finish it (after --shard-range,"
+            " tools/merge_manifests.py)"
+        )
+    return f"the folder {f'holds other files and no {FILE_NAME}' if names else 'is empty'}; {_CONVERT}"
 
 
 def _parse(value: Any, file: Path) -> Manifest:
