@@ -1,12 +1,9 @@
-"""Measures the data room at scale, on synthetic images in the layout of downsampled ImageNet.
+"""Benchmarks conversion and reading on synthetic images in the layout of downsampled ImageNet.
 
-python tools/bench_data.py make /tmp/bench/in --images 200000     # ten pickles and val_data
-python tools/bench_data.py convert /tmp/bench/in /tmp/bench/out   # images/s, peak memory; --kills
-4 kills and resumes
-python tools/bench_data.py read /tmp/bench/out                    # against the plain chain and a
-memory copy
-python tools/bench_data.py codecs /tmp/bench/out                  # size and speed of raw and PNG
-records
+python tools/bench_data.py make /tmp/bench/in --images 200000     # writes ten pickles and val_data
+python tools/bench_data.py convert /tmp/bench/in /tmp/bench/out   # images/s, peak memory; --kills 4 kills and resumes
+python tools/bench_data.py read /tmp/bench/out                    # compared with a plain Grain chain and a memory copy
+python tools/bench_data.py codecs /tmp/bench/out                  # size and speed of each codec
 """
 
 import argparse
@@ -38,12 +35,12 @@ _SIDE = 64
 
 
 def make(folder: Path, count: int) -> None:
-    """Writes `count` training images in ten pickles, and a tenth as many of validation."""
+    """Writes `count` training images in ten pickles, and a tenth as many validation images."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for batch in range(11):
         rows = count // 10
-        # smooth shapes under noise: PNG finds something to do, and no two images are equal
+        # Smooth shapes under noise: PNG can compress them a little, and no two images are equal.
         coarse = rng.integers(0, 256, (rows, 3, 8, 8), np.uint8).repeat(8, 2).repeat(8, 3)
         pixels = (coarse // 2 + rng.integers(0, 64, (rows, 3, _SIDE, _SIDE), np.uint8)).reshape(rows, -1)
         value: dict[str, Any] = {"data": pixels, "labels": rng.integers(1, 1001, rows).tolist()}
@@ -53,15 +50,15 @@ def make(folder: Path, count: int) -> None:
 
 
 def measure_conversion(source: Path, output: Path, workers: int, kills: int) -> None:
-    """Converts in a process of its own, and again with SIGKILLs; compares the bytes."""
+    """Converts in a separate process, then again with SIGKILLs in between, and compares the bytes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds, peak = _convert(source, output, workers, None)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     total = sum(split.num_images for split in Manifest.load(output).splits.values())
     print(f"{workers} workers: {total:,} images in {seconds:.1f} s, {total / seconds:,.0f} images/s")
-    print(f"processor time {processor:.1f} s, {processor / total * 1e6:.0f} µs an image, checksums included")
-    print(f"peak memory of all its processes (proportional set size): {peak / 2**20:.0f} MiB")
+    print(f"processor time {processor:.1f} s, {processor / total * 1e6:.0f} µs per image, including checksums")
+    print(f"peak memory of all processes together (proportional set size): {peak / 2**20:.0f} MiB")
     if not kills:
         return
     again = output.with_name(f"{output.name}-killed")
@@ -69,7 +66,7 @@ def measure_conversion(source: Path, output: Path, workers: int, kills: int) -> 
     for _ in range(kills):
         _convert(source, again, workers, kill_after=chance.uniform(0.1, 0.9) * seconds / kills)
         done = len(list(again.glob("*.arrayrecord")))
-        print(f"SIGKILL with {done} shards renamed, {len(list(again.glob('*.tmp-*')))} under temporary names")
+        print(f"SIGKILL with {done} shards complete, {len(list(again.glob('*.tmp-*')))} under temporary names")
     _convert(source, again, workers, None)
     sums = [{path.name: sha256(path) for path in folder.iterdir()} for folder in (output, again)]
     print("resumed: " + ("identical, byte for byte" if sums[0] == sums[1] else f"DIFFERENT: {sums}"))
@@ -77,7 +74,7 @@ def measure_conversion(source: Path, output: Path, workers: int, kills: int) -> 
 
 
 def _convert(source: Path, output: Path, workers: int, kill_after: float | None) -> tuple[float, int]:
-    """Seconds and peak memory of one conversion, or of a part of it."""
+    """Returns the seconds and the peak memory in bytes of a conversion, which may be killed after some seconds."""
     tool = Path(__file__).with_name("convert.py")
     arguments = ["imagenet64", "--input", source, "--output", output, "--workers", str(workers)]
     start, peak = time.perf_counter(), 0
@@ -93,20 +90,20 @@ def _convert(source: Path, output: Path, workers: int, kill_after: float | None)
 
 
 def _memory(pid: int) -> int:
-    """Bytes of a process and its children, shared pages divided among them."""
+    """Returns the memory in bytes of a process and its children, with shared pages divided among them."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
-        return 0  # it has just ended
+        return 0  # the process has just ended
     size = next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
     return 1024 * size + sum(_memory(int(child)) for child in children)
 
 
 def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: float) -> None:
-    """Images/s of the pipeline, of the plain chain and of a memory copy, turn by turn; medians."""
+    """Prints the median images/s of the pipeline, of a plain chain and of a memory copy, measured in turn."""
     height, width = Manifest.load(directory).split("train").image_size or (_SIDE, _SIDE)
-    # more than any cache holds, as the page cache is
+    # larger than the processor's caches, like the page cache
     memory = [np.full((batch_size, height, width, 3), at, np.uint8) for at in range(64)]
 
     def pipeline(num_threads: int, crop: Crop | None = None) -> Iterator[Any]:
@@ -133,9 +130,9 @@ def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: floa
 
 
 def _plain_chain(directory: Path, batch_size: int, threads: int | None = None) -> Iterator[Any]:
-    """The usual chain, record by record: it parses as little as can be, and flips nothing.
+    """Returns the usual Grain chain, record by record, with as little parsing as possible and no flips.
 
-    Grain's own threads read records ahead, or, tuned, `threads` of them whole batches.
+    By default, Grain's own threads read single records ahead. With `threads`, that many threads read whole batches.
     """
     split = Manifest.load(directory).split("train")
     size = (*(split.image_size or (_SIDE, _SIDE)), -1)
@@ -155,7 +152,7 @@ def _plain_chain(directory: Path, batch_size: int, threads: int | None = None) -
 
 
 def _speed(iterator: Iterator[Any], batch_size: int, seconds: float) -> float:
-    for _ in range(20):  # the buffers fill, the files open
+    for _ in range(20):  # fill the buffers and open the files
         next(iterator)
     start, batches = time.perf_counter(), 0
     while (passed := time.perf_counter() - start) < seconds:
@@ -165,7 +162,7 @@ def _speed(iterator: Iterator[Any], batch_size: int, seconds: float) -> float:
 
 
 def measure_codecs(directory: Path, count: int) -> None:
-    """Bytes per record, and microseconds to encode and decode one."""
+    """Prints the bytes per record, and the microseconds to encode and decode a record."""
     reader = ShardReader(directory, Manifest.load(directory).split("train").shards)
     examples = [decode(record) for record in reader.read(np.arange(count))]
     gray = all((e["image"] == e["image"][..., :1]).all() for e in examples)
@@ -185,23 +182,23 @@ def measure_codecs(directory: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Parses the command line and measures."""
-    parser = argparse.ArgumentParser(description="Measures the data room at scale.")
+    """Parses the command line and runs one benchmark."""
+    parser = argparse.ArgumentParser(description="Benchmarks conversion and reading on synthetic images.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("make", help="write synthetic images")
     command.add_argument("folder", type=Path)
     command.add_argument("--images", type=int, default=200_000)
-    command = commands.add_parser("convert", help="measure a conversion of them")
+    command = commands.add_parser("convert", help="measure a conversion of these images")
     command.add_argument("source", type=Path)
     command.add_argument("output", type=Path)
     command.add_argument("--workers", type=int, default=2)
     command.add_argument("--kills", type=int, default=0)
-    command = commands.add_parser("read", help="measure reading of a data set")
+    command = commands.add_parser("read", help="measure reading a data set")
     command.add_argument("directory", type=Path)
     command.add_argument("--batch-size", type=int, default=256)
     command.add_argument("--rounds", type=int, default=5)
     command.add_argument("--seconds", type=float, default=2)
-    command = commands.add_parser("codecs", help="measure the record codecs on a data set's images")
+    command = commands.add_parser("codecs", help="measure the codecs on the images of a data set")
     command.add_argument("directory", type=Path)
     command.add_argument("--count", type=int, default=2000)
     args = parser.parse_args()

@@ -18,10 +18,7 @@ def main() -> None:
     parser.add_argument("parts", type=Path, nargs="*", help="other folders, whose shards are copied into it")
     parser.add_argument("--max-unreadable", type=float, default=0.01, help="largest accepted share (default: 0.01)")
     args = parser.parse_args()
-    for part in args.parts:
-        job.gather(args.directory, part)
-    manifest = job.finish(args.directory, args.max_unreadable)
-    for name, split in manifest.splits.items():
+    for name, split in job.join(args.directory, args.parts, args.max_unreadable).splits.items():
         print(f"{args.directory}: {name}: {split.num_images:,} images in {len(split.shards)} shards")
 
 

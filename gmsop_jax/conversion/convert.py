@@ -78,24 +78,20 @@ def convert(
       DataError: if the source or the output folder is wrong, or can't be read or written.
     """
     _check_settings(workers, shards, limit, seed, codec, shard_range, max_unreadable)
+    if "" in (input_path, output_dir):
+        raise ConfigError("the name of the input or of the output is empty")
     output, options = Path(output_dir), options or Options()
     path = None if input_path is None else Path(input_path)
-    try:
-        with jobs.claim(output, shard_range):
-            source = open_source(source_name, Request(path, output / JOB_DIR / "scratch", seed, options))
-            pixel_bytes = _mean_pixel_bytes(source, seed, limit, codec)
-            job = _create_job(source_name, source, options, shards, limit, seed, codec, pixel_bytes)
-            if manifest := jobs.finished(output, job):
-                shutil.rmtree(output / JOB_DIR)
-                return manifest
-            jobs.start(output, job)
-            _write_shards(source, output, job, shard_range, workers, pixel_bytes, progress)
-            return jobs.finish(output, max_unreadable, verify=False) if shard_range[1] == 1 else None
-    except OSError as error:  # a full disk, a file without permission, too many open files, …
-        raise DataError(
-            f"the conversion to {output.absolute()} failed ({error}); mend that and run the same command again to"
-            " resume"
-        ) from error
+    with jobs.claim(output, shard_range):
+        source = open_source(source_name, Request(path, output / JOB_DIR / "scratch", seed, options))
+        pixel_bytes = _mean_pixel_bytes(source, seed, limit, codec)
+        job = _create_job(source_name, source, options, shards, limit, seed, codec, pixel_bytes)
+        if manifest := jobs.finished(output, job):
+            shutil.rmtree(output / JOB_DIR)
+            return manifest
+        jobs.start(output, job)
+        _write_shards(source, output, job, shard_range, workers, pixel_bytes, progress)
+        return jobs.finish(output, max_unreadable, verify=False) if shard_range[1] == 1 else None
 
 
 def _write_shards(

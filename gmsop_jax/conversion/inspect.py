@@ -34,12 +34,13 @@ def describe(manifest: Manifest) -> str:
         lines.append(f"{label:>9}  {name:{width}}  {counts}")
     provenance = manifest.provenance
     lines.append(
-        f"converted by gmsop_jax {provenance['tool_version']}, seed {provenance['seed']}, limit {provenance['limit']},"
-        f" codec {provenance['codec']}, options {provenance['options']}"
+        f"converted by gmsop_jax {provenance.get('tool_version')}: "
+        + ", ".join(f"{name} {provenance.get(name)}" for name in ("seed", "limit", "codec", "options"))
     )
-    lines += [f"from {file['name']}: {file['bytes']:,} bytes, sha256 {file['sha256']}" for file in provenance["files"]]
-    if provenance["unreadable"]:
-        lines.append(f"{len(provenance['unreadable'])} unreadable images were skipped")
+    for file in provenance.get("files", ()):
+        lines.append(f"from {file['name']}: {file['bytes']:,} bytes, sha256 {file['sha256']}")
+    if unreadable := provenance.get("unreadable"):
+        lines.append(f"{len(unreadable)} unreadable images were skipped")
     return "\n".join(lines)
 
 

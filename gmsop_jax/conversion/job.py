@@ -66,17 +66,26 @@ class ConversionJob:
 
 @contextlib.contextmanager
 def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
-    """Creates the folder for a conversion; if nothing comes of it, it is left as it was found."""
-    check_output(output)
-    existed = output.exists()
-    (output / JOB_DIR).mkdir(parents=True, exist_ok=True)
+    """Creates the output folder of a conversion; if nothing comes of it, it is left as it was found.
+
+    Raises: DataError if the folder holds anything else, or in place of an OSError: a full disk, for example.
+    """
     try:
-        yield
-    finally:
-        if (output / JOB_DIR).exists() and not (output / JOB_DIR / "job.json").exists():
-            shutil.rmtree(output / JOB_DIR)
-            if not existed:
-                output.rmdir()
+        check_output(output)
+        existed = output.exists()
+        (output / JOB_DIR).mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            if (output / JOB_DIR).exists() and not (output / JOB_DIR / "job.json").exists():
+                shutil.rmtree(output / JOB_DIR)
+                if not existed:
+                    output.rmdir()
+    except OSError as error:
+        raise DataError(
+            f"the conversion to {output.absolute()} failed ({error}); mend that and run the same command again to"
+            " resume"
+        ) from error
 
 
 def check_output(output: Path) -> None:
@@ -169,6 +178,23 @@ def write_sums(output: Path, sums: Sequence[str]) -> None:
 def read_sums(output: Path) -> list[str] | None:
     """Returns the checksums of the input files, or None if they have not been computed yet."""
     return _read(output / JOB_DIR / "sums.json")
+
+
+def join(output: Path, parts: Sequence[Path], max_unreadable: float) -> Manifest:
+    """Joins the parts of a conversion that were made with shard ranges.
+
+    Args:
+      output: the folder that becomes the data set.
+      parts: other folders of the same conversion, whose shards are copied to `output`.
+      max_unreadable: largest share of unreadable images that is accepted.
+    Returns: the manifest.
+    Raises: DataError if shards are missing, a folder contains another conversion, or copying fails.
+    """
+    load(output)
+    with claim(output, (0, 1)):
+        for part in parts:
+            gather(output, part)
+        return finish(output, max_unreadable)
 
 
 def gather(output: Path, part: Path) -> None:

@@ -198,7 +198,7 @@ def _write_records(
         try:
             image, label = source.load(split, index)
         except UnreadableImage as error:
-            unreadable.append(str(error))
+            unreadable.append(str(error).encode("utf-8", "backslashreplace").decode())  # names may not be UTF-8
         except OSError as error:  # too many open files, for example: never a damaged image
             raise DataError(f"image {index} of split {split!r} can't be read from the source: {error}") from error
         else:

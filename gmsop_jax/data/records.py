@@ -37,7 +37,7 @@ HEADER = np.dtype(
     ]
 )
 _CRC = slice(HEADER.itemsize - 4, HEADER.itemsize)
-_MAX_SIDE = 2**16 - 1
+MAX_SIDE = 2**16 - 1
 _FORMATS: dict[Codec, tuple[str, dict[str, int]]] = {
     "png": ("PNG", {}),
     "jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
@@ -128,8 +128,8 @@ def _check_image(pixels: np.ndarray) -> None:
         raise DataError(f"image has dtype {pixels.dtype}; records hold uint8")
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         raise DataError(f"image has shape {pixels.shape}; expected [h, w], [h, w, 1] or [h, w, 3]")
-    if not all(1 <= side <= _MAX_SIDE for side in pixels.shape[:2]):
-        raise DataError(f"image is {pixels.shape[0]}×{pixels.shape[1]}; sides go from 1 to {_MAX_SIDE}")
+    if not all(1 <= side <= MAX_SIDE for side in pixels.shape[:2]):
+        raise DataError(f"image is {pixels.shape[0]}×{pixels.shape[1]}; sides go from 1 to {MAX_SIDE}")
 
 
 def _header(record: bytes) -> np.void:

@@ -216,9 +216,8 @@ def test_shard_ranges_join(imagenet: Path, reference: Path, tmp_path: Path):
     for at, where in enumerate((output, other, output)):
         assert convert("imagenet64", imagenet, where, shards=6, shard_range=(at, 3), progress=False) is None
     with pytest.raises(DataError, match=r"3 of 8 shards have not been converted yet, such as train-00001-of-00006"):
-        job.finish(output, 0)
-    job.gather(output, other)
-    job.finish(output, 0)
+        job.join(output, [], 0)
+    job.join(output, [other], 0)
     assert contents(output) == contents(reference)
 
 
@@ -226,9 +225,9 @@ def test_gather_refuses_another_conversion(imagenet: Path, tmp_path: Path):
     for seed in (0, 1):
         convert("imagenet64", imagenet, tmp_path / str(seed), seed=seed, shard_range=(0, 2), progress=False)
     with pytest.raises(DataError, match="different settings"):
-        job.gather(tmp_path / "0", tmp_path / "1")
+        job.join(tmp_path / "0", [tmp_path / "1"], 0)
     with pytest.raises(DataError, match="contains no unfinished conversion"):
-        job.gather(tmp_path / "0", tmp_path)
+        job.join(tmp_path / "0", [tmp_path], 0)
 
 
 def test_foreign_output_is_refused_and_untouched(tmp_path: Path):
@@ -291,6 +290,27 @@ def test_wrong_numbers(tmp_path: Path, arguments: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         convert("fashion-mnist", None, tmp_path / "set", **arguments)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "--size is 0"),
+        ({"size": 65_536}, "--size is 65536; it must be from 1 to 65,535"),
+        ({"resize": "magic"}, "--resize is 'magic'; it must be one of matlab, pillow"),
+        ({"val_fraction": float("nan")}, "--val-fraction is nan"),
+        ({"val_fraction": 1.5}, "--val-fraction is 1.5"),
+    ],
+)
+def test_wrong_options(options: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        Options(**options)
+
+
+@pytest.mark.parametrize("paths", [("", "set"), ("in", "")])
+def test_empty_names_are_not_the_current_folder(paths: tuple[str, str]):
+    with pytest.raises(ConfigError, match="name of the input or of the output is empty"):
+        convert("image-folder", *paths)
 
 
 def test_more_shards_than_images(tmp_path: Path):
@@ -402,9 +422,8 @@ def test_joining_compares_checksums(imagenet: Path, tmp_path: Path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    job.gather(tmp_path / "0", tmp_path / "1")
     with pytest.raises(DataError, match="1 of 3 shards have not been converted yet, such as train-00001"):
-        job.finish(tmp_path / "0", 0)
+        job.join(tmp_path / "0", [tmp_path / "1"], 0)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"sha256": "0", "value": {}}', "null", ""])

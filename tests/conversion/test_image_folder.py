@@ -122,6 +122,17 @@ def test_links_that_lead_nowhere_or_in_circles_are_refused(folder: Path):
         opened(folder)
 
 
+def test_names_that_are_not_utf8(folder: Path, tmp_path: Path):
+    (folder / "train/cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"damaged")
+    manifest = convert("image-folder", folder, tmp_path / "set", max_unreadable=0.5, progress=False)
+    assert manifest is not None
+    assert manifest.provenance["unreadable"][0].startswith(r"train/cat/caf\udce9.png: ")
+    (folder / "train/cat").rename(folder / "train" / os.fsdecode(b"caf\xe9"))
+    (folder / "val/cat").rename(folder / "val" / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match="is not valid UTF-8; rename it"):
+        opened(folder)
+
+
 def test_fifos_are_not_read(folder: Path):
     os.mkfifo(folder / "train/cat/9.png")
     assert opened(folder).num_images == {"train": 6, "val": 6}

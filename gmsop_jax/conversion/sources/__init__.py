@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gmsop_jax.data.records import MAX_SIDE
 from gmsop_jax.data.resize import METHODS, Method
 from gmsop_jax.errors import ConfigError, DataError
 
@@ -90,8 +91,10 @@ class Options:
     follow_links: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ConfigError(f"--size is {self.size}; it must be at least 1")
+        if self.size is not None and not 1 <= self.size <= MAX_SIDE:
+            raise ConfigError(f"--size is {self.size}; it must be from 1 to {MAX_SIDE:,}")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise ConfigError(f"--val-fraction is {self.val_fraction}; it must be between 0 and 1, such as 0.1")
         if self.resize not in (None, *METHODS):
             raise ConfigError(f"--resize is {self.resize!r}; it must be one of {', '.join(METHODS)}")
 

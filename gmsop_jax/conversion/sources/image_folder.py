@@ -86,6 +86,9 @@ def open_source(request: Request) -> ImageFolder:
     for split, images in found.items():
         if unknown := sorted(images.keys() - found["train"].keys()):
             raise DataError(f"{folders[split].absolute()} has classes that train lacks: {', '.join(unknown[:5])}")
+    for name in classes:
+        if name.encode("utf-8", "ignore").decode() != name:
+            raise DataError(f"the name of the class folder {name!r} is not valid UTF-8; rename it")
     listing = hashlib.sha256()
     names, labels = {}, {}
     for split, images in found.items():
