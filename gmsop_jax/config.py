@@ -1,30 +1,31 @@
-"""Configurations: defaults, overrides from the command line, and validation.
+"""Configurations: fields with their defaults, files, overrides from the command line, and validation.
 
-A configuration file is Python with a function `get_config()` that returns a `ConfigDict` made from
-`default_config()`; it is executed, so run only files you trust. One file may hold many configurations: in
-`file.py:argument` the text after the colon is handed to its `get_config(argument)`.
+A configuration file is a Python program with a function `get_config()` that returns a `ConfigDict` made with
+`default_config()`. It is executed, so run only files that you trust. One file can hold several configurations: for
+`file.py:argument`, `get_config(argument)` is called.
 """
 
 import ast
 import contextlib
-import difflib
+import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import traceback
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from gmsop_jax.config_checks import check_values
-from gmsop_jax.errors import ConfigError
+from gmsop_jax.errors import ConfigError, did_you_mean
+from gmsop_jax.models.network import BACKBONES, HEADS
 
 if TYPE_CHECKING:
 
     class ConfigDict(ml_collections.ConfigDict):
-        """ml_collections' own, whose fields a type checker can't know."""
+        """The class of ml_collections, with fields that a type checker cannot know."""
 
         def __getattr__(self, name: str) -> Any: ...
         def __getitem__(self, key: str) -> Any: ...
@@ -33,184 +34,388 @@ else:
     ConfigDict = ml_collections.ConfigDict
 
 
-def model_defaults() -> ConfigDict:
-    """Fields of `config.model`; the defaults are GM-SOP-16-8 on ResNet-18, 64×64 images."""
-    m = ConfigDict()
-    m.num_classes = 0  # 0: as many as the data set has
-    m.compute_dtype = ""  # '' follows the parameters (float32); bfloat16 for the convolutions
-    # backbone
-    m.backbone = "narrow"  # basic blocks; or resnet50 | resnet101 | resnext50_32x4d | resnext101_{32,64}x4d
-    m.blocks_per_stage = 2  # narrow: 2 is ResNet-18, 4 WRN-36, 6 the authors' 64×64 "ResNet-50"
-    m.width_factor = 1  # narrow: multiplies stage_widths; 2 is WRN-36-2
-    m.stage_widths = (16, 32, 64, 128)  # narrow: channels of each stage
-    m.stem_width = 16  # narrow: channels of the first convolution
-    m.stem = "small"  # 3×3 at stride 1; large: 7×7 at stride 2 and max-pool, for 224×224 (not narrow)
-    m.stage_strides = (1, 2, 2, 1)  # of each stage's first block; first-order heads end with 2
-    m.pixel_scale = 60.0  # the stem's kernel starts at He's scale over this, learns at its square
-    m.batch_norm_rate = 0.3  # share of the batch in the running moments
-    # head
-    m.head = "gmsop"  # gap | sop | srsop | mpncov, and mixtures {gm,ave,concat} of {gap,sop}: gmgap …
-    m.projection_widths = ()  # heads without mixture: 1×1 convolutions before the pooling
-    m.projection_batch_norm = False  # batch norm after each of them, as iSQRT-COV
-    m.num_iters = 3  # Newton–Schulz steps; iSQRT-COV takes 5
-    m.power = 0.5  # α of mpncov
-    # mixtures
-    m.num_candidates = 16  # N, size of the bank
-    m.num_selected = 8  # K, candidates per image; gated mixtures only
-    m.candidate_widths = (256, 128)  # 1×1 convolutions of a candidate; the last one is pooled
-    m.dispatch = "auto"  # how the selected candidates are run: gather | loop; auto by the backend
-    m.dropout_rate = 0.2  # before the classifier of a mixture
-    # gate
-    m.gate_widths = (256, 128)  # 1×1 convolutions of the gate's trunk
-    m.gate_order = 0  # of the gate's pooling: 1 average, 2 covariance; 0: as the candidates'
-    m.gate_init = "constant"  # every logit ties at the start; random
-    m.gate_noise = "image"  # one draw an image, learned scale | candidate | fixed (1/N) | none
-    m.gate_softmax = "selected"  # the weights sum to 1 | all: softmax over the N, the others dropped
-    m.gate_gradient = "straight_through"  # or masked, the authors'
-    m.balance_on = "weights"  # of the selected | softmax: over all N
-    m.balance_ddof = 1  # variance over N − 1; 0: over N
-    return m
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """The values that a field may have.
+
+    Attributes:
+      contains: whether a value of the field's type is allowed.
+      description: completes the sentence "the field must be …".
+      choices: the values, if there are only a few.
+    """
+
+    contains: Callable[[Any], bool]
+    description: str
+    choices: tuple[Any, ...] = ()
 
 
-def default_config() -> ConfigDict:
-    """Every field there is; GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, the authors' recipe."""
-    c = ConfigDict()
-    c.seed = 0  # of initialisation, data order, augmentation, gate noise and dropout
-    c.compute_dtype = ""  # see model.compute_dtype, which follows it
-    c.model = model_defaults()
-    c.model.compute_dtype = c.get_ref("compute_dtype")
-
-    c.data = ConfigDict()
-    c.data.dir = "data/imagenet64"  # shards and dataset.json, as tools/convert.py makes them
-    c.data.source = "imagenet64"  # the source that tools/convert.py makes them from
-    c.data.auto_convert = False  # convert the source's embedded sample if dir doesn't exist
-    c.data.image_size = 0  # side to which images are resized; 0: as stored
-    c.data.flip = True  # mirror half of the training images
-    c.data.crop = "none"  # padded: random crop after padding | resized: random part, resized
-    c.data.crop_padding = 4  # pixels of padding around the image, mean colour
-    c.data.crop_area = (0.08, 1.0)  # least and largest share of the image that is cut out and resized
-    c.data.num_threads = 2  # batches prepared at once; more gain nothing but where images are resized
-    c.data.num_workers = 0  # processes that prepare them instead; for slow resizing
-    c.data.on_corrupt = "stop"  # at a damaged shard or record; skip: go on without, and say which
-    c.data.verify = True  # compare the shards' checksums before the first step
-
-    c.train = ConfigDict()
-    c.train.batch_size = 256  # over all devices
-    c.train.num_epochs = 60  # passes over the training split
-    c.train.optimizer = "sgd"  # adamw
-    c.train.learning_rates = ((0.1, 40), (0.01, 10), (0.001, 5), (0.0001, 5))  # (rate, epochs) …
-    c.train.schedule = "steps"  # cosine: from the one rate of learning_rates to 0 in its epochs
-    c.train.warmup_epochs = 0.0  # in which the rate rises linearly to what the schedule says
-    c.train.rate_factors = ()  # ((part, factor), …), like (("backbone", 0.1),); 0 freezes the part
-    c.train.momentum = 0.9  # of SGD; β₁ of AdamW
-    c.train.beta2 = 0.999  # of AdamW
-    c.train.nesterov = False  # Nesterov's momentum
-    c.train.weight_decay = 1e-4  # on every parameter: biases, batch norm and gate too
-    c.train.label_smoothing = 0.0  # share of the target that is spread over all classes
-    c.train.mixup_alpha = 0.0  # of the Beta(α, α) that mixes pairs of images; 0: none
-    c.train.ema_decay = 0.0  # of averaged parameters, which are then evaluated; 0: none
-    c.train.init_from = ""  # folder of a run whose parameters this one starts from
-    c.train.balance_weight = 100.0  # α; the loss is the mean cross entropy + α/B · balance loss
-    c.train.drop_last = True  # False trains on the smaller last batch of an epoch, as the authors
-    c.train.sub_batches = 1  # parts of a batch, one after the other: less memory, a forward pass more
-    c.train.on_nonfinite = "stop"  # rollback: go on from the last checkpoint without that step's batch
-    c.train.log_every_steps = 100  # training metrics are told so often, and at each epoch's end
-
-    c.parallel = ConfigDict()
-    c.parallel.mode = "jit"  # one program that XLA splits over all devices | pmap: one for each device
-    c.parallel.cpu_devices = 1  # as which a CPU is taken; 0: a device a core, faster for small networks
-    c.parallel.batch_norm = "global"  # moments of the whole batch | device: of each device's part
-    c.parallel.shard_optimizer = False  # split the optimiser's state over the devices (jit)
-    c.parallel.shard_classifier = False  # split the classifier over the devices (jit)
-
-    c.eval = ConfigDict()
-    c.eval.split = "val"  # evaluated after each epoch
-    c.eval.batch_size = 256  # over all devices; also of --mode predict
-    c.eval.resize = 0  # shorter side before the centre is cut out; 0: whole images to data.image_size
-    c.eval.flip_average = False  # mean of the logits of each image and its mirror image
-
-    c.checkpoint = ConfigDict()
-    c.checkpoint.keep = 3  # the last n are kept, and the best
-    c.checkpoint.every_steps = 0  # within an epoch too; 0: at each epoch's end only
-    return c
+def _one_of(*choices: Any) -> Allowed:
+    return Allowed(lambda value: value in choices, f"one of {choices}", choices)
 
 
-# What a resumed run may change: it decides where things lie and how often they are told, not what is
-# computed.
-_MAY_DIFFER = (
-    "data.dir",
-    "data.auto_convert",
-    "data.num_threads",
-    "data.num_workers",
-    "data.on_corrupt",
-    "data.verify",
-    "model.dispatch",
-    "train.num_epochs",  # a finished run may be given more: the last learning rate goes on
-    "train.log_every_steps",
-    "train.on_nonfinite",
-    "parallel.mode",
-    "parallel.cpu_devices",
-    "parallel.shard_optimizer",
-    "parallel.shard_classifier",
-    "eval.batch_size",
-    "checkpoint.keep",
-    "checkpoint.every_steps",
+def _between(low: float, high: float) -> Allowed:
+    return Allowed(lambda value: low <= value <= high, f"between {low} and {high}")
+
+
+def _at_least(low: float) -> Allowed:
+    return Allowed(lambda value: value >= low, f"at least {low}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_pairs(value: tuple, first: Callable[[Any], bool], second: Callable[[Any], bool]) -> bool:
+    return all(isinstance(p, tuple | list) and len(p) == 2 and first(p[0]) and second(p[1]) for p in value)
+
+
+def _are_sizes(value: tuple) -> bool:
+    return all(type(size) is int and 0 < size < 2**20 for size in value)
+
+
+def _is_area(value: tuple) -> bool:
+    return len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1] <= 1
+
+
+_ANY = Allowed(lambda value: True, "anything")
+_FRACTION = Allowed(lambda value: 0 <= value < 1, "in [0, 1)")
+_POSITIVE = Allowed(lambda value: value > 0, "positive")
+_SIZES = Allowed(lambda value: bool(value) and _are_sizes(value), "positive integers, like (256, 128)")
+_RATES = Allowed(
+    lambda value: (
+        bool(value) and _are_pairs(value, lambda r: _is_number(r) and r > 0, lambda e: type(e) is int and e > 0)
+    ),
+    "pairs (rate > 0, epochs ≥ 1), like ((0.1, 40), (0.01, 10))",
+)
+_FACTORS = Allowed(
+    lambda value: _are_pairs(value, lambda n: isinstance(n, str), lambda f: _is_number(f) and f >= 0),
+    'pairs (part, factor ≥ 0), like (("backbone", 0.1), ("backbone/stem", 0))',
 )
 
 
-def load(path: str | pathlib.Path, overrides: list[str] | tuple[str, ...] = ()) -> ConfigDict:
-    """Reads a configuration file, applies `field=value` overrides, and validates the result.
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a configuration.
+
+    Attributes:
+      default: its default, which also determines its type.
+      meaning: what it means, for the reference in docs/configuration.md.
+      allowed: its values.
+      resumable: whether a resumed run may change it, because the results do not depend on it (other than by rounding).
+    """
+
+    default: Any
+    meaning: str
+    allowed: Allowed = _ANY
+    resumable: bool = False
+
+
+# fmt: off  (one line per field)
+# The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, with the authors' recipe.
+FIELDS = {
+    "seed": Field(
+        0, "seed of initialization, data order, augmentation, gate noise and dropout", _between(0, 2**32 - 1)
+    ),
+    "compute_dtype": Field(
+        "",
+        "dtype of the convolutions; '' means that of the parameters, float32",
+        _one_of("", "float32", "bfloat16", "float64"),
+    ),
+    "model.num_classes": Field(0, "number of classes; 0 means as many as the data set has", _between(0, 10**6)),
+    "model.compute_dtype": Field(
+        "", "the same value as `compute_dtype`", _one_of("", "float32", "bfloat16", "float64")
+    ),
+    # backbone
+    "model.backbone": Field(
+        "narrow",
+        "`narrow` (the authors' ResNet of basic blocks), or a ResNet or ResNeXt for ImageNet",
+        _one_of(*BACKBONES),
+    ),
+    "model.blocks_per_stage": Field(
+        2, "narrow: 2 gives ResNet-18, 4 gives WRN-36, 6 gives the authors' 64×64 ResNet-50", _between(1, 1000)
+    ),
+    "model.width_factor": Field(1, "narrow: factor for `stage_widths`; 2 gives WRN-36-2", _between(1, 1000)),
+    "model.stage_widths": Field((16, 32, 64, 128), "narrow: channels of each stage", _SIZES),
+    "model.stem_width": Field(16, "narrow: channels of the first convolution", _between(1, 2**16)),
+    "model.stem": Field(
+        "small",
+        "`small` is 3×3 with stride 1; `large` is 7×7 with stride 2 and max-pooling, for 224×224 (not narrow)",
+        _one_of("small", "large"),
+    ),
+    "model.stage_strides": Field(
+        (1, 2, 2, 1), "stride of the first block of each stage; the last one is 2 for first-order heads", _SIZES
+    ),
+    "model.pixel_scale": Field(
+        60.0,
+        "typical pixel value; the stem's kernel is initialized smaller by this factor and learns slower by its square",
+        _POSITIVE,
+    ),
+    "model.batch_norm_rate": Field(
+        0.3,
+        "weight of the current batch in the running moments of batch norm",
+        Allowed(lambda v: 0 < v <= 1, "in (0, 1]"),
+    ),
+    # head
+    "model.head": Field("gmsop", "pooling and classifier, see docs/heads.md", _one_of(*HEADS)),
+    "model.projection_widths": Field(
+        (),
+        "heads without a mixture: channels of 1×1 convolutions before the pooling",
+        Allowed(_are_sizes, "positive integers, like (256,)"),
+    ),
+    "model.projection_batch_norm": Field(False, "apply batch norm after each of these convolutions, as iSQRT-COV does"),
+    "model.num_iters": Field(3, "Newton–Schulz iterations; iSQRT-COV uses 5", _between(1, 100)),
+    "model.power": Field(0.5, "exponent α of the head `mpncov`", _POSITIVE),
+    # mixtures
+    "model.num_candidates": Field(16, "N, the number of candidates in the bank", _between(1, 10**6)),
+    "model.num_selected": Field(8, "K, the number of candidates selected per image; gated mixtures only", _at_least(1)),
+    "model.candidate_widths": Field(
+        (256, 128), "channels of a candidate's 1×1 convolutions; the last one is pooled", _SIZES
+    ),
+    "model.dispatch": Field(
+        "auto",
+        "how the selected candidates are computed; `auto` decides by the backend",
+        _one_of("auto", "gather", "loop"),
+        resumable=True,
+    ),
+    "model.dropout_rate": Field(0.2, "dropout before the classifier of a mixture", _FRACTION),
+    # gate
+    "model.gate_widths": Field((256, 128), "channels of the 1×1 convolutions of the gate", _SIZES),
+    "model.gate_order": Field(
+        0, "pooling of the gate: 1 averages, 2 covariances, 0 the order of the candidates", _one_of(0, 1, 2)
+    ),
+    "model.gate_init": Field(
+        "constant",
+        "initial gate weights; with `constant`, all logits are equal at first",
+        _one_of("constant", "random"),
+    ),
+    "model.gate_noise": Field(
+        "image",
+        "noise of the logits: one draw per `image` or per `candidate` with a learned scale, `fixed` scale 1/N, or `none`",
+        _one_of("image", "candidate", "fixed", "none"),
+    ),
+    "model.gate_softmax": Field(
+        "selected",
+        "softmax over the `selected` logits, or over `all` N with the other weights set to 0",
+        _one_of("selected", "all"),
+    ),
+    "model.gate_gradient": Field(
+        "straight_through",
+        "gradient of the weights: `straight_through`, or `masked` as the authors have it",
+        _one_of("straight_through", "masked"),
+    ),
+    "model.balance_on": Field(
+        "weights", "balance the gate's `weights`, or the `softmax` over all N logits", _one_of("weights", "softmax")
+    ),
+    "model.balance_ddof": Field(1, "1 divides the variance in the balance loss by N − 1, 0 by N", _one_of(0, 1)),
+    # data
+    "data.dir": Field(
+        "data/imagenet64", "folder with the shards and dataset.json that tools/convert.py wrote", resumable=True
+    ),
+    "data.source": Field("imagenet64", "source that tools/convert.py converted the data from"),
+    "data.auto_convert": Field(
+        False, "convert the source's embedded sample if `data.dir` does not exist", resumable=True
+    ),
+    "data.image_size": Field(
+        0, "side to which images are resized; 0 means that they keep their size", _between(0, 4096)
+    ),
+    "data.flip": Field(True, "mirror half of the training images"),
+    "data.crop": Field(
+        "none",
+        "random crop of training images: `padded` pads and cuts, `resized` cuts and resizes",
+        _one_of("none", "padded", "resized"),
+    ),
+    "data.crop_padding": Field(4, "crop `padded`: pixels of mean colour added on each side", _between(0, 4096)),
+    "data.crop_area": Field(
+        (0.08, 1.0),
+        "crop `resized`: smallest and largest share of the image's area",
+        Allowed(_is_area, "(least, largest) share in (0, 1]"),
+    ),
+    "data.num_threads": Field(
+        2,
+        "batches prepared at once; more threads help only where images are resized",
+        _between(1, 1024),
+        resumable=True,
+    ),
+    "data.num_workers": Field(
+        0,
+        "processes that prepare batches instead of threads; useful for slow resizing",
+        _between(0, 1024),
+        resumable=True,
+    ),
+    "data.on_corrupt": Field(
+        "stop",
+        "at a damaged shard or record, `stop`, or `skip` it and log that",
+        _one_of("stop", "skip"),
+        resumable=True,
+    ),
+    "data.verify": Field(True, "verify the checksums of the shards before the first step", resumable=True),
+    # training
+    "train.batch_size": Field(256, "images per step, over all devices", _between(1, 2**24)),
+    "train.num_epochs": Field(
+        60, "passes over the training split; a finished run may be given more", _at_least(1), resumable=True
+    ),
+    "train.optimizer": Field("sgd", "`sgd` or `adamw`", _one_of("sgd", "adamw")),
+    "train.learning_rates": Field(((0.1, 40), (0.01, 10), (0.001, 5), (0.0001, 5)), "pairs (rate, epochs)", _RATES),
+    "train.schedule": Field(
+        "steps", "`steps` uses the pairs in turn; `cosine` decays a single pair's rate to 0", _one_of("steps", "cosine")
+    ),
+    "train.warmup_epochs": Field(0.0, "epochs of linear warm-up", _at_least(0.0)),
+    "train.rate_factors": Field(
+        (),
+        "pairs (part, factor) for the learning rates of parts, like (('backbone', 0.1),); 0 freezes a part",
+        _FACTORS,
+    ),
+    "train.momentum": Field(0.9, "momentum of SGD; β₁ of AdamW", _FRACTION),
+    "train.beta2": Field(0.999, "β₂ of AdamW", _FRACTION),
+    "train.nesterov": Field(False, "use Nesterov's momentum (SGD)"),
+    "train.weight_decay": Field(
+        1e-4, "weight decay of every parameter, including biases, batch norm and gate", _at_least(0.0)
+    ),
+    "train.label_smoothing": Field(0.0, "share of the target that is spread over all classes", _FRACTION),
+    "train.mixup_alpha": Field(
+        0.0, "α of the Beta(α, α) that mixes pairs of images; 0 turns mixup off", _at_least(0.0)
+    ),
+    "train.ema_decay": Field(
+        0.0, "decay of the parameter averages, which are then evaluated; 0 turns them off", _FRACTION
+    ),
+    "train.init_from": Field("", "working directory of a run whose parameters this run starts from"),
+    "train.balance_weight": Field(100.0, "α; the loss is the mean cross entropy + α/B · balance loss", _at_least(0.0)),
+    "train.drop_last": Field(True, "drop the smaller last batch of an epoch; the authors train on it"),
+    "train.sub_batches": Field(
+        1, "parts of a batch that are computed one after the other; needs less memory and more time", _between(1, 2**24)
+    ),
+    "train.on_nonfinite": Field(
+        "stop",
+        "if the loss is not finite, `stop`, or `rollback` to the last checkpoint and skip that batch",
+        _one_of("stop", "rollback"),
+        resumable=True,
+    ),
+    "train.log_every_steps": Field(
+        100, "log training metrics every this many steps, and at the end of each epoch", _at_least(1), resumable=True
+    ),
+    # devices
+    "parallel.mode": Field(
+        "jit",
+        "compile the step with `jit` (and shard_map) or with `pmap`; both run the same function",
+        _one_of("jit", "pmap"),
+        resumable=True,
+    ),
+    "parallel.cpu_devices": Field(
+        1,
+        "number of JAX devices to split the CPU into; 0 means one per core, which is faster for small networks",
+        _between(0, 1024),
+        resumable=True,
+    ),
+    "parallel.batch_norm": Field(
+        "global", "batch norm over the `global` batch or over each `device`'s part", _one_of("global", "device")
+    ),
+    # evaluation
+    "eval.split": Field("val", "split that is evaluated after each epoch"),
+    "eval.batch_size": Field(
+        256, "images per step in evaluation and prediction, over all devices", _between(1, 2**24), resumable=True
+    ),
+    "eval.resize": Field(
+        0,
+        "resize the shorter side to this and use the centre; 0 resizes the whole image to `data.image_size`",
+        _between(0, 8192),
+    ),
+    "eval.flip_average": Field(False, "average the logits of each image and its mirror image"),
+    # checkpoints
+    "checkpoint.keep": Field(
+        3, "number of latest checkpoints to keep, besides the best", _between(1, 10**6), resumable=True
+    ),
+    "checkpoint.every_steps": Field(
+        0,
+        "save a checkpoint every this many steps too; 0 saves at the end of each epoch only",
+        _at_least(0),
+        resumable=True,
+    ),
+}
+# fmt: on
+
+# Fields of earlier versions that no longer exist, with the only value that still describes what is computed.
+_REMOVED_FIELDS = {"parallel.shard_optimizer": False, "parallel.shard_classifier": False}
+
+
+def default_config() -> ConfigDict:
+    """A new configuration with all fields at their defaults: GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet."""
+    config = ConfigDict()
+    for name, field in FIELDS.items():
+        section, _, leaf = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        _parent(config, section)[leaf] = field.default
+    config.model.compute_dtype = config.get_ref("compute_dtype")
+    return config
+
+
+def model_defaults() -> ConfigDict:
+    """The section `model` of `default_config()`."""
+    return default_config().model
+
+
+def _parent(config: ConfigDict, section: str) -> ConfigDict:
+    return config[section] if section else config
+
+
+def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads a configuration file, applies overrides, and validates the result.
 
     Args:
       path: `file.py` or `file.py:argument`.
-      overrides: see `override`.
+      overrides: assignments `field=value`, see `override`.
 
     Raises:
-      ConfigError: if the file is missing or has no `get_config`, or as `override` and `validate`.
+      ConfigError: if the file does not exist or has no `get_config`, and as `override` and `validate`.
     """
     file, argument = split_argument(path)
-    with _explaining(file):
-        module = run_file(file)
-        if not hasattr(module, "get_config"):
-            raise ConfigError(f"{file} has no function get_config()")
+    module = run_file(file)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{file} has no function get_config()")
+    with _naming_line(file):
         config = module.get_config(*argument)
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config() of {file} returns {config!r}; it should return default_config() with changes")
-    for item in overrides:
-        override(config, item)
+    for assignment in overrides:
+        override(config, assignment)
     validate(config)
     return config
 
 
 def run_file(file: pathlib.Path) -> types.ModuleType:
-    """Executes a configuration file, without asking it for a configuration.
+    """Executes a configuration file and returns it as a module.
 
     Raises:
-      ConfigError: if the file is missing, or what it does goes wrong.
+      ConfigError: if the file does not exist or raises an exception.
     """
     if not file.is_file():
-        raise ConfigError(f"no configuration file {file}; those that come along are in configs/")
+        raise ConfigError(f"there is no configuration file {file}; examples are in configs/")
     spec = importlib.util.spec_from_file_location(f"gmsop_config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{file} is no Python file; a configuration has a function get_config()")
+        raise ConfigError(f"{file} is not a Python file; a configuration is one with a function get_config()")
     module = importlib.util.module_from_spec(spec)
-    with _explaining(file):
+    with _naming_line(file):
         spec.loader.exec_module(module)
     return module
 
 
 @contextlib.contextmanager
-def _explaining(file: pathlib.Path) -> Iterator[None]:
+def _naming_line(file: pathlib.Path) -> Iterator[None]:
+    """Turns any exception of a user's file into a ConfigError that names the line."""
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # whatever the user's file may raise
-        raise ConfigError(f"{file}{_line_in(file, error)}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        where = f"{file}, line {line}" if line else str(file)
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def split_argument(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str]]:
-    """The file of `file.py:argument`, and a list that holds the argument if there is one.
+    """Splits `file.py:argument` into the file and a list with the argument, which is empty if there is none.
 
     Example:
       >>> split_argument("configs/imagenet.py:resnet50,gmsop")
@@ -221,7 +426,7 @@ def split_argument(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str]]:
 
 
 def run_name(path: str | pathlib.Path) -> str:
-    """A name for the runs of a configuration: its file's and its argument's.
+    """A name for the runs of a configuration, made from its file and argument.
 
     Example:
       >>> run_name("configs/imagenet.py:resnet50,gmsop")
@@ -231,18 +436,11 @@ def run_name(path: str | pathlib.Path) -> str:
     return "-".join([file.stem, *argument]).replace(",", "-").replace("/", "-")
 
 
-def _line_in(path: pathlib.Path, error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    line = lines[-1] if lines else getattr(error, "lineno", None)
-    return f", line {line}" if line else ""
-
-
 def override(config: ConfigDict, assignment: str) -> None:
-    """Sets one field from text, as in `train.batch_size=64`; the text is read as the field's type.
+    """Sets one field from text, as in `train.batch_size=64`. The text is read as the field's type.
 
     Raises:
-      ConfigError: if there is no such field or the value doesn't fit its type.
+      ConfigError: if there is no such field or the value does not have its type.
 
     Example:
       >>> config = default_config()
@@ -252,45 +450,56 @@ def override(config: ConfigDict, assignment: str) -> None:
       >>> override(config, "train.batchsize=64")
       Traceback (most recent call last):
       ...
-      gmsop_jax.errors.ConfigError: no field config.train.batchsize; did you mean train.batch_size?
+      gmsop_jax.errors.ConfigError: there is no field config.train.batchsize; did you mean train.batch_size?
     """
     name, separator, text = assignment.partition("=")
     if not separator:
         raise ConfigError(f"--config.{name} needs a value: --config.{name}=…")
-    fields = dict(flatten(config))
-    if name not in fields:
-        raise ConfigError(f"no field config.{name}; {_suggest(name, fields)}")
     section, _, leaf = name.rpartition(".")
-    parent = config[section] if section else config
-    value = _parse(name, text, fields[name])
-    parent[leaf] = value
-
-
-def _suggest(name: str, fields: Mapping[str, Any]) -> str:
-    by_leaf = [f for f in fields if f.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = by_leaf or difflib.get_close_matches(name, fields, 1, 0.6)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(fields)}"
-
-
-def _parse(name: str, text: str, current: Any) -> Any:
-    if isinstance(current, str):
-        return text
+    current = _parent(config, section)[leaf] if name in FIELDS else _refuse(name)
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(current, float) and type(value) is int:
-        value = float(value)
-    if isinstance(current, tuple) and isinstance(value, list):
-        value = tuple(value)
-    if type(value) is not type(current):
-        expected = type(current).__name__
-        raise ConfigError(f"config.{name} is of type {expected} (now {current!r}); {text!r} is none")
+        value = _PARSERS[type(FIELDS[name].default)](text)
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+        raise ConfigError(_wrong_type(name, text, current)) from error
+    _parent(config, section)[leaf] = value
+
+
+def _refuse(name: str) -> Any:
+    leaf = name.rpartition(".")[2]
+    same_leaf = [field for field in FIELDS if field.rpartition(".")[2] == leaf]
+    hint = f"did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(name, FIELDS)
+    raise ConfigError(f"there is no field config.{name}; {hint}")
+
+
+def _wrong_type(name: str, value: Any, current: Any) -> str:
+    kind = type(FIELDS[name].default).__name__
+    article = "an" if kind == "int" else "a"
+    return f"config.{name} must be {article} {kind} (it is currently {current!r}), but got {value!r}"
+
+
+def _parse_tuple(text: str) -> tuple:
+    value = as_tuples(ast.literal_eval(text))
+    if not isinstance(value, tuple):
+        raise ValueError(text)
     return value
 
 
+_PARSERS: dict[type, Callable[[str], Any]] = {
+    str: str,
+    int: lambda text: int(text, 10),
+    float: float,
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    tuple: _parse_tuple,
+}
+
+
+def as_tuples(value: Any) -> Any:
+    """The value with all lists in it replaced by tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field."""
+    """Yields (dotted name, value) for every field."""
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -299,59 +508,140 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterato
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks every field against its type, its range and the others.
+    """Checks the type and the value of every field, and that the fields fit each other.
 
     Raises:
-      ConfigError: naming the field, the value and what would be right.
+      ConfigError: naming the field, its value, and the values that are allowed.
     """
-    known = dict(flatten(default_config()))
     fields = dict(flatten(config))
-    for name, value in fields.items():
-        if name not in known:
-            raise ConfigError(f"no field config.{name}; {_suggest(name, known)}")
-        _parse(name, value if isinstance(value, str) else repr(value), known[name])
-    missing = [name for name in known if name not in fields]
-    if missing:
-        raise ConfigError(f"config.{missing[0]} is missing; start from default_config()")
-    check_values(config, default_config())
+    for name in fields:
+        if name not in FIELDS:
+            _refuse(name)
+    for name, field in FIELDS.items():
+        if name not in fields:
+            raise ConfigError(f"config.{name} is missing; start from default_config()")
+        _check_value(name, field, fields[name])
+    _check_model(config.model)
+    _check_data(config)
+    _check_train(config.train)
+
+
+def _check_value(name: str, field: Field, value: Any) -> None:
+    kind = type(field.default)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ConfigError(_wrong_type(name, value, field.default).replace("currently", "by default"))
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"config.{name} must be a finite number, got {value}")
+    if not field.allowed.contains(value):
+        strings = [choice for choice in field.allowed.choices if isinstance(choice, str) and choice]
+        hint = f"; {did_you_mean(str(value), strings, quote=True)}" if strings else ""
+        raise ConfigError(f"config.{name} must be {field.allowed.description}, got {value!r}{hint}")
+
+
+def _check_model(m: ConfigDict) -> None:
+    if m.head in ("gmgap", "gmsop") and m.num_selected > m.num_candidates:
+        raise ConfigError(
+            f"config.model.num_selected (K = {m.num_selected}) exceeds config.model.num_candidates"
+            f" (N = {m.num_candidates}); lower K or raise N"
+        )
+    if m.projection_widths and m.head not in ("gap", "sop", "srsop", "mpncov"):
+        raise ConfigError(
+            f"config.model.projection_widths = {m.projection_widths} applies to heads without a mixture, but"
+            f" config.model.head is {m.head!r}; use candidate_widths instead"
+        )
+    if m.projection_batch_norm and not m.projection_widths:
+        raise ConfigError("config.model.projection_batch_norm needs config.model.projection_widths, which is ()")
+    if m.backbone == "narrow":
+        if m.stem != "small":
+            raise ConfigError(f"config.model.stem = {m.stem!r} needs a backbone other than 'narrow'")
+        if len(m.stage_widths) != len(m.stage_strides):
+            raise ConfigError(
+                f"config.model.stage_widths {m.stage_widths} and stage_strides {m.stage_strides} need one entry for"
+                " each stage"
+            )
+        return
+    for name in ("blocks_per_stage", "width_factor", "stage_widths", "stem_width"):
+        if m[name] != FIELDS[f"model.{name}"].default:
+            raise ConfigError(f"config.model.{name} applies to the backbone 'narrow' only, not to {m.backbone!r}")
+    if len(m.stage_strides) != 4:
+        raise ConfigError(f"config.model.stage_strides needs four entries for {m.backbone}, got {m.stage_strides}")
+
+
+def _check_data(config: ConfigDict) -> None:
+    size, resize = config.data.image_size, config.eval.resize
+    if resize and not size:
+        raise ConfigError("config.eval.resize needs config.data.image_size, the side of the centre that is cut out")
+    if 0 < resize < size:
+        raise ConfigError(
+            f"config.eval.resize = {resize} is smaller than config.data.image_size = {size}, the side of the centre"
+            " that is cut out"
+        )
+    if not config.data.dir:
+        raise ConfigError("config.data.dir is empty; set --config.data.dir=DIR to the folder of a data set")
+
+
+def _check_train(t: ConfigDict) -> None:
+    epochs = sum(epochs for _, epochs in t.learning_rates)
+    if t.schedule == "cosine" and len(t.learning_rates) != 1:
+        raise ConfigError(
+            "config.train.schedule = 'cosine' takes one pair (rate, epochs) in config.train.learning_rates, like"
+            f" ((0.1, 100),); got {t.learning_rates}"
+        )
+    if t.schedule == "cosine" and t.num_epochs > epochs:
+        raise ConfigError(
+            f"config.train.num_epochs = {t.num_epochs} is more than the {epochs} epochs of the cosine, after which the"
+            f" learning rate is 0; set config.train.learning_rates=(({t.learning_rates[0][0]}, {t.num_epochs}),)"
+        )
+    if t.warmup_epochs > epochs:
+        raise ConfigError(
+            f"config.train.warmup_epochs = {t.warmup_epochs} is longer than the {epochs} epochs of"
+            " config.train.learning_rates"
+        )
+    if t.nesterov and t.optimizer != "sgd":
+        raise ConfigError(f"config.train.nesterov applies to 'sgd', but config.train.optimizer is {t.optimizer!r}")
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved configuration as JSON text."""
+    """The configuration as JSON text."""
     return json.dumps(config.to_dict(), indent=2)
 
 
 def from_json(text: str) -> ConfigDict:
-    """Inverse of `to_json`: tuples, which JSON writes as lists, are tuples again.
+    """The inverse of `to_json`. Fields that the text lacks, because it is older than they are, have their defaults.
 
     Raises:
-      ConfigError: if the text is no JSON of a configuration.
+      ConfigError: if the text is not JSON, or contains an unknown field or a value of another type.
     """
-    config = default_config()
     try:
         stored = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"the stored configuration is no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the stored configuration is not JSON ({error})") from error
     if not isinstance(stored, dict):
-        raise ConfigError(f"the stored configuration is a {type(stored).__name__}, not fields")
-    known = dict(flatten(config))
+        raise ConfigError(f"the stored configuration is a {type(stored).__name__} instead of an object with fields")
+    config = default_config()
     for name, value in flatten(stored):
+        if name in _REMOVED_FIELDS and value == _REMOVED_FIELDS[name]:
+            continue
+        if name not in FIELDS:
+            raise ConfigError(
+                f"the stored configuration has the field config.{name} = {value!r}, which this version of gmsop_jax"
+                " does not know; use the version that wrote it"
+            )
         section, _, leaf = name.rpartition(".")
-        if name in known and name != "model.compute_dtype":
-            parent = config[section] if section else config
-            try:
-                parent[leaf] = _as_tuple(value)
-            except TypeError as error:
-                raise ConfigError(f"the stored config.{name} is of another type ({value!r})") from error
+        try:
+            _parent(config, section)[leaf] = as_tuples(value)
+        except TypeError as error:
+            raise ConfigError(
+                f"the stored configuration has config.{name} = {value!r}, which has the wrong type"
+            ) from error
     return config
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(v) for v in value) if isinstance(value, list) else value
-
-
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
-    """Lines `field: a → b` for the fields that make two runs different computations."""
+    """Lines `config.field: a → b` for the fields that a resumed run may not change."""
     a, b = dict(flatten(config)), dict(flatten(other))
-    names = [n for n in a if n not in _MAY_DIFFER and a[n] != b.get(n)]
-    return [f"config.{n}: {a[n]!r} → {b.get(n)!r}" for n in names]
+    return [
+        f"config.{name}: {a[name]!r} → {b[name]!r}"
+        for name, field in FIELDS.items()
+        if not field.resumable and a[name] != b[name]
+    ]

@@ -1,15 +1,17 @@
-"""Errors that a user can mend: `main` and the tools print their message alone, with no traceback."""
+"""Errors that a user can fix. `main` and the tools print their message only, without a traceback."""
 
+import difflib
 import errno
 import os
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; the message says what, with its value, and what to do."""
+    """Something that the user provided is wrong. The message says what, with its value, and what to do."""
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration field is unknown, of the wrong type, or doesn't fit the others."""
+    """A configuration field is unknown, has a wrong type or value, or does not fit another field."""
 
 
 class DataError(UserError, ValueError):
@@ -17,7 +19,7 @@ class DataError(UserError, ValueError):
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint or working directory is missing, damaged or doesn't fit."""
+    """A checkpoint or working directory is missing or damaged, or does not fit the run."""
 
 
 class FileAccessError(UserError):
@@ -37,3 +39,18 @@ class FileAccessError(UserError):
         }
         reason = error.strerror or str(error)
         return cls(f"{os.fspath(path)} can't be read: {reason}{remedy.get(error.errno or 0, '')}")
+
+
+def did_you_mean(name: str, known: Iterable[str], *, quote: bool = False, otherwise: str = "") -> str:
+    """Suggests the known name that is most similar; without one, returns `otherwise` or lists all known names.
+
+    Example:
+      >>> did_you_mean("bacth_size", ["batch_size", "seed"])
+      'did you mean batch_size?'
+      >>> did_you_mean("x", ["batch_size", "seed"])
+      'known names are batch_size, seed'
+    """
+    names = {name: f"{name!r}" if quote else name for name in known}
+    if close := difflib.get_close_matches(name, names, 1):
+        return f"did you mean {names[close[0]]}?"
+    return otherwise or f"known names are {', '.join(names.values())}"

@@ -6,14 +6,11 @@ Any warning is an error: a docstring that can't be read, a field without descrip
 """
 
 import argparse
-import ast
 import html
-import io
 import os
 import pathlib
 import re
 import sys
-import tokenize
 import warnings
 
 import pdoc
@@ -30,10 +27,10 @@ _INTRODUCTION = """# Configuration
 <!-- made by tools/make_docs.py from gmsop_jax/config.py -->
 
 A configuration is a Python file with a function `get_config()` that starts from
-`gmsop_jax.config.default_config()`; those in `configs/` are examples. On the command line `--config.field=value` sets a
-field, as in `--config.train.batch_size=64`; tuples are written as in Python,
-`"--config.train.learning_rates=((0.1, 20), (0.01, 5))"`. An unknown field, a value of another type or out of range is
-refused before anything is done. The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet.
+`gmsop_jax.config.default_config()`; see `configs/` for examples. On the command line, `--config.field=value` sets a
+field, as in `--config.train.batch_size=64`. Write tuples as in Python:
+`"--config.train.learning_rates=((0.1, 20), (0.01, 5))"`. An unknown field, or a value that is not allowed, is refused
+before anything else happens. The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet.
 """
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -58,45 +55,25 @@ class DocsError(UserError):
     """Something in the documentation is wrong."""
 
 
-def comments(source: str) -> dict[str, str]:
-    """Trailing comments of the assignments to fields in `model_defaults` and `default_config`.
+def configuration_reference() -> str:
+    """The Markdown text of docs/configuration.md.
 
     Raises:
-      DocsError: if a field has none.
+      DocsError: if a field has no description.
     """
-    lines = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            lines[token.start[0]] = token.string.removeprefix("#").strip()
-    found = {}
-    for function in ast.parse(source).body:
-        if not isinstance(function, ast.FunctionDef) or function.name not in ("model_defaults", "default_config"):
-            continue
-        for statement in function.body:
-            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Attribute):
-                name = ast.unparse(statement.targets[0]).split(".", 1)[1]
-                prefix = "model." if function.name == "model_defaults" else ""
-                found[prefix + name] = lines.get(statement.end_lineno or 0, found.get(prefix + name, ""))
-    missing = [name for name, _ in configs.flatten(configs.default_config()) if not found.get(name)]
-    if missing:
-        raise DocsError(f"gmsop_jax/config.py: {', '.join(missing)} have no trailing comment")
-    return found
-
-
-def configuration_reference() -> str:
-    """The Markdown text of docs/configuration.md."""
-    described = comments((ROOT / "gmsop_jax" / "config.py").read_text("utf-8"))
-    defaults = dict(configs.flatten(configs.default_config()))
+    if missing := [name for name, field in configs.FIELDS.items() if not field.meaning]:
+        raise DocsError(f"gmsop_jax/config.py: {', '.join(missing)} have no description")
     sections: dict[str, list[str]] = {}
-    for name in (name for name in described if name in defaults):
-        section, _, _ = name.rpartition(".")
-        text = described[name].replace("|", "\\|")
-        sections.setdefault(section, []).append(f"| `{name}` | `{defaults[name]!r}` | {text} |")
+    for name, field in configs.FIELDS.items():
+        values = ", ".join(f"`{choice!r}`" for choice in field.allowed.choices) or field.allowed.description
+        meaning = field.meaning.replace("|", "\\|")
+        row = f"| `{name}` | `{field.default!r}` | {values} | {meaning} |"
+        sections.setdefault(name.rpartition(".")[0], []).append(row)
     parts = [_INTRODUCTION]
-    for section in sections:
+    for section, rows in sections.items():
         title = f"## config.{section}" if section else "## config"
         parts.append(
-            "\n".join([title, "", "| field | default | meaning |", "|---|---|---|", *sections[section]]) + "\n"
+            "\n".join([title, "", "| field | default | values | meaning |", "|---|---|---|---|", *rows]) + "\n"
         )
     return "\n".join(parts)
 

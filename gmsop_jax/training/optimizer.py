@@ -1,6 +1,5 @@
 """The optimisers, SGD as the authors' and AdamW, and their learning rates."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gmsop_jax.errors import ConfigError
+from gmsop_jax.errors import ConfigError, did_you_mean
 
 RateFactors = Sequence[tuple[str, float]]
 
@@ -162,9 +161,8 @@ def rate_factor_tree(params: Any, rate_factors: RateFactors) -> Any:
     tree = jax.tree_util.tree_map_with_path(factor, params)
     for part, _ in rate_factors:
         if part not in known:
-            close = difflib.get_close_matches(part, sorted(known), 3)
-            top = sorted(name for name in known if "/" not in name)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"parts are {', '.join(top)} and what they hold"
+            parts = ", ".join(sorted(name for name in known if "/" not in name))
+            hint = did_you_mean(part, sorted(known), otherwise=f"parts are {parts} and what they contain")
             raise ConfigError(
                 f"config.train.rate_factors names {part!r}, which no parameter's path starts with; {hint}"
             )

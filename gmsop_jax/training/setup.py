@@ -120,7 +120,7 @@ def prepare(
         if a part of `config.train.rate_factors` is none of the network's, or `source` has another backbone.
       DataError: if the data set has no such splits or too few images.
     """
-    t, p = config.train, config.parallel
+    t = config.train
     mesh = parallel.create_mesh()
     parallel.check_batch_size("train.batch_size", t.batch_size, mesh, t.sub_batches)
     parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
@@ -139,7 +139,7 @@ def prepare(
 
     state = jax.eval_shape(initial_state, {})
     taken, origin = choose(state.variables, source) if source else ({}, "")
-    shardings = parallel.state_shardings(state, mesh, optimizer=p.shard_optimizer, classifier=p.shard_classifier)
+    shardings = parallel.state_shardings(state, mesh)
     _, aux = jax.eval_shape(model.apply, state.variables, images)
     return Run(
         config=config,

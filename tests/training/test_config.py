@@ -103,18 +103,18 @@ def test_compute_dtype_has_one_value_under_two_names():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("train.batchsize=4", r"no field config.train.batchsize; did you mean train.batch_size\?"),
-        ("batch_size=4", r"no field config.batch_size; did you mean (train|eval).batch_size\?"),
+        ("train.batchsize=4", r"there is no field config.train.batchsize; did you mean train.batch_size\?"),
+        ("batch_size=4", r"there is no field config.batch_size; did you mean (train|eval).batch_size\?"),
         ("model.num_candidate=4", r"did you mean model.num_candidates\?"),
-        ("zzz=4", "no field config.zzz; there are .*model.head, .*seed, "),
+        ("zzz=4", "there is no field config.zzz; known names are seed, .*model.head, "),
         ("train.batch_size", "config.train.batch_size needs a value"),
-        ("train.batch_size=4.5", "config.train.batch_size is of type int .*'4.5' is none"),
-        ("train.batch_size=True", "config.train.batch_size is of type int .*'True' is none"),
-        ("train.batch_size=", "config.train.batch_size is of type int"),
-        ("train.momentum=fast", "config.train.momentum is of type float .*'fast' is none"),
-        ("data.flip=1", "config.data.flip is of type bool"),
-        ("model.gate_widths=64", "config.model.gate_widths is of type tuple"),
-        ("model=3", "no field config.model;"),
+        ("train.batch_size=4.5", "config.train.batch_size must be an int .*but got '4.5'"),
+        ("train.batch_size=True", "config.train.batch_size must be an int .*but got 'True'"),
+        ("train.batch_size=", "config.train.batch_size must be an int"),
+        ("train.momentum=fast", "config.train.momentum must be a float .*but got 'fast'"),
+        ("data.flip=1", "config.data.flip must be a bool"),
+        ("model.gate_widths=64", "config.model.gate_widths must be a tuple"),
+        ("model=3", "there is no field config.model;"),
     ],
 )
 def test_override_refuses(assignment, message):
@@ -130,7 +130,7 @@ def test_override_refuses(assignment, message):
     [
         ("model.num_selected=17", r"num_selected \(K = 17\) exceeds config.model.num_candidates \(N = 16\)"),
         ("model.num_selected=0", "config.model.num_selected must be at least 1, got 0"),
-        ("model.num_iters=0", "config.model.num_iters must be at least 1, got 0"),
+        ("model.num_iters=0", "config.model.num_iters must be between 1 and 100, got 0"),
         ("model.head=gmspo", r"config.model.head must be one of .* got 'gmspo'; did you mean 'gmsop'\?"),
         ("model.gate_gradient=soft", "config.model.gate_gradient must be one of"),
         ("compute_dtype=float16", "compute_dtype must be one of .* got 'float16'"),
@@ -154,7 +154,7 @@ def test_override_refuses(assignment, message):
         ("data.crop=random", "crop must be one of"),
         ("data.crop_area=(0.5,)", r"crop_area must be \(least, largest\)"),
         ("data.crop_area=(0.5, 0.1)", r"crop_area must be \(least, largest\)"),
-        ("data.crop_padding=-1", "crop_padding must be at least 0"),
+        ("data.crop_padding=-1", "crop_padding must be between 0 and 4096"),
         ("eval.resize=256", "eval.resize needs config.data.image_size"),
         ("train.optimizer=adam", r"optimizer must be one of .*did you mean 'adamw'\?"),
         ("train.schedule=cosine", r"takes one pair \(rate, epochs\)"),
@@ -174,9 +174,16 @@ def test_override_refuses(assignment, message):
         ("train.learning_rates=((0.1, 2.5),)", "learning_rates must be pairs"),
         ("train.learning_rates=((-0.1, 2),)", "learning_rates must be pairs"),
         ("train.learning_rates=(('fast', 2),)", "learning_rates must be pairs"),
-        ("train.weight_decay=1e999", "weight_decay"),
-        ("seed=-1", "config.seed must be at least 0, got -1"),
-        ("checkpoint.keep=0", "config.checkpoint.keep must be at least 1"),
+        ("train.weight_decay=1e999", "weight_decay must be a finite number, got inf"),
+        ("train.momentum=nan", "momentum must be a finite number, got nan"),
+        ("seed=99999999999999999999", "config.seed must be between 0 and 4294967295"),
+        ("data.image_size=100000", "config.data.image_size must be between 0 and 4096, got 100000"),
+        ("model.num_classes=-1", "config.model.num_classes must be between 0"),
+        ("model.dropout_rate=1.5", r"dropout_rate must be in \[0, 1\), got 1.5"),
+        ("train.learning_rates=((1e999, 2),)", "learning_rates must be pairs"),
+        ("data.dir=", "config.data.dir is empty"),
+        ("seed=-1", "config.seed must be between 0 and 4294967295, got -1"),
+        ("checkpoint.keep=0", "config.checkpoint.keep must be between 1"),
     ],
 )
 def test_validation_refuses(assignment, message):
@@ -204,7 +211,7 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("c.train.batchsize = 4", r"no field config.train.batchsize; did you mean train.batch_size\?"),
+        ("c.train.batchsize = 4", r"there is no field config.train.batchsize; did you mean train.batch_size\?"),
         ("c.train.batch_size = 'many'", r"own\.py, line 5: TypeError: .*'batch_size'"),
         ("c.data.dir = 3", r"line 5: TypeError: .*'dir'"),
         ("del c.seed", "config.seed is missing; start from default_config"),
@@ -228,17 +235,17 @@ def test_a_file_with_a_mistake(tmp_path, line, message):
         ("\nimport nowhere\n", r"own\.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path, content, message):
+def test_a_file_that_is_not_a_configuration(tmp_path, content, message):
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(ConfigError, match=message):
         load(tmp_path / "own.py")
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"no configuration file .*none\.py"):
+    with pytest.raises(ConfigError, match=r"there is no configuration file .*none\.py"):
         load(tmp_path / "none.py")
     (tmp_path / "text.txt").write_text("")
-    with pytest.raises(ConfigError, match="is no Python file"):
+    with pytest.raises(ConfigError, match="is not a Python file"):
         load(tmp_path / "text.txt")
 
 
@@ -266,6 +273,23 @@ def test_damaged_json_is_refused(text):
         from_json(text)
 
 
+def test_stored_fields_that_are_unknown_are_refused():
+    stored = json.loads(to_json(default_config()))
+    stored["parallel"] |= {"shard_optimizer": False, "shard_classifier": False}  # written by earlier versions
+    assert dict(flatten(from_json(json.dumps(stored)))) == dict(flatten(default_config()))
+    stored["parallel"]["shard_optimizer"] = True
+    with pytest.raises(ConfigError, match=r"has the field config.parallel.shard_optimizer = True, which this version"):
+        from_json(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"has the field config.model.depth = 3"):
+        from_json('{"model": {"depth": 3}}')
+
+
+def test_an_int_for_a_tuple_is_refused(tmp_path):
+    for line in ("c.model.gate_widths = 64", "c.model.candidate_widths = 64"):
+        with pytest.raises(ConfigError, match="line 5: TypeError"):
+            load(write(tmp_path, line))
+
+
 def test_differences_name_what_changes_the_computation():
     a, b = default_config(), default_config()
     assert differences(a, b) == []
@@ -277,16 +301,19 @@ def test_differences_name_what_changes_the_computation():
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (("model.backbone=resnet50", "model.blocks_per_stage=4"), "blocks_per_stage is of the narrow backbone"),
-        (("model.backbone=resnet50", "model.stem_width=64"), "stem_width is of the narrow backbone"),
+        (
+            ("model.backbone=resnet50", "model.blocks_per_stage=4"),
+            "blocks_per_stage applies to the backbone 'narrow'",
+        ),
+        (("model.backbone=resnet50", "model.stem_width=64"), "stem_width applies to the backbone 'narrow' only"),
         (("data.image_size=224", "eval.resize=200"), "eval.resize = 200 is smaller than config.data.image_size = 224"),
-        (("model.projection_widths=(256,)",), "projection_widths = .* is of heads without mixture"),
+        (("model.projection_widths=(256,)",), "projection_widths = .* applies to heads without a mixture"),
         (("model.head=gap", "model.projection_batch_norm=true"), "projection_batch_norm needs .*projection_widths"),
         (("model.backbone=resnet50", "model.stage_strides=(1, 2, 2)"), "stage_strides needs four entries for resnet50"),
-        (("train.optimizer=adamw", "train.nesterov=true"), "nesterov is of sgd"),
+        (("train.optimizer=adamw", "train.nesterov=true"), "nesterov applies to 'sgd'"),
         (
             ("train.schedule=cosine", "train.learning_rates=((0.1, 40),)"),
-            r"goes on after the cosine of 40 epochs, .* \(\(0.1, 60\),\)",
+            r"is more than the 40 epochs of the cosine, .*\(\(0.1, 60\),\)",
         ),
     ],
 )
@@ -305,7 +332,7 @@ def test_a_head_without_gate_needs_no_k():
     validate(config)
 
 
-def test_an_error_within_a_file_tells_its_line(tmp_path):
+def test_an_error_within_a_file_names_its_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("x = 1\ny = 1 / 0\n")
     with pytest.raises(ConfigError, match=r"mine.py, line 2: ZeroDivisionError"):

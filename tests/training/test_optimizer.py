@@ -216,7 +216,7 @@ def test_the_last_of_the_pairs_that_match_holds():
     ("part", "hint"),
     [
         ("backbone/sten", "did you mean backbone/stem"),
-        ("classifier", "parts are backbone, head and what they hold"),
+        ("classifier", "parts are backbone, head and what they contain"),
         ("backbone/", "did you mean backbone"),
     ],
 )
