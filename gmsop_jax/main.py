@@ -156,7 +156,7 @@ def _prepare_data(config) -> None:
 
         try:
             convert(config.data.source, None, directory)
-        except DataError as error:
+        except UserError as error:
             raise DataError(f"config.data.dir = {str(directory)!r} can't be prepared: {error}") from error
     elif not directory.exists():
         raise DataError(

@@ -14,7 +14,7 @@ from gmsop_jax.conversion.sources import Source, UnreadableImage
 from gmsop_jax.data.manifest import Shard, sha256
 from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.records import Codec, decode, encode
-from gmsop_jax.errors import DataError
+from gmsop_jax.errors import DataError, FileAccessError
 
 # Every record is a chunk of its own, for random access. The container does not compress, because pixels hardly
 # shrink, and uses one background thread, which bounds its memory.
@@ -200,7 +200,7 @@ def _write_records(
         except UnreadableImage as error:
             unreadable.append(str(error).encode("utf-8", "backslashreplace").decode())  # names may not be UTF-8
         except OSError as error:  # too many open files, for example: never a damaged image
-            raise DataError(f"image {index} of split {split!r} can't be read from the source: {error}") from error
+            raise FileAccessError(f"image {index} of split {split!r} can't be read from the source: {error}") from error
         else:
             if not 0 <= label < len(source.classes):
                 raise DataError(

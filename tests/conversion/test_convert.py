@@ -27,7 +27,7 @@ from gmsop_jax.conversion.verify import verify
 from gmsop_jax.data.manifest import Manifest, sha256
 from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.data.shard_reader import ShardReader
-from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.errors import ConfigError, DataError, FileAccessError
 from gmsop_jax.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -523,7 +523,7 @@ def test_too_many_open_files_are_not_damage(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
     monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(DataError, match="Too many open files") as caught:
+    with pytest.raises(FileAccessError, match="Too many open files") as caught:
         convert("image-folder", tmp_path / "in", tmp_path / "set", max_unreadable=1, progress=False)
     assert "damage" not in str(caught.value)
 

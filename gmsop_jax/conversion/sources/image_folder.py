@@ -14,7 +14,7 @@ from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.images import Names, decode_image
 from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.resize import Method, resize
-from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.errors import ConfigError, DataError, FileAccessError
 
 OPTIONS = frozenset({"size", "resize", "val_fraction"})
 _LOG = logging.getLogger(__name__)
@@ -48,14 +48,18 @@ class ImageFolder:
     def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
         """Returns one image, uint8 [h, w, 1 or 3], and its label. If a size was given, its middle square is resized."""
         name = self.names[split][index]
-        try:
-            data = (self.root / name).read_bytes()
-        except OSError as error:  # failing to open a file does not mean that the image is damaged
-            raise DataError(f"{self.root / name} can't be read: {error.strerror}") from error
-        image = decode_image(data, name)
+        image = decode_image(read_image_file(self.root / name), name)
         if self.size is not None:
             image = resize(middle_square(image), (self.size, self.size), self.method)
         return image, int(self.labels[split][index])
+
+
+def read_image_file(path: Path) -> bytes:
+    """Reads a file; FileAccessError if that fails, which does not mean that the image is damaged."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FileAccessError.from_os_error(path, error) from error
 
 
 def middle_square(image: np.ndarray) -> np.ndarray:

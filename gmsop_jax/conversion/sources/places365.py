@@ -17,6 +17,7 @@ import numpy as np
 
 from gmsop_jax.conversion.sources import Request, UnreadableImage
 from gmsop_jax.conversion.sources.files import read_at, read_lines
+from gmsop_jax.conversion.sources.image_folder import read_image_file
 from gmsop_jax.conversion.sources.images import Names, decode_image
 from gmsop_jax.data.resize import Method, resize
 from gmsop_jax.errors import DataError
@@ -45,12 +46,9 @@ class Images:
             return read_at(self.path, offset, size)
         path = self.path / self.names[index]
         self.request.check_inside(path)
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise UnreadableImage(f"{self.names[index]}: the file does not exist") from error
-        except OSError as error:
-            raise DataError(f"{path} can't be read: {error.strerror}") from error
+        if not path.exists():
+            raise UnreadableImage(f"{self.names[index]}: the file does not exist")
+        return read_image_file(path)
 
 
 @dataclasses.dataclass(frozen=True)
