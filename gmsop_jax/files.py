@@ -1,56 +1,241 @@
-"""Files: atomic writes, and checksums that tell whether a folder is still what was written."""
+"""Files: atomic writes, JSON, checksums and locks."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
-import pathlib
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-FILE_NAME = "checksums.json"
-_MOST_BYTES = 2**24  # of that file: some 100,000 entries
+from gmsop_jax.errors import FileAccessError
 
-
-def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name, then renames it: a reader sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+CHECKSUMS = "checksums.json"
+_MAX_CHECKSUMS_BYTES = 2**24  # some 100,000 entries
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def write_checksums(folder: pathlib.Path) -> None:
-    """Writes `checksums.json`: size and SHA-256 of every file in the folder's sub-folders.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on leaving, flushes that file to disk and renames it to `path`.
 
-    Files at its top are left out; Orbax still writes to them.
+    Readers see the old file or the new one, never a part. The temporary file is removed if the block raises.
+    Its name is `<name>.tmp-<pid>`.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the error in flight says more
+            temporary.unlink()
+        raise
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, completely or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, completely or not at all."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal; FileAccessError if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileAccessError.from_os_error(path, error) from error
+
+
+# ---- folders
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes `checksums.json`: the size and SHA-256 of every file in the folder's sub-folders.
+
+    Files directly in the folder are not covered: Orbax still writes to them afterwards.
     """
     files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
-    sums = {path.relative_to(folder).as_posix(): _measure(path) for path in files}
-    (folder / FILE_NAME).write_text(json.dumps(sums, indent=1))
+    write_json(folder / CHECKSUMS, {path.relative_to(folder).as_posix(): _measure(path) for path in files})
 
 
-def find_damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with the folder's files; None if nothing is, or there is no `checksums.json`."""
-    file = folder / FILE_NAME
-    if not file.exists():
-        return None
+def find_damage(folder: Path) -> str | None:
+    """Compares a folder with its `checksums.json`.
+
+    Returns: what is wrong, or None. A folder without a list of checksums, or with an empty one, can't be
+      verified and counts as damaged.
+
+    Raises:
+      FileAccessError: if the system refuses to read a file that is there, which is no damage.
+    """
+    file = folder / CHECKSUMS
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            return f"{FILE_NAME} is damaged"
-        sums = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(file.read_text()).items()}
+        if file.stat().st_size > _MAX_CHECKSUMS_BYTES:
+            return f"{CHECKSUMS} is damaged"
+        sums = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(file.read_bytes()).items()}
         for name, (size, digest) in sums.items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size or _measure(path) != [size, digest]:
                 return f"{name} was changed"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{FILE_NAME} or a file it names can't be read: {error}"
-    return None
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing, so its files can't be verified"
+    except OSError as error:
+        raise FileAccessError.from_os_error(error.filename or folder, error) from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        return f"{CHECKSUMS} is damaged: {error}"
+    return None if sums else f"{CHECKSUMS} lists no files"
 
 
-def _measure(path: pathlib.Path) -> list[int | str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return [path.stat().st_size, digest]
+def _measure(path: Path) -> list[int | str]:
+    return [path.stat().st_size, sha256(path)]
+
+
+# ---- locks
+
+
+class LockHeldError(OSError):
+    """Another process holds the lock; the message says which one, as far as it is known."""
+
+
+class FileLock:
+    """A lock between processes, on one machine or several, that ends with the process that holds it.
+
+    It is the operating system's `flock`. On file systems without it, a second file `<name>.held` that names
+    host and process is created exclusively, and its time is renewed as a heartbeat; a lock whose process has
+    ended on this host, or whose heartbeat has stopped for a minute, is taken over.
+
+    Attributes:
+      note: a sentence for the user where the heartbeat is used; empty otherwise.
+    """
+
+    HEARTBEAT_SECONDS = 5
+    EXPIRY_SECONDS = 60
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.note = ""
+        self._locked = path  # the file that is locked
+        self._file: int | None = None
+        self._released = threading.Event()
+
+    def __enter__(self):
+        self.acquire()
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+    def acquire(self) -> None:
+        """Takes the lock.
+
+        Raises:
+          LockHeldError: if another process holds it.
+          OSError: if the file can't be written to.
+        """
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise LockHeldError(_read_holder(self._file)) from error
+                if error.errno not in _NO_FLOCK:
+                    raise
+                self._acquire_by_heartbeat()
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Gives the lock back; does nothing if it isn't held."""
+        if self._file is None:
+            return
+        if self.note:
+            self._released.set()
+            if self.is_held():
+                self._locked.unlink()
+            self.note, self._locked = "", self.path
+        os.close(self._file)
+        self._file = None
+
+    def is_held(self) -> bool:
+        """Whether the file is still the one that was locked, and not removed or replaced by another."""
+        try:
+            return self._file is not None and os.path.samestat(os.stat(self._locked), os.fstat(self._file))
+        except OSError:
+            return False
+
+    def _acquire_by_heartbeat(self) -> None:
+        assert self._file is not None
+        os.close(self._file)
+        self._file = None
+        path = self.path.with_name(f"{self.path.name}.held")
+        if path.exists():
+            _remove_if_abandoned(path, self.EXPIRY_SECONDS)
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            raise LockHeldError(path.read_text(errors="replace")) from None
+        self._locked = path
+        self.note = f"this file system has no locks (flock), so {path} with a heartbeat is used instead"
+        self._released.clear()
+        threading.Thread(target=self._beat, args=(self._file,), name="lock heartbeat", daemon=True).start()
+
+    def _beat(self, file: int) -> None:
+        while not self._released.wait(self.HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a file system that is away for a moment
+                os.utime(file)
+
+
+def _read_holder(file: int) -> str:
+    return os.pread(file, 200, 0).decode(errors="replace") or "another process"
+
+
+def _remove_if_abandoned(path: Path, expiry_seconds: float) -> None:
+    """Removes a heartbeat file whose process has ended on this host or whose heartbeat has stopped.
+
+    Ages are by the file system's clock, that of a file written now. Of several processes that find the same
+    file abandoned, the one that renames it removes it.
+    """
+    probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        holder, before = path.read_text(errors="replace"), path.stat()
+        probe.touch()
+        age = probe.stat().st_mtime - before.st_mtime
+        probe.unlink()
+        words = holder.split()
+        here = len(words) == 4 and words[1].isdigit() and words[3] == socket.gethostname()
+        if (here and not _is_running(int(words[1]))) or age > expiry_seconds:
+            path.rename(probe)
+            if not os.path.samestat(probe.stat(), before):  # another process was faster, and this is its lock
+                probe.rename(path)
+            else:
+                probe.unlink()
+    except FileNotFoundError:
+        return
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

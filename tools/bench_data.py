@@ -26,10 +26,11 @@ import numpy as np
 
 from gmsop_jax.data import cli
 from gmsop_jax.data.augment import Crop, PaddedCrop, ResizedCrop
-from gmsop_jax.data.manifest import Manifest, sha256
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import train_batches
 from gmsop_jax.data.records import CODECS, HEADER, decode, decode_batch, encode
 from gmsop_jax.data.shard_reader import ShardReader
+from gmsop_jax.files import sha256
 
 _SIDE = 64
 

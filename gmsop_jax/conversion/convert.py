@@ -27,9 +27,10 @@ from gmsop_jax.conversion.job import ConversionJob
 from gmsop_jax.conversion.shards import ShardTask, split_order, write_shard
 from gmsop_jax.conversion.sources import Options, Request, Source, UnreadableImage, open_source
 from gmsop_jax.conversion.sources.files import check_space
-from gmsop_jax.data.manifest import JOB_DIR, Manifest, sha256
+from gmsop_jax.data.manifest import JOB_DIR, Manifest
 from gmsop_jax.data.records import CODECS, HEADER, Codec, encode
 from gmsop_jax.errors import ConfigError, DataError, UserError
+from gmsop_jax.files import sha256
 
 _SHARD_BYTES = 128 * 2**20  # usual size of a shard
 _RECORD_OVERHEAD = HEADER.itemsize + 72  # bytes that the header and the container add to a record, rounded up

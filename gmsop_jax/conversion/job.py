@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from gmsop_jax.conversion.shards import ShardNotes, ShardTask, Statistics, shard_tasks
-from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR, Manifest, Split, sha256, write_json
+from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR, Manifest, Split
 from gmsop_jax.data.records import Codec
 from gmsop_jax.errors import DataError
+from gmsop_jax.files import replacing, sha256, write_json
 
 SHEET_NAME = "contact_sheet.png"  # the file that tools/inspect_dataset.py adds to a data set
 _LOG = logging.getLogger(__name__)
@@ -208,9 +208,8 @@ def gather(output: Path, part: Path) -> None:
     for task in theirs.tasks:
         notes = read_notes(part, task, verify=True)
         if notes is not None and read_notes(output, task, verify=True) is None:
-            temporary = output / f"{task.file}.tmp-{os.getpid()}"
-            shutil.copyfile(part / task.file, temporary)
-            temporary.replace(output / task.file)
+            with replacing(output / task.file) as temporary:
+                shutil.copyfile(part / task.file, temporary)
             write_notes(output, notes)
     if (sums := read_sums(part)) is not None:
         write_sums(output, sums)

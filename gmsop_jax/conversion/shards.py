@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gmsop_jax.conversion.sources import Source, UnreadableImage
-from gmsop_jax.data.manifest import Shard, sha256
+from gmsop_jax.data.manifest import Shard
 from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.errors import DataError, FileAccessError
+from gmsop_jax.files import replacing, sha256
 
 # Every record is a chunk of its own, for random access. The container does not compress, because pixels hardly
 # shrink, and uses one background thread, which bounds its memory.
@@ -164,22 +164,17 @@ def write_shard(
     """
     for leftover in output.glob(f"{task.file}.tmp-*"):  # of a conversion that was killed
         leftover.unlink()
-    temporary = output / f"{task.file}.tmp-{os.getpid()}"
     statistics = Statistics(len(source.classes))
     try:
-        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-        unreadable = _write_records(writer, source, task.split, rows, codec, statistics, tick)
-        writer.close()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        shard = Shard(task.file, int(statistics.class_counts.sum()), temporary.stat().st_size, sha256(temporary))
-        temporary.replace(output / task.file)
+        with replacing(output / task.file) as temporary:
+            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            unreadable = _write_records(writer, source, task.split, rows, codec, statistics, tick)
+            writer.close()
+            shard = Shard(task.file, int(statistics.class_counts.sum()), temporary.stat().st_size, sha256(temporary))
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError if the disk is full
         raise DataError(
             f"{output / task.file} can't be written ({error}); mend that and run the same command again to resume"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return ShardNotes(task.split, shard, statistics, tuple(unreadable))
 
 

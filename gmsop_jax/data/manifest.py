@@ -1,7 +1,6 @@
 """dataset.json: what a data set directory holds, and the checks that it still does."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import stat
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gmsop_jax.errors import DataError, FileAccessError
+from gmsop_jax.files import sha256, write_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "dataset.json"
@@ -139,30 +139,6 @@ def shard_size(directory: Path, shard: Shard) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"shard {path} is not a file; convert the data set again")
     return status.st_size
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal, read in blocks.
-
-    Raises:
-      FileAccessError: if the file can't be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise FileAccessError.from_os_error(path, error) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _read(path: Path) -> Any:

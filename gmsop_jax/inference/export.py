@@ -18,7 +18,7 @@ import numpy as np
 import gmsop_jax
 from gmsop_jax import config as configs
 from gmsop_jax.errors import CheckpointError, UserError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.files import write_atomic, write_json
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.models import Network, create_model
 from gmsop_jax.training.restore import Info
@@ -153,7 +153,7 @@ def _write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, bytes(data))
-        write_atomic(folder / JSON_FILE, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / JSON_FILE, description)
     except OSError as error:
         raise ExportError(f"can't write to {folder} ({error.strerror or error}); name another --output") from error
     return folder / name, folder / JSON_FILE

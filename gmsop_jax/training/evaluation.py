@@ -1,7 +1,6 @@
 """Evaluation: a whole split through the network."""
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import checkpoint, parallel
 from gmsop_jax.training.inputs import Inputs
@@ -110,5 +109,5 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     eval_step = parallel.jit_eval_step(step_function, mesh)
     result = {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
     if jax.process_index() == 0:
-        write_atomic(folder.parent / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")
+        write_json(folder.parent / f"evaluation-{split}.json", result)
     return result

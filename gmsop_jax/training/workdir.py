@@ -1,17 +1,15 @@
 """A run's working directory: one run at a time, of one configuration."""
 
 import contextlib
-import errno
-import fcntl
 import os
 import pathlib
-import socket
+import sys
 from collections.abc import Iterator
 
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.files import FileLock, LockHeldError, write_atomic
 from gmsop_jax.training.checkpoint import DIRECTORY, steps_on_disk
 from gmsop_jax.training.parallel import first_process_does
 
@@ -32,7 +30,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike[str], config: ConfigDict):
         self.path = pathlib.Path(path).absolute()
         self._config = config
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
 
     def __enter__(self):
         """Locks the folder.
@@ -46,7 +44,7 @@ class Workdir:
 
     def __exit__(self, *_):
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     @contextlib.contextmanager
@@ -63,13 +61,7 @@ class Workdir:
 
     def check(self) -> None:
         """Raises CheckpointError if the folder is no longer the one that was locked."""
-        if self._lock is None:
-            return
-        try:
-            same = os.path.samestat(os.stat(self.path / _LOCK), os.fstat(self._lock))
-        except OSError:
-            same = False
-        if not same:
+        if self._lock is not None and not self._lock.is_held():
             raise CheckpointError(self._explain("the folder has vanished, or another took its place"))
 
     def _explain(self, reason: str) -> str:
@@ -83,9 +75,16 @@ class Workdir:
     def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-            self._take_lock(self._lock)
+            self._lock = FileLock(self.path / _LOCK)
+            self._lock.acquire()
+            if self._lock.note:
+                print(self._lock.note, file=sys.stderr)
             self._check_config(self.path / _CONFIG)
+        except LockHeldError as error:
+            raise CheckpointError(
+                f"another run uses {self.path} ({error}); wait until it ends, stop it, or name another --workdir"
+                " (the processes of one run are started with --coordinator)"
+            ) from error
         except OSError as error:
             self.__exit__()
             raise CheckpointError(
@@ -94,20 +93,6 @@ class Workdir:
         except CheckpointError:
             self.__exit__()
             raise
-
-    def _take_lock(self, lock: int) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            holder = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
-            raise CheckpointError(
-                f"a run is going on in {self.path} ({holder}); wait for its end, stop it, or name another --workdir"
-                " (processes of one run are started with --coordinator)"
-            ) from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def _check_config(self, file: pathlib.Path) -> None:
         if not file.exists():

@@ -24,10 +24,11 @@ from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.shards import Statistics, shard_tasks
 from gmsop_jax.conversion.sources import Options
 from gmsop_jax.conversion.verify import verify
-from gmsop_jax.data.manifest import Manifest, sha256
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import ConfigError, DataError, FileAccessError
+from gmsop_jax.files import sha256
 from gmsop_jax.main import main
 
 ROOT = Path(__file__).parents[2]

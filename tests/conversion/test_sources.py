@@ -10,9 +10,9 @@ from PIL import Image
 
 from gmsop_jax.conversion.sources import NAMES, Options, Request, Source, UnreadableImage, imagenet64, open_source
 from gmsop_jax.conversion.sources.images import Names, decode_image
-from gmsop_jax.data.manifest import sha256
 from gmsop_jax.data.resize import imresize
 from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.files import sha256
 
 
 def opened(name: str, path: Path | None, tmp_path: Path, **options) -> Source:

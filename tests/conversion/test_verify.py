@@ -7,11 +7,12 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gmsop_jax.conversion.verify import verify
-from gmsop_jax.data.manifest import Manifest, sha256
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import eval_batches
 from gmsop_jax.data.records import encode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
+from gmsop_jax.files import sha256
 
 SHARD = "train-00000-of-00003.arrayrecord"
 

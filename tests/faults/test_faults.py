@@ -128,7 +128,7 @@ def test_half_written_checkpoint_is_cleaned_up(finished, config, tmp_path):
 def test_second_run_in_a_workdir_is_refused(config, tmp_path):
     with (
         Workdir(tmp_path / "run", config),
-        pytest.raises(CheckpointError, match=rf"a run is going on in .* .process {os.getpid()} on"),
+        pytest.raises(CheckpointError, match=rf"another run uses .* .process {os.getpid()} on"),
     ):
         train_and_evaluate(config, tmp_path / "run")
     with Workdir(tmp_path / "run", config):

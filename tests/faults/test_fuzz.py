@@ -106,32 +106,21 @@ def collected() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax gave up
-@pytest.mark.parametrize("checksums", [True, False], ids=["top_level_file", "without_checksums"])
-def test_checkpoint_files(collected, saved, tmp_path, checksums):
-    """What checksums don't cover: the file that Orbax writes last, and folders that have none."""
+def test_checkpoint_files(collected, saved, tmp_path):
+    """What the checksums don't cover: the file that Orbax writes last."""
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
     state = saved[1]
-    if not checksums:
-        (folder / "4" / "checksums.json").unlink()
-    files = [folder / "4" / "_CHECKPOINT_METADATA"]
-    if not checksums:
-        files = sorted(path for path in (folder / "4").rglob("*") if path.is_file() and path.stat().st_size)
-    shapes = jax.tree.map(np.shape, state)
-    for number, file in enumerate(files):
-        content = file.read_bytes()
-        for changed in damaged(content, 160 if checksums else 12, seed=number):
-            file.write_bytes(changed)
-            try:
-                with Checkpoints(folder, read_only=True) as checkpoints:
-                    restored, progress = checkpoints.restore(state, 4)
-                    checkpoints.best_step  # noqa: B018
-            except CheckpointError:
-                continue
-            assert jax.tree.map(np.shape, restored) == shapes
-            assert progress.step == 4
-            if checksums:
-                jax.tree.map(np.testing.assert_array_equal, restored, state)
-        file.write_bytes(content)
+    file = folder / "4" / "_CHECKPOINT_METADATA"
+    for changed in damaged(file.read_bytes(), 160, seed=0):
+        file.write_bytes(changed)
+        try:
+            with Checkpoints(folder, read_only=True) as checkpoints:
+                restored, progress = checkpoints.restore(state, 4)
+                checkpoints.best_step  # noqa: B018
+        except CheckpointError:
+            continue
+        assert progress.step == 4
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_a_checksum_file_that_claims_to_be_huge(tmp_path):
@@ -152,7 +141,7 @@ def test_sizes_are_checked_before_memory_is_taken(fault_data, tmp_path):
         Manifest.load(folder)
     with file.open("ab") as sparse:
         sparse.truncate(2**40)
-    with pytest.raises(DataError, match="which no manifest has"):
+    with pytest.raises(DataError, match="so it is not a manifest"):
         Manifest.load(folder)
 
     huge = bytearray(encode(np.zeros((1, 1, 3), np.uint8), 0, codec="png"))

@@ -1,10 +1,8 @@
 import json
 
-import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-from gmsop_jax.files import write_atomic
 from gmsop_jax.training.writer import METRICS, Writer, plot_curves, read_metrics
 
 VALUES = {"loss": 1.5, "top1_error": 50.0, "images_per_second": 7.0}
@@ -79,18 +77,6 @@ def test_other_processes_tell_nothing(tmp_path, capsys):
 
 def test_no_metrics_yet(tmp_path):
     assert read_metrics(tmp_path) == []
-
-
-def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    file = tmp_path / "x.json"
-    write_atomic(file, "old")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(file, "new")
-    assert file.read_text() == "old"
-    monkeypatch.undo()
-    write_atomic(file, b"new")
-    assert file.read_text() == "new"
 
 
 def test_curves(tmp_path):

@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from gmsop_jax.errors import DataError
+from gmsop_jax.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +127,14 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> 
     if target.exists():
         return target
     check_space(scratch, member.file_size)
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
-        with archive.open(member) as packed, temporary.open("wb") as file:
+        with archive.open(member) as packed, replacing(target) as temporary, temporary.open("wb") as file:
             shutil.copyfileobj(packed, file, 2**20)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        temporary.unlink()
         raise DataError(
             f"{archive.filename}: {member.filename} can't be unpacked ({error}); download it again"
         ) from error
-    return temporary.replace(target)
+    return target
 
 
 def check_space(folder: Path, needed: int) -> None:

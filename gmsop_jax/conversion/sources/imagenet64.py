@@ -19,8 +19,8 @@ import numpy as np
 
 from gmsop_jax.conversion.sources import Request, pickles
 from gmsop_jax.conversion.sources.files import FileArray, npz_arrays, open_zip, read_lines, unpack
-from gmsop_jax.data.manifest import sha256
 from gmsop_jax.errors import DataError
+from gmsop_jax.files import sha256
 
 OPTIONS: frozenset[str] = frozenset()
 _LOG = logging.getLogger(__name__)

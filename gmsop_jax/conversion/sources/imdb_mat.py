@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import scipy.io
 from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.files import FileArray, check_space
 from gmsop_jax.errors import DataError
+from gmsop_jax.files import replacing
 
 OPTIONS: frozenset[str] = frozenset()
 _SETS = {1: "train", 2: "val", 3: "test"}
@@ -102,13 +102,11 @@ def _flat(data: h5py.Dataset, path: Path, scratch: Path) -> FileArray:
     if not target.exists():
         scratch.mkdir(parents=True, exist_ok=True)
         check_space(scratch, int(np.prod(data.shape, dtype=np.int64)))
-        temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
         chunk = (data.chunks or (1,))[0]
         step = -(-_BLOCK // chunk) * chunk  # whole chunks: each is unpacked once
-        with temporary.open("wb") as file:
+        with replacing(target) as temporary, temporary.open("wb") as file:
             for start in range(0, len(data), step):
                 file.write(data[start : start + step].tobytes())
-        temporary.replace(target)
     return FileArray(target, 0, data.shape)
 
 

@@ -1,0 +1,139 @@
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gmsop_jax.errors import FileAccessError
+from gmsop_jax.files import FileLock, LockHeldError, find_damage, replacing, sha256, write_atomic, write_checksums
+
+
+def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    write_atomic(file, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(file, "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "old")]
+    monkeypatch.undo()
+    write_atomic(file, b"new")
+    assert file.read_text() == "new"
+
+
+def test_interrupted_write_leaves_nothing(tmp_path):
+    def interrupted():
+        with replacing(tmp_path / "x") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_file_is_named(tmp_path):
+    with pytest.raises(FileAccessError, match=f"{tmp_path / 'x'} can't be read"):
+        sha256(tmp_path / "x")
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "dangling", "no_entries", "deep"])
+def test_files_without_checksums_count_as_damaged(tmp_path, state):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x").write_text("content")
+    write_checksums(tmp_path)
+    assert find_damage(tmp_path) is None
+    file = tmp_path / "checksums.json"
+    file.unlink()
+    if state == "dangling":
+        file.symlink_to(tmp_path / "nowhere")
+    elif state != "missing":
+        file.write_text({"empty": "", "no_entries": "{}", "deep": "[" * 100_000}[state])
+    assert "checksums.json" in (find_damage(tmp_path) or "")
+
+
+# ---- locks
+
+
+@pytest.fixture(params=["flock", "heartbeat"])
+def kind(request, monkeypatch) -> str:
+    """Locks of the operating system, and those of file systems that have none."""
+    if request.param == "heartbeat":
+        without_flock(monkeypatch)
+    return request.param
+
+
+def without_flock(monkeypatch) -> None:
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_lock_names_its_holder(tmp_path, kind):
+    with FileLock(tmp_path / "lock") as lock:
+        assert lock.is_held()
+        assert bool(lock.note) == (kind == "heartbeat")
+        with pytest.raises(LockHeldError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+            FileLock(tmp_path / "lock").acquire()
+        assert lock.is_held()
+    for _ in range(2):
+        lock.acquire()
+        lock.release()
+        assert not lock.is_held()
+
+
+def test_lock_that_was_removed_is_no_longer_held(tmp_path, kind):
+    with FileLock(tmp_path / "lock") as lock:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        assert not lock.is_held()
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD_AND_DIE = """
+import fcntl, os, pathlib, sys
+from gmsop_jax.files import FileLock
+
+def refuse(*_):
+    raise OSError(37, "No locks available")
+
+if sys.argv[2] == "heartbeat":
+    fcntl.flock = refuse
+FileLock(pathlib.Path(sys.argv[1])).acquire()
+os._exit(9)
+"""
+
+
+def test_lock_ends_with_its_process(tmp_path, kind):
+    command = [sys.executable, "-c", HOLD_AND_DIE, str(tmp_path / "lock"), kind]
+    assert subprocess.run(command, check=False).returncode == 9
+    with FileLock(tmp_path / "lock") as lock:
+        assert lock.is_held()
+
+
+def test_heartbeat_of_another_host(tmp_path, monkeypatch):
+    without_flock(monkeypatch)
+    held = tmp_path / "lock.held"
+    held.write_text("process 1 on elsewhere")
+    with pytest.raises(LockHeldError, match="process 1 on elsewhere"):
+        FileLock(tmp_path / "lock").acquire()
+    long_ago = time.time() - 2 * FileLock.EXPIRY_SECONDS
+    os.utime(held, (long_ago, long_ago))
+    with FileLock(tmp_path / "lock") as lock:
+        assert lock.is_held()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock"]
+
+
+def test_heartbeat_renews_the_time_of_the_file(tmp_path, monkeypatch):
+    without_flock(monkeypatch)
+    monkeypatch.setattr(FileLock, "HEARTBEAT_SECONDS", 0.01)
+    with FileLock(tmp_path / "lock"):
+        os.utime(tmp_path / "lock.held", (0, 0))
+        deadline = time.monotonic() + 10
+        while (tmp_path / "lock.held").stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
