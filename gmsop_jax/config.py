@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import pathlib
 import traceback
 import types
@@ -62,7 +61,12 @@ def _at_least(low: float) -> Allowed:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a value is a finite number in float32, with which the network computes."""
+    return type(value) in (int, float) and abs(value) < 3.4e38
+
+
+def _is_epochs(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 10**6
 
 
 def _are_pairs(value: tuple, first: Callable[[Any], bool], second: Callable[[Any], bool]) -> bool:
@@ -80,11 +84,13 @@ def _is_area(value: tuple) -> bool:
 _ANY = Allowed(lambda value: True, "anything")
 _FRACTION = Allowed(lambda value: 0 <= value < 1, "in [0, 1)")
 _POSITIVE = Allowed(lambda value: value > 0, "positive")
+_SHARE = Allowed(lambda value: 0 < value <= 1, "in (0, 1]")
+_AREA = Allowed(_is_area, "(least, largest) share in (0, 1]")
 _SIZES = Allowed(lambda value: bool(value) and _are_sizes(value), "positive integers, like (256, 128)")
+_OPTIONAL_SIZES = Allowed(_are_sizes, "positive integers, like (256,), or ()")
+_DTYPES = _one_of("", "float32", "bfloat16", "float64")
 _RATES = Allowed(
-    lambda value: (
-        bool(value) and _are_pairs(value, lambda r: _is_number(r) and r > 0, lambda e: type(e) is int and e > 0)
-    ),
+    lambda value: bool(value) and _are_pairs(value, lambda r: _is_number(r) and r > 0, _is_epochs),
     "pairs (rate > 0, epochs ≥ 1), like ((0.1, 40), (0.01, 10))",
 )
 _FACTORS = Allowed(
@@ -110,241 +116,108 @@ class Field:
     resumable: bool = False
 
 
-# fmt: off  (one line per field)
 # The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, with the authors' recipe.
+# fmt: off
 FIELDS = {
-    "seed": Field(
-        0, "seed of initialization, data order, augmentation, gate noise and dropout", _between(0, 2**32 - 1)
-    ),
-    "compute_dtype": Field(
-        "",
-        "dtype of the convolutions; '' means that of the parameters, float32",
-        _one_of("", "float32", "bfloat16", "float64"),
-    ),
+    "seed": Field(0, "seed of initialization, data order, augmentation, gate noise and dropout", _between(0, 2**32 - 1)),
+    "compute_dtype": Field("", "dtype of the convolutions; '' means that of the parameters, float32", _DTYPES),
     "model.num_classes": Field(0, "number of classes; 0 means as many as the data set has", _between(0, 10**6)),
-    "model.compute_dtype": Field(
-        "", "the same value as `compute_dtype`", _one_of("", "float32", "bfloat16", "float64")
-    ),
+    "model.compute_dtype": Field("", "the same value as `compute_dtype`", _DTYPES),
     # backbone
-    "model.backbone": Field(
-        "narrow",
-        "`narrow` (the authors' ResNet of basic blocks), or a ResNet or ResNeXt for ImageNet",
-        _one_of(*BACKBONES),
-    ),
-    "model.blocks_per_stage": Field(
-        2, "narrow: 2 gives ResNet-18, 4 gives WRN-36, 6 gives the authors' 64×64 ResNet-50", _between(1, 1000)
-    ),
+    "model.backbone": Field("narrow", "`narrow` (the authors' ResNet of basic blocks), or a ResNet or ResNeXt for ImageNet", _one_of(*BACKBONES)),
+    "model.blocks_per_stage": Field(2, "narrow: 2 gives ResNet-18, 4 gives WRN-36, 6 gives the authors' 64×64 ResNet-50", _between(1, 1000)),
     "model.width_factor": Field(1, "narrow: factor for `stage_widths`; 2 gives WRN-36-2", _between(1, 1000)),
     "model.stage_widths": Field((16, 32, 64, 128), "narrow: channels of each stage", _SIZES),
     "model.stem_width": Field(16, "narrow: channels of the first convolution", _between(1, 2**16)),
-    "model.stem": Field(
-        "small",
-        "`small` is 3×3 with stride 1; `large` is 7×7 with stride 2 and max-pooling, for 224×224 (not narrow)",
-        _one_of("small", "large"),
-    ),
-    "model.stage_strides": Field(
-        (1, 2, 2, 1), "stride of the first block of each stage; the last one is 2 for first-order heads", _SIZES
-    ),
-    "model.pixel_scale": Field(
-        60.0,
-        "typical pixel value; the stem's kernel is initialized smaller by this factor and learns slower by its square",
-        _POSITIVE,
-    ),
-    "model.batch_norm_rate": Field(
-        0.3,
-        "weight of the current batch in the running moments of batch norm",
-        Allowed(lambda v: 0 < v <= 1, "in (0, 1]"),
-    ),
+    "model.stem": Field("small", "`small`: 3×3, stride 1; `large`: 7×7, stride 2, max-pooling, for 224×224 (not narrow)", _one_of("small", "large")),
+    "model.stage_strides": Field((1, 2, 2, 1), "stride of the first block of each stage; the last one is 2 for first-order heads", _SIZES),
+    "model.pixel_scale": Field(60.0, "typical pixel value; the stem's kernel starts smaller by this factor, and learns slower by its square", _POSITIVE),
+    "model.batch_norm_rate": Field(0.3, "weight of the current batch in the running moments of batch norm", _SHARE),
     # head
     "model.head": Field("gmsop", "pooling and classifier, see docs/heads.md", _one_of(*HEADS)),
-    "model.projection_widths": Field(
-        (),
-        "heads without a mixture: channels of 1×1 convolutions before the pooling",
-        Allowed(_are_sizes, "positive integers, like (256,)"),
-    ),
+    "model.projection_widths": Field((), "heads without a mixture: channels of 1×1 convolutions before the pooling", _OPTIONAL_SIZES),
     "model.projection_batch_norm": Field(False, "apply batch norm after each of these convolutions, as iSQRT-COV does"),
     "model.num_iters": Field(3, "Newton–Schulz iterations; iSQRT-COV uses 5", _between(1, 100)),
     "model.power": Field(0.5, "exponent α of the head `mpncov`", _POSITIVE),
     # mixtures
     "model.num_candidates": Field(16, "N, the number of candidates in the bank", _between(1, 10**6)),
-    "model.num_selected": Field(8, "K, the number of candidates selected per image; gated mixtures only", _at_least(1)),
-    "model.candidate_widths": Field(
-        (256, 128), "channels of a candidate's 1×1 convolutions; the last one is pooled", _SIZES
-    ),
-    "model.dispatch": Field(
-        "auto",
-        "how the selected candidates are computed; `auto` decides by the backend",
-        _one_of("auto", "gather", "loop"),
-        resumable=True,
-    ),
+    "model.num_selected": Field(8, "K, the number of candidates selected per image; gated mixtures only", _between(1, 10**6)),
+    "model.candidate_widths": Field((256, 128), "channels of a candidate's 1×1 convolutions; the last one is pooled", _SIZES),
+    "model.dispatch": Field("auto", "how the selected candidates are computed; `auto` decides by the backend", _one_of("auto", "gather", "loop"), resumable=True),
     "model.dropout_rate": Field(0.2, "dropout before the classifier of a mixture", _FRACTION),
     # gate
     "model.gate_widths": Field((256, 128), "channels of the 1×1 convolutions of the gate", _SIZES),
-    "model.gate_order": Field(
-        0, "pooling of the gate: 1 averages, 2 covariances, 0 the order of the candidates", _one_of(0, 1, 2)
-    ),
-    "model.gate_init": Field(
-        "constant",
-        "initial gate weights; with `constant`, all logits are equal at first",
-        _one_of("constant", "random"),
-    ),
-    "model.gate_noise": Field(
-        "image",
-        "noise of the logits: one draw per `image` or per `candidate` with a learned scale, `fixed` scale 1/N, or `none`",
-        _one_of("image", "candidate", "fixed", "none"),
-    ),
-    "model.gate_softmax": Field(
-        "selected",
-        "softmax over the `selected` logits, or over `all` N with the other weights set to 0",
-        _one_of("selected", "all"),
-    ),
-    "model.gate_gradient": Field(
-        "straight_through",
-        "gradient of the weights: `straight_through`, or `masked` as the authors have it",
-        _one_of("straight_through", "masked"),
-    ),
-    "model.balance_on": Field(
-        "weights", "balance the gate's `weights`, or the `softmax` over all N logits", _one_of("weights", "softmax")
-    ),
+    "model.gate_order": Field(0, "pooling of the gate: 1 averages, 2 covariances, 0 the order of the candidates", _one_of(0, 1, 2)),
+    "model.gate_init": Field("constant", "initial gate weights; with `constant`, all logits are equal at first", _one_of("constant", "random")),
+    "model.gate_noise": Field("image", "noise of the logits: `image` or `candidate` (one draw per …, learned scale), `fixed` (1/N), `none`", _one_of("image", "candidate", "fixed", "none")),
+    "model.gate_softmax": Field("selected", "softmax over the `selected` logits, or over `all` N with the other weights set to 0", _one_of("selected", "all")),
+    "model.gate_gradient": Field("straight_through", "gradient of the weights; the authors' is `masked`", _one_of("straight_through", "masked")),
+    "model.balance_on": Field("weights", "balance the gate's `weights`, or the `softmax` over all N logits", _one_of("weights", "softmax")),
     "model.balance_ddof": Field(1, "1 divides the variance in the balance loss by N − 1, 0 by N", _one_of(0, 1)),
     # data
-    "data.dir": Field(
-        "data/imagenet64", "folder with the shards and dataset.json that tools/convert.py wrote", resumable=True
-    ),
+    "data.dir": Field("data/imagenet64", "folder with the shards and dataset.json that tools/convert.py wrote", resumable=True),
     "data.source": Field("imagenet64", "source that tools/convert.py converted the data from"),
-    "data.auto_convert": Field(
-        False, "convert the source's embedded sample if `data.dir` does not exist", resumable=True
-    ),
-    "data.image_size": Field(
-        0, "side to which images are resized; 0 means that they keep their size", _between(0, 4096)
-    ),
+    "data.auto_convert": Field(False, "convert the source's embedded sample if `data.dir` does not exist", resumable=True),
+    "data.image_size": Field(0, "side to which images are resized; 0 means that they keep their size", _between(0, 4096)),
     "data.flip": Field(True, "mirror half of the training images"),
-    "data.crop": Field(
-        "none",
-        "random crop of training images: `padded` pads and cuts, `resized` cuts and resizes",
-        _one_of("none", "padded", "resized"),
-    ),
+    "data.crop": Field("none", "random crop of training images: `padded` pads and cuts, `resized` cuts and resizes", _one_of("none", "padded", "resized")),
     "data.crop_padding": Field(4, "crop `padded`: pixels of mean colour added on each side", _between(0, 4096)),
-    "data.crop_area": Field(
-        (0.08, 1.0),
-        "crop `resized`: smallest and largest share of the image's area",
-        Allowed(_is_area, "(least, largest) share in (0, 1]"),
-    ),
-    "data.num_threads": Field(
-        2,
-        "batches prepared at once; more threads help only where images are resized",
-        _between(1, 1024),
-        resumable=True,
-    ),
-    "data.num_workers": Field(
-        0,
-        "processes that prepare batches instead of threads; useful for slow resizing",
-        _between(0, 1024),
-        resumable=True,
-    ),
-    "data.on_corrupt": Field(
-        "stop",
-        "at a damaged shard or record, `stop`, or `skip` it and log that",
-        _one_of("stop", "skip"),
-        resumable=True,
-    ),
+    "data.crop_area": Field((0.08, 1.0), "crop `resized`: smallest and largest share of the image's area", _AREA),
+    "data.num_threads": Field(2, "batches prepared at once; more threads help only where images are resized", _between(1, 1024), resumable=True),
+    "data.num_workers": Field(0, "processes that prepare batches instead of threads; useful for slow resizing", _between(0, 1024), resumable=True),
+    "data.on_corrupt": Field("stop", "at a damaged shard or record, `stop`, or `skip` it and log that", _one_of("stop", "skip"), resumable=True),
     "data.verify": Field(True, "verify the checksums of the shards before the first step", resumable=True),
     # training
     "train.batch_size": Field(256, "images per step, over all devices", _between(1, 2**24)),
-    "train.num_epochs": Field(
-        60, "passes over the training split; a finished run may be given more", _at_least(1), resumable=True
-    ),
+    "train.num_epochs": Field(60, "passes over the training split; a finished run may be given more", _between(1, 10**6), resumable=True),
     "train.optimizer": Field("sgd", "`sgd` or `adamw`", _one_of("sgd", "adamw")),
     "train.learning_rates": Field(((0.1, 40), (0.01, 10), (0.001, 5), (0.0001, 5)), "pairs (rate, epochs)", _RATES),
-    "train.schedule": Field(
-        "steps", "`steps` uses the pairs in turn; `cosine` decays a single pair's rate to 0", _one_of("steps", "cosine")
-    ),
+    "train.schedule": Field("steps", "`steps` uses the pairs in turn; `cosine` decays a single pair's rate to 0", _one_of("steps", "cosine")),
     "train.warmup_epochs": Field(0.0, "epochs of linear warm-up", _at_least(0.0)),
-    "train.rate_factors": Field(
-        (),
-        "pairs (part, factor) for the learning rates of parts, like (('backbone', 0.1),); 0 freezes a part",
-        _FACTORS,
-    ),
+    "train.rate_factors": Field((), "pairs (part, factor) for the learning rates of parts, like (('backbone', 0.1),); 0 freezes a part", _FACTORS),
     "train.momentum": Field(0.9, "momentum of SGD; β₁ of AdamW", _FRACTION),
     "train.beta2": Field(0.999, "β₂ of AdamW", _FRACTION),
     "train.nesterov": Field(False, "use Nesterov's momentum (SGD)"),
-    "train.weight_decay": Field(
-        1e-4, "weight decay of every parameter, including biases, batch norm and gate", _at_least(0.0)
-    ),
+    "train.weight_decay": Field(1e-4, "weight decay of every parameter, including biases, batch norm and gate", _at_least(0.0)),
     "train.label_smoothing": Field(0.0, "share of the target that is spread over all classes", _FRACTION),
-    "train.mixup_alpha": Field(
-        0.0, "α of the Beta(α, α) that mixes pairs of images; 0 turns mixup off", _at_least(0.0)
-    ),
-    "train.ema_decay": Field(
-        0.0, "decay of the parameter averages, which are then evaluated; 0 turns them off", _FRACTION
-    ),
+    "train.mixup_alpha": Field(0.0, "α of the Beta(α, α) that mixes pairs of images; 0 turns mixup off", _at_least(0.0)),
+    "train.ema_decay": Field(0.0, "decay of the parameter averages, which are then evaluated; 0 turns them off", _FRACTION),
     "train.init_from": Field("", "working directory of a run whose parameters this run starts from"),
     "train.balance_weight": Field(100.0, "α; the loss is the mean cross entropy + α/B · balance loss", _at_least(0.0)),
     "train.drop_last": Field(True, "drop the smaller last batch of an epoch; the authors train on it"),
-    "train.sub_batches": Field(
-        1, "parts of a batch that are computed one after the other; needs less memory and more time", _between(1, 2**24)
-    ),
-    "train.on_nonfinite": Field(
-        "stop",
-        "if the loss is not finite, `stop`, or `rollback` to the last checkpoint and skip that batch",
-        _one_of("stop", "rollback"),
-        resumable=True,
-    ),
-    "train.log_every_steps": Field(
-        100, "log training metrics every this many steps, and at the end of each epoch", _at_least(1), resumable=True
-    ),
+    "train.sub_batches": Field(1, "parts of a batch that are computed one after the other; needs less memory and more time", _between(1, 2**24)),
+    "train.on_nonfinite": Field("stop", "if the loss is not finite: `stop`, or `rollback` to the last checkpoint and skip that batch", _one_of("stop", "rollback"), resumable=True),
+    "train.log_every_steps": Field(100, "log training metrics every this many steps, and at the end of each epoch", _between(1, 10**6), resumable=True),
     # devices
-    "parallel.mode": Field(
-        "jit",
-        "compile the step with `jit` (and shard_map) or with `pmap`; both run the same function",
-        _one_of("jit", "pmap"),
-        resumable=True,
-    ),
-    "parallel.cpu_devices": Field(
-        1,
-        "number of JAX devices to split the CPU into; 0 means one per core, which is faster for small networks",
-        _between(0, 1024),
-        resumable=True,
-    ),
-    "parallel.batch_norm": Field(
-        "global", "batch norm over the `global` batch or over each `device`'s part", _one_of("global", "device")
-    ),
+    "parallel.mode": Field("jit", "compile the step with `jit` (and shard_map) or with `pmap`; both run the same function", _one_of("jit", "pmap"), resumable=True),
+    "parallel.cpu_devices": Field(1, "number of JAX devices to split the CPU into; 0 means one per core, faster for small networks", _between(0, 1024), resumable=True),
+    "parallel.batch_norm": Field("global", "batch norm over the `global` batch or over each `device`'s part", _one_of("global", "device")),
     # evaluation
     "eval.split": Field("val", "split that is evaluated after each epoch"),
-    "eval.batch_size": Field(
-        256, "images per step in evaluation and prediction, over all devices", _between(1, 2**24), resumable=True
-    ),
-    "eval.resize": Field(
-        0,
-        "resize the shorter side to this and use the centre; 0 resizes the whole image to `data.image_size`",
-        _between(0, 8192),
-    ),
+    "eval.batch_size": Field(256, "images per step in evaluation and prediction, over all devices", _between(1, 2**24), resumable=True),
+    "eval.resize": Field(0, "resize the shorter side to this and use the centre; 0 resizes the whole image to `data.image_size`", _between(0, 8192)),
     "eval.flip_average": Field(False, "average the logits of each image and its mirror image"),
     # checkpoints
-    "checkpoint.keep": Field(
-        3, "number of latest checkpoints to keep, besides the best", _between(1, 10**6), resumable=True
-    ),
-    "checkpoint.every_steps": Field(
-        0,
-        "save a checkpoint every this many steps too; 0 saves at the end of each epoch only",
-        _at_least(0),
-        resumable=True,
-    ),
+    "checkpoint.keep": Field(3, "number of latest checkpoints to keep, besides the best", _between(1, 10**6), resumable=True),
+    "checkpoint.every_steps": Field(0, "save a checkpoint every this many steps too; 0 saves at the end of each epoch only", _between(0, 10**9), resumable=True),
 }
 # fmt: on
 
-# Fields of earlier versions that no longer exist, with the only value that still describes what is computed.
-_REMOVED_FIELDS = {"parallel.shard_optimizer": False, "parallel.shard_classifier": False}
+# What the config.json of earlier versions may contain that no longer exists: fields with the values that did not change
+# the results, and values of fields with what replaces them.
+_REMOVED_FIELDS = {"parallel.shard_optimizer": (False, True), "parallel.shard_classifier": (False, True)}
+_REMOVED_VALUES = {("model.dispatch", "pallas"): "auto"}
 
 
 def default_config() -> ConfigDict:
     """A new configuration with all fields at their defaults: GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet."""
     config = ConfigDict()
     for name, field in FIELDS.items():
-        section, _, leaf = name.rpartition(".")
+        section = name.rpartition(".")[0]
         if section and section not in config:
             config[section] = ConfigDict()
-        _parent(config, section)[leaf] = field.default
+        parent, leaf = _locate(config, name)
+        parent[leaf] = field.default
     config.model.compute_dtype = config.get_ref("compute_dtype")
     return config
 
@@ -354,8 +227,10 @@ def model_defaults() -> ConfigDict:
     return default_config().model
 
 
-def _parent(config: ConfigDict, section: str) -> ConfigDict:
-    return config[section] if section else config
+def _locate(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
+    """The section that contains a field, and the field's name in it."""
+    section, _, leaf = name.rpartition(".")
+    return (config[section] if section else config), leaf
 
 
 def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -455,26 +330,26 @@ def override(config: ConfigDict, assignment: str) -> None:
     name, separator, text = assignment.partition("=")
     if not separator:
         raise ConfigError(f"--config.{name} needs a value: --config.{name}=…")
-    section, _, leaf = name.rpartition(".")
-    current = _parent(config, section)[leaf] if name in FIELDS else _refuse(name)
+    _check_known(name)
+    section, leaf = _locate(config, name)
     try:
-        value = _PARSERS[type(FIELDS[name].default)](text)
+        section[leaf] = _PARSERS[type(FIELDS[name].default)](text)
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
-        raise ConfigError(_wrong_type(name, text, current)) from error
-    _parent(config, section)[leaf] = value
+        raise ConfigError(_wrong_type(name, text, f"it is currently {section[leaf]!r}")) from error
 
 
-def _refuse(name: str) -> Any:
-    leaf = name.rpartition(".")[2]
-    same_leaf = [field for field in FIELDS if field.rpartition(".")[2] == leaf]
-    hint = f"did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(name, FIELDS)
-    raise ConfigError(f"there is no field config.{name}; {hint}")
+def _check_known(name: str) -> None:
+    if name not in FIELDS:
+        leaf = name.rpartition(".")[2]
+        same_leaf = [field for field in FIELDS if field.rpartition(".")[2] == leaf]
+        hint = f"did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(name, FIELDS)
+        raise ConfigError(f"there is no field config.{name}; {hint}")
 
 
-def _wrong_type(name: str, value: Any, current: Any) -> str:
+def _wrong_type(name: str, value: Any, comparison: str) -> str:
     kind = type(FIELDS[name].default).__name__
     article = "an" if kind == "int" else "a"
-    return f"config.{name} must be {article} {kind} (it is currently {current!r}), but got {value!r}"
+    return f"config.{name} must be {article} {kind} ({comparison}), but got {value!r}"
 
 
 def _parse_tuple(text: str) -> tuple:
@@ -515,8 +390,7 @@ def validate(config: ConfigDict) -> None:
     """
     fields = dict(flatten(config))
     for name in fields:
-        if name not in FIELDS:
-            _refuse(name)
+        _check_known(name)
     for name, field in FIELDS.items():
         if name not in fields:
             raise ConfigError(f"config.{name} is missing; start from default_config()")
@@ -529,8 +403,8 @@ def validate(config: ConfigDict) -> None:
 def _check_value(name: str, field: Field, value: Any) -> None:
     kind = type(field.default)
     if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ConfigError(_wrong_type(name, value, field.default).replace("currently", "by default"))
-    if kind is float and not math.isfinite(value):
+        raise ConfigError(_wrong_type(name, value, f"its default is {field.default!r}"))
+    if kind is float and not _is_number(value):
         raise ConfigError(f"config.{name} must be a finite number, got {value}")
     if not field.allowed.contains(value):
         strings = [choice for choice in field.allowed.choices if isinstance(choice, str) and choice]
@@ -620,20 +494,18 @@ def from_json(text: str) -> ConfigDict:
         raise ConfigError(f"the stored configuration is a {type(stored).__name__} instead of an object with fields")
     config = default_config()
     for name, value in flatten(stored):
-        if name in _REMOVED_FIELDS and value == _REMOVED_FIELDS[name]:
+        if value in _REMOVED_FIELDS.get(name, ()):
             continue
         if name not in FIELDS:
             raise ConfigError(
                 f"the stored configuration has the field config.{name} = {value!r}, which this version of gmsop_jax"
                 " does not know; use the version that wrote it"
             )
-        section, _, leaf = name.rpartition(".")
+        section, leaf = _locate(config, name)
         try:
-            _parent(config, section)[leaf] = as_tuples(value)
+            section[leaf] = _REMOVED_VALUES.get((name, value), value) if isinstance(value, str) else as_tuples(value)
         except TypeError as error:
-            raise ConfigError(
-                f"the stored configuration has config.{name} = {value!r}, which has the wrong type"
-            ) from error
+            raise ConfigError(f"the stored configuration has config.{name} = {value!r}, of the wrong type") from error
     return config
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict as PlainConfigDict
 
-from gmsop_jax.config import default_config, differences, flatten, from_json, load, override, to_json, validate
+from gmsop_jax.config import FIELDS, default_config, differences, flatten, from_json, load, override, to_json, validate
 from gmsop_jax.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -114,6 +114,7 @@ def test_compute_dtype_has_one_value_under_two_names():
         ("train.momentum=fast", "config.train.momentum must be a float .*but got 'fast'"),
         ("data.flip=1", "config.data.flip must be a bool"),
         ("model.gate_widths=64", "config.model.gate_widths must be a tuple"),
+        ("model.gate_widths=(nan,)", "must be a tuple"),
         ("model=3", "there is no field config.model;"),
     ],
 )
@@ -129,7 +130,7 @@ def test_override_refuses(assignment, message):
     ("assignment", "message"),
     [
         ("model.num_selected=17", r"num_selected \(K = 17\) exceeds config.model.num_candidates \(N = 16\)"),
-        ("model.num_selected=0", "config.model.num_selected must be at least 1, got 0"),
+        ("model.num_selected=0", "config.model.num_selected must be between 1 and .*, got 0"),
         ("model.num_iters=0", "config.model.num_iters must be between 1 and 100, got 0"),
         ("model.head=gmspo", r"config.model.head must be one of .* got 'gmspo'; did you mean 'gmsop'\?"),
         ("model.gate_gradient=soft", "config.model.gate_gradient must be one of"),
@@ -166,7 +167,7 @@ def test_override_refuses(assignment, message):
         ("train.mixup_alpha=-1.0", "mixup_alpha must be at least 0"),
         ("train.momentum=1.0", r"momentum must be in \[0, 1\)"),
         ("train.weight_decay=-1.0", "weight_decay must be at least 0"),
-        ("train.num_epochs=0", "config.train.num_epochs must be at least 1"),
+        ("train.num_epochs=0", "config.train.num_epochs must be between 1"),
         ("train.learning_rates=()", "learning_rates must be pairs"),
         ("train.learning_rates=(0.1, 40)", "learning_rates must be pairs"),
         ("train.learning_rates=((0.1,),)", "learning_rates must be pairs"),
@@ -176,6 +177,11 @@ def test_override_refuses(assignment, message):
         ("train.learning_rates=(('fast', 2),)", "learning_rates must be pairs"),
         ("train.weight_decay=1e999", "weight_decay must be a finite number, got inf"),
         ("train.momentum=nan", "momentum must be a finite number, got nan"),
+        ("train.weight_decay=1e39", "weight_decay must be a finite number, got 1e\\+39"),
+        ("train.num_epochs=99999999999999999999", "num_epochs must be between 1 and 1000000"),
+        ("train.learning_rates=((0.1, 99999999999999999999),)", "learning_rates must be pairs"),
+        ("model.gate_widths=(True, 3)", "must be positive integers"),
+        ("checkpoint.every_steps=-1", "every_steps must be between 0"),
         ("seed=99999999999999999999", "config.seed must be between 0 and 4294967295"),
         ("data.image_size=100000", "config.data.image_size must be between 0 and 4096, got 100000"),
         ("model.num_classes=-1", "config.model.num_classes must be between 0"),
@@ -274,14 +280,41 @@ def test_damaged_json_is_refused(text):
 
 
 def test_stored_fields_that_are_unknown_are_refused():
-    stored = json.loads(to_json(default_config()))
-    stored["parallel"] |= {"shard_optimizer": False, "shard_classifier": False}  # written by earlier versions
-    assert dict(flatten(from_json(json.dumps(stored)))) == dict(flatten(default_config()))
-    stored["parallel"]["shard_optimizer"] = True
-    with pytest.raises(ConfigError, match=r"has the field config.parallel.shard_optimizer = True, which this version"):
-        from_json(json.dumps(stored))
-    with pytest.raises(ConfigError, match=r"has the field config.model.depth = 3"):
+    with pytest.raises(ConfigError, match=r"has the field config.model.depth = 3, which this version"):
         from_json('{"model": {"depth": 3}}')
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_stored_fields_that_were_removed_are_accepted(split):
+    stored = json.loads(to_json(default_config()))
+    stored["parallel"] |= {"shard_optimizer": split, "shard_classifier": split}
+    stored["model"]["dispatch"] = "pallas"
+    config = from_json(json.dumps(stored))
+    validate(config)
+    assert dict(flatten(config)) == dict(flatten(default_config()))
+    stored["parallel"]["shard_optimizer"] = "half"
+    with pytest.raises(ConfigError, match=r"config.parallel.shard_optimizer = 'half', which this version"):
+        from_json(json.dumps(stored))
+
+
+def test_every_field_has_a_valid_default_and_a_meaning():
+    validate(default_config())
+    for name, field in FIELDS.items():
+        assert field.meaning, name
+        assert all(type(choice) is type(field.default) for choice in field.allowed.choices), name
+
+
+NUMBERS = [name for name, field in FIELDS.items() if type(field.default) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("text", ["9" * 50, "-1", "nan", "inf"])
+def test_every_number_has_a_range(name, text):
+    """What would overflow or spread in the software below stops here."""
+    config = default_config()
+    with pytest.raises(ConfigError, match=f"config.{name} must be"):  # noqa: PT012
+        override(config, f"{name}={text}")
+        validate(config)
 
 
 def test_an_int_for_a_tuple_is_refused(tmp_path):
