@@ -32,6 +32,9 @@ def main() -> None:
         "--follow-links", action="store_true", default=None, help="also read files outside the input folder"
     )
     parser.add_argument(
+        "--allow-partial", action="store_true", default=None, help="imagenet64: convert a download with missing batches"
+    )
+    parser.add_argument(
         "--max-unreadable", type=float, default=0.01, help="largest accepted share of unreadable images (default: 0.01)"
     )
     parser.add_argument("--shard-range", default="0/1", help="i/n: convert every n-th shard from the i-th, i from 0")
@@ -45,7 +48,7 @@ def main() -> None:
         limit=args.limit,
         seed=args.seed,
         codec=args.codec,
-        options=Options(args.size, args.resize, args.val_fraction, args.follow_links),
+        options=Options(args.size, args.resize, args.val_fraction, args.follow_links, args.allow_partial),
         shard_range=_range(args.shard_range),
         max_unreadable=args.max_unreadable,
     )

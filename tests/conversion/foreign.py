@@ -17,15 +17,17 @@ def images(count: int, height: int, width: int, channels: int = 3, seed: int = 0
 
 
 def imagenet_batches(count: int, side: int = 8, classes: int = 5) -> dict[str, dict]:
-    """Three training batches and one of validation, as the release's Python dicts."""
+    """Ten training batches and one of validation, as the release's dicts; only 1, 2, 10 and the last have images."""
+    empty = {f"train_data_batch_{number}": 0 for number in range(3, 10)}
+    filled = dict.fromkeys(["train_data_batch_1", "train_data_batch_2", "train_data_batch_10", "val_data"], count)
     batches = {}
-    for at, name in enumerate(["train_data_batch_1", "train_data_batch_2", "train_data_batch_10", "val_data"]):
+    for at, (name, count) in enumerate((filled | empty).items()):
         pixels = images(count, side, side, seed=at)
-        planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(count, -1)
+        planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(count, 3 * side**2)
         labels = [(at + row) % classes + 1 for row in range(count)]
-        batches[name] = {"data": planes, "labels": labels}
+        batches[name] = {"data": planes, "labels": labels or np.zeros(0, np.int64)}
         if name != "val_data":
-            batches[name]["mean"] = planes.mean(0)
+            batches[name]["mean"] = planes.mean(0) if count else np.zeros(planes.shape[1])
     return batches
 
 

@@ -75,7 +75,7 @@ def test_nothing_runs(tmp_path: Path, protocol: int):
     assert target.exists()
 
 
-def test_the_name_is_told(tmp_path: Path):
+def test_the_refused_name_is_stated(tmp_path: Path):
     with pytest.raises(DataError, match=r"names (posix|nt)\.system, which .* could run code"):
         pickles.load(write(tmp_path / "x", pickle.dumps([Shell()])))
 
@@ -91,12 +91,13 @@ def test_the_name_is_told(tmp_path: Path):
         (b"\x80\x02ccodecs\nencode\n.", "names codecs.encode"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "names os.system"),
         (b"\x80\x02cnumpy\nndarray\n)R.", "calls"),
-        (b"\x80\x02cnumpy\nndarray\n.", "bare name"),
+        (b"\x80\x02cnumpy\nndarray\n.", "contains a bare name"),
         (b"\x80\x02K\x01)R.", "calls 1"),
         (b"\x80\x02K\x01}b.", "fills a int"),
         (b"\x80\x02K\x01K\x02a.", "appends to a int"),
         (b"\x80\x02]K\x01K\x02s.", "sets items of a list"),
-        (b"\x80\x02}]K\x02s.", "damaged pickle"),  # an unhashable key
+        (b"\x80\x02}]K\x02s.", "keys are neither strings nor integers"),
+        (b"\x80\x02})" + b"\x85" * 100_000 + b"Ns.", "keys are neither strings nor integers"),  # hashing it would crash
         (b"\x80\x02h\x05.", "damaged pickle"),  # no such memo
         (b"\x80\x02.", "damaged pickle"),  # nothing to return
         (b"\x80\x02K\x01\x86.", "damaged pickle"),  # a pair of one
@@ -115,6 +116,51 @@ def test_refused(tmp_path: Path, data: bytes, message: str):
 def test_other_arrays_are_refused(tmp_path: Path, array: np.ndarray):
     with pytest.raises(DataError, match="is refused"):
         pickles.load(write(tmp_path / "x", pickle.dumps({"a": array}, 4)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02}q\x00U\x01ah\x00s.",  # a dictionary that contains itself
+        b"\x80\x02]q\x00h\x00a.",  # a list that contains itself
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",  # nested 100,000 deep
+        b"\x80\x02}" + b"".join(b"q%c}U\x01ah%cs" % (k, k) for k in range(100)) + b".",  # shared, 2^100 paths
+    ],
+    ids=["itself", "list", "deep", "shared"],
+)
+def test_cycles_and_depth_are_harmless(tmp_path: Path, data: bytes):
+    assert isinstance(pickles.load(write(tmp_path / "x", data)), dict | list)
+
+
+def test_the_number_of_instructions_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pickles, "MAX_INSTRUCTIONS", 1000)
+    with pytest.raises(DataError, match="more than 1,000 instructions"):
+        pickles.load(write(tmp_path / "x", b"\x80\x02" + b"N" * 2000 + b"."))
+
+
+def test_an_empty_array_of_protocol_2(tmp_path: Path):
+    data = pickle.dumps({"data": np.zeros((0, 12), np.uint8)}, 2)  # calls __builtin__.bytes()
+    assert pickles.load(write(tmp_path / "x", data))["data"].shape == (0, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_fuzzed_pickles_raise_one_error(tmp_path: Path, protocol: int):
+    """2,500 damaged files of each protocol: DataError, or plain values."""
+    good = pickle.dumps({"data": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": [1, 2, 3], "x": 0.5}, protocol)
+    rng, file, refused = np.random.default_rng(protocol), tmp_path / "x", 0
+    for case in range(2500):
+        damaged = bytearray(good)
+        for _ in range(rng.integers(1, 6)):
+            damaged[rng.integers(len(good))] = rng.integers(256)
+        if case % 4 == 0:
+            at, length = rng.integers(len(good)), rng.integers(1, 20)
+            damaged[at:at] = damaged[at : at + length]
+        try:
+            pickles.load(write(file, bytes(damaged)))
+        except DataError:
+            refused += 1
+    assert refused > 500
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,6 +1,8 @@
 import concurrent.futures
 import gzip
+import io
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,16 @@ import pytest
 from foreign import imagenet_batches, images, jpeg, write_imagenet, write_imdb, write_places
 from PIL import Image
 
-from gmsop_jax.conversion.sources import NAMES, Options, Request, Source, UnreadableImage, imagenet64, open_source
+from gmsop_jax.conversion.sources import (
+    NAMES,
+    Options,
+    Request,
+    Source,
+    UnreadableImage,
+    imagenet64,
+    open_source,
+)
+from gmsop_jax.conversion.sources.files import npz_arrays
 from gmsop_jax.conversion.sources.images import Names, decode_image
 from gmsop_jax.data.resize import imresize
 from gmsop_jax.errors import ConfigError, DataError
@@ -121,7 +132,7 @@ def test_imagenet_without_names(tmp_path: Path):
 
 
 def test_imagenet_refuses(tmp_path: Path):
-    with pytest.raises(DataError, match="holds no train_data_batch_1"):
+    with pytest.raises(DataError, match="contains no train_data_batch_1"):
         opened("imagenet64", tmp_path, tmp_path)
     batches = write_imagenet(tmp_path, "npz")
     for change, message in (
@@ -135,10 +146,10 @@ def test_imagenet_refuses(tmp_path: Path):
         with pytest.raises(DataError, match=message):
             opened("imagenet64", tmp_path, tmp_path)
     np.savez(tmp_path / "train_data_batch_2.npz", data=np.zeros((2, 192), np.uint8))
-    with pytest.raises(DataError, match="lacks 'labels'; it holds data"):
+    with pytest.raises(DataError, match="has no array 'labels'; it contains data"):
         opened("imagenet64", tmp_path, tmp_path)
     np.savez(tmp_path / "train_data_batch_2.npz", data=np.array([{}]), labels=[1], allow_pickle=True)
-    with pytest.raises(DataError, match="holds Python objects"):
+    with pytest.raises(DataError, match="contains Python objects"):
         opened("imagenet64", tmp_path, tmp_path)
     (tmp_path / "map_clsloc.txt").write_text("n1 1 one\nn3 3 three\n")
     with pytest.raises(DataError, match="numbers from 1 up"):
@@ -151,7 +162,7 @@ def test_imagenet_truncated(tmp_path: Path, layout: str):
     name = {"zip": "Imagenet64_train_part2.zip", "pickle": "train_data_batch_2"}.get(layout, "train_data_batch_2.npz")
     file = tmp_path / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(DataError, match=r"truncated|isn't a whole zip|refused"):
+    with pytest.raises(DataError, match=r"truncated|is not a complete zip|refused"):
         opened("imagenet64", tmp_path, tmp_path)
 
 
@@ -165,15 +176,80 @@ def test_imagenet_bit_flip_inside_an_archive(tmp_path: Path):
         opened("imagenet64", tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["pickle", "npz", "zip"])
+def test_a_missing_batch_is_refused_unless_asked_for(tmp_path: Path, layout: str):
+    write_imagenet(tmp_path, layout)
+    names = {"pickle": "train_data_batch_10", "npz": "train_data_batch_10.npz", "zip": "Imagenet64_train_part2.zip"}
+    (tmp_path / names[layout]).unlink()
+    with pytest.raises(DataError, match=r"lacks .*train_data_batch_10; .* or give --allow-partial"):
+        opened("imagenet64", tmp_path, tmp_path)
+    assert opened("imagenet64", tmp_path, tmp_path, allow_partial=True).num_images["train"] == 40
+
+
+@pytest.mark.parametrize("member", ["data", "labels"])
+def test_a_flipped_byte_in_a_stored_npz_is_found(tmp_path: Path, member: str):
+    write_imagenet(tmp_path, "npz", side=32)
+    file = tmp_path / "train_data_batch_2.npz"
+    with zipfile.ZipFile(file) as archive:
+        info = archive.getinfo(f"{member}.npy")
+    data = bytearray(file.read_bytes())
+    data[info.header_offset + 200] ^= 1  # behind the .npy header
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=rf"train_data_batch_2.npz: {member}.npy is damaged \(its CRC is wrong\)"):
+        opened("imagenet64", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"), [(9, 0), (0, 1), (8, 1), (99, 0)], ids=["deflate64", "aes", "zip", "other"]
+)
+def test_zips_of_unsupported_kinds_are_refused(tmp_path: Path, method: int, flags: int):
+    write_imagenet(tmp_path, "npz")
+    file = tmp_path / "train_data_batch_2.npz"
+    data = bytearray(file.read_bytes())
+    for signature, at_flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = data.find(signature)
+        while at >= 0:
+            data[at + at_flags : at + at_flags + 4] = flags.to_bytes(2, "little") + method.to_bytes(2, "little")
+            at = data.find(signature, at + 4)
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"train_data_batch_2.npz: data.npy can't be unpacked"):
+        opened("imagenet64", tmp_path, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compressed", [False, True])
+def test_fuzzed_npz_files_raise_one_error(tmp_path: Path, compressed: bool):
+    """2,500 damaged files of each kind: nothing but DataError, and never other numbers."""
+    batch = {"data": images(3, 8, 8).reshape(3, -1), "labels": np.array([1, 2, 3])}
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, **batch)
+    good, rng, file = buffer.getvalue(), np.random.default_rng(int(compressed)), tmp_path / "x.npz"
+    refused = 0
+    for case in range(2500):
+        damaged = bytearray(good)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(len(good))] = rng.integers(256)
+        if case % 5 == 0:
+            del damaged[rng.integers(len(good)) :]
+        file.write_bytes(damaged)
+        try:
+            found = npz_arrays(file, ("data", "labels"), tmp_path / f"scratch{case}")
+            for name, array in found.items():
+                np.testing.assert_array_equal(array.whole(), batch[name])
+        except DataError:
+            refused += 1
+    assert refused > 500
+
+
 def test_imagenet_published_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_imagenet(tmp_path, "zip")
     archive = tmp_path / "Imagenet64_val.zip"
     size, checksum = archive.stat().st_size, sha256(archive)
-    monkeypatch.setattr(imagenet64, "_PUBLISHED", {"val": (size, checksum)})
+    monkeypatch.setattr(imagenet64, "PUBLISHED", {"val": (size, checksum)})
     told = opened("imagenet64", tmp_path, tmp_path).facts["archives"]
     assert told["Imagenet64_val.zip"] == f"the published val archive (sha256 {checksum})"
     assert told["Imagenet64_train_part1.zip"] == "not a published npz archive"
-    monkeypatch.setattr(imagenet64, "_PUBLISHED", {"val": (size, "0" * 64)})
+    monkeypatch.setattr(imagenet64, "PUBLISHED", {"val": (size, "0" * 64)})
     with pytest.raises(DataError, match=r"size of the published val archive but sha256 .* it is damaged"):
         opened("imagenet64", tmp_path, tmp_path)
 
@@ -353,6 +429,53 @@ def test_modes(tmp_path: Path):
     assert decoded(tmp_path, rgb.convert("CMYK"), "tif").shape == (3, 5, 3)
     deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     np.testing.assert_array_equal(decoded(tmp_path, deep)[..., 0], pixels[..., 0])
+
+
+GRADIENT = np.linspace(0, 1, 256).reshape(16, 16)
+
+
+def test_16_bit_gray_is_scaled(tmp_path: Path):
+    """Pillow opens 16-bit PGM in mode I, and PNG and TIFF in I;16."""
+    values = np.round(GRADIENT * 65535).astype(np.uint16)
+    pgm = b"P5 16 16 65535\n" + values.astype(">u2").tobytes()
+    expected = np.round(GRADIENT * 255).astype(np.uint8)
+    np.testing.assert_array_equal(decode_image(pgm, "x.pgm")[..., 0], expected)
+    for ending in ("png", "tif"):
+        np.testing.assert_array_equal(decoded(tmp_path, Image.fromarray(values), ending)[..., 0], expected)
+    twelve_bits = b"P5 16 16 4095\n" + np.round(GRADIENT * 4095).astype(">u2").tobytes()
+    np.testing.assert_allclose(decode_image(twelve_bits, "x.pgm")[..., 0], expected, atol=1)
+
+
+def test_16_bit_tiff_with_white_at_zero(tmp_path: Path):
+    values = np.round(GRADIENT * 65535).astype(np.uint16)
+    found = decoded(tmp_path, Image.fromarray(values), "tif", tiffinfo={262: 0})
+    np.testing.assert_array_equal(found[..., 0], 255 - np.round(GRADIENT * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode"),
+    [
+        (np.full((4, 4), 2**30, np.int32), "I"),
+        (np.full((4, 4), 0.5, np.float32), "F"),
+        (np.full((4, 4, 3), 128, np.uint8), "LAB"),
+    ],
+)
+def test_modes_without_a_defined_range_are_refused_by_name(tmp_path: Path, pixels: np.ndarray, mode: str):
+    image = Image.frombytes("LAB", (4, 4), pixels.tobytes()) if mode == "LAB" else Image.fromarray(pixels)
+    with pytest.raises(UnreadableImage, match=rf"x: the range of Pillow's mode {mode} is not defined"):
+        decoded(tmp_path, image, "tif")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_keeps_dark_and_bright_apart(tmp_path: Path, mode: str):
+    gray = Image.fromarray(np.repeat([[0, 255]], 2, 0).astype(np.uint8))
+    image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257) if mode == "I;16" else gray.convert(mode)
+    ending = "tif" if mode in ("CMYK", "YCbCr", "I;16") else "png"
+    if mode == "PA":
+        image = image.convert("LA")
+    found = decoded(tmp_path, image, ending).astype(int)
+    assert found[:, 0].max() <= 3
+    assert found[:, 1].min() >= 252
 
 
 def test_alpha_lies_over_white(tmp_path: Path):

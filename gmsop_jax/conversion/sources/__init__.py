@@ -83,12 +83,14 @@ class Options:
       val_fraction: share of the training images to set aside as the split 'val'.
       follow_links: also read files outside the input folder, to which links or lists inside it lead. All
         sources accept it.
+      allow_partial: convert an incomplete download of a source with several files.
     """
 
     size: int | None = None
     resize: Method | None = None
     val_fraction: float | None = None
     follow_links: bool | None = None
+    allow_partial: bool | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and not 1 <= self.size <= MAX_SIDE:

@@ -1,10 +1,13 @@
-"""Arrays that stay in their files, and the archives they may have to be unpacked from."""
+"""Arrays that are read from their files item by item, and the archives that contain them."""
 
 import dataclasses
+import lzma
 import math
 import os
 import re
 import shutil
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -16,13 +19,24 @@ import numpy as np
 from gmsop_jax.errors import DataError
 from gmsop_jax.files import replacing
 
+# What the standard library raises for damaged or unsupported archives and headers.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    RuntimeError,  # encrypted; NotImplementedError: an unsupported compression, such as Deflate64
+    ValueError,
+    OverflowError,
+    IndexError,
+)
+_HEADER_ERRORS = (ValueError, TypeError, EOFError, OverflowError, SyntaxError, tokenize.TokenError, MemoryError)
+
 
 @dataclasses.dataclass(frozen=True)
 class FileArray:
-    """A C-ordered array in a file, uncompressed; one read per item, so memory stays constant.
-
-    It may be pickled: the descriptor belongs to the process.
-    """
+    """An uncompressed, C-ordered array in a file. Each item is read when it is needed, so memory use is constant."""
 
     path: Path
     offset: int
@@ -47,36 +61,34 @@ class FileArray:
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Item `index`, of shape `shape[1:]`."""
+        """Returns item `index`, an array of shape `shape[1:]`."""
         data = read_at(self.path, self.offset + index * self.item_bytes, self.item_bytes)
         return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
 
     def whole(self) -> np.ndarray:
-        """All of it in memory, for labels and the like."""
+        """Returns the whole array, for example of labels."""
         data = read_at(self.path, self.offset, len(self) * self.item_bytes)
         return np.frombuffer(data, self.dtype).reshape(self.shape)
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset`; DataError if it ends before."""
-    data = os.pread(_descriptor(path), size, offset)
+    """Reads `size` bytes of a file from `offset`; DataError if it ends before."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+    except (OSError, OverflowError) as error:
+        raise DataError(f"{path} can't be read at byte {offset:,} ({error})") from error
     if len(data) != size:
         raise DataError(f"{path} is truncated: it ends before byte {offset + size:,}; download it again")
     return data
 
 
-_descriptors: dict[Path, int] = {}
-
-
-def _descriptor(path: Path) -> int:
-    """This process's descriptor of a file: one each, kept until the process ends."""
-    if path not in _descriptors:
-        _descriptors[path] = os.open(path, os.O_RDONLY)
-    return _descriptors[path]
-
-
 def npy_array(path: Path, offset: int = 0) -> FileArray:
-    """The array of a .npy file that begins at `offset` of `path`; DataError if it is none."""
+    """The array of a .npy file that begins at `offset` of `path`.
+
+    Raises:
+      DataError: if there is no such file, or its array does not consist of numbers in C order.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         try:
@@ -85,56 +97,60 @@ def npy_array(path: Path, offset: int = 0) -> FileArray:
             if version != (1, 0):
                 read_header = np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read_header(file)
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{path} holds no readable .npy array ({error})") from error
+        except _HEADER_ERRORS as error:
+            raise DataError(f"{path} does not contain a readable .npy array ({error}); download it again") from error
         start = file.tell()
     if dtype.hasobject:
-        raise DataError(f"{path} holds Python objects (dtype {dtype}); such arrays are refused")
+        raise DataError(f"{path} contains Python objects (dtype {dtype}); such arrays are refused")
+    if dtype.kind not in "uif" or any(type(n) is not int or n < 0 for n in shape):
+        raise DataError(f"{path} contains an array of dtype {dtype} and shape {shape}; expected numbers")
     if (fortran and len(shape) > 1) or not shape:
-        raise DataError(f"{path} holds an array of shape {shape} in Fortran order; expected C order")
+        raise DataError(f"{path} contains an array of shape {shape} in Fortran order; expected C order")
     return FileArray(path, start, shape, dtype.str)
 
 
 def npz_arrays(path: Path, names: Sequence[str], scratch: Path) -> dict[str, FileArray]:
-    """The arrays of those names in an .npz file; compressed ones are unpacked into `scratch`."""
+    """Named arrays of an .npz file, whose CRCs are checked; compressed ones are unpacked into `scratch`."""
     arrays = {}
     with open_zip(path) as archive:
         members = {Path(info.filename).stem: info for info in archive.infolist()}
         for name in names:
             if name not in members:
-                raise DataError(f"{path} lacks {name!r}; it holds {', '.join(sorted(members))}")
+                raise DataError(f"{path} has no array {name!r}; it contains {', '.join(sorted(members))}")
             info = members[name]
-            if info.compress_type == zipfile.ZIP_STORED:
-                arrays[name] = npy_array(path, _data_offset(path, info))
+            if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+                arrays[name] = npy_array(path, _stored_member(path, info))
             else:
                 arrays[name] = npy_array(unpack(archive, info, scratch))
     return arrays
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """A zip file opened for reading; DataError if it is none."""
+    """Opens a zip file for reading; DataError if it is not one."""
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path} isn't a whole zip archive ({error}); download it again") from error
+    except (*_ZIP_ERRORS, OSError) as error:
+        raise DataError(f"{path} is not a complete zip archive ({error}); download it again") from error
 
 
 def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> Path:
-    """A member's bytes as a file in `scratch`, unpacked unless it is there already."""
+    """Unpacks a member into `scratch` and returns the file; a file that is there already is kept."""
     scratch.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"\W", "_", f"{Path(str(archive.filename)).name}-{member.filename}")
-    target = scratch / f"{stem}-{member.CRC:08x}{Path(member.filename).suffix}"
+    stem = re.sub(r"\W", "_", f"{Path(str(archive.filename)).name}-{member.filename}")[-200:]
+    target = scratch / f"{stem}-{member.CRC:08x}{Path(member.filename).suffix[:8]}"
     if target.exists():
         return target
     check_space(scratch, member.file_size)
     try:
         with archive.open(member) as packed, replacing(target) as temporary, temporary.open("wb") as file:
             shutil.copyfileobj(packed, file, 2**20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        return target
+    except (*_ZIP_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{target} can't be written ({error.strerror})") from error
         raise DataError(
             f"{archive.filename}: {member.filename} can't be unpacked ({error}); download it again"
         ) from error
-    return target
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -148,23 +164,30 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The non-empty lines of a small UTF-8 text file; DataError if it is none."""
+    """Returns the non-empty lines of a small UTF-8 text file; DataError if it can't be read as one."""
     try:
         return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{file} can't be read as text ({error})") from error
 
 
-def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+def _stored_member(path: Path, info: zipfile.ZipInfo) -> int:
+    """The offset of an uncompressed member in its archive, after comparing the member's CRC."""
     header = read_at(path, info.header_offset, 30)
     if header[:4] != b"PK\3\4":
-        raise DataError(f"{path} isn't a whole zip archive ({info.filename} has no header); download it again")
+        raise DataError(f"{path} is not a complete zip archive ({info.filename} has no header); download it again")
     name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-    return info.header_offset + 30 + name + extra
+    start = info.header_offset + 30 + name + extra
+    crc = 0
+    for offset in range(0, info.file_size, 2**24):
+        crc = zlib.crc32(read_at(path, start + offset, min(2**24, info.file_size - offset)), crc)
+    if crc != info.CRC:
+        raise DataError(f"{path}: {info.filename} is damaged (its CRC is wrong); download it again")
+    return start
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """A file opened for reading; DataError if that fails."""
+    """Opens a file for reading; DataError if that fails."""
     try:
         return path.open("rb")
     except OSError as error:

@@ -1,8 +1,7 @@
 """Downsampled ImageNet-1K as its authors publish it: pickles or npz files, also inside their zip archives.
 
-`train_data_batch_1` … and `val_data` hold `data`, uint8 [n, 3·s·s] (the red, green and blue planes,
-each row-major), and `labels`, 1-based in the order of `map_clsloc.txt`. Any side s will do; the
-usual one is 64.
+`train_data_batch_1` to `_10` and `val_data` contain `data`, uint8 [n, 3·s·s] (the red, green and blue planes, each
+row-major), and `labels`, 1-based in the order of `map_clsloc.txt`. The side s is usually 64.
 """
 
 import collections
@@ -22,11 +21,12 @@ from gmsop_jax.conversion.sources.files import FileArray, npz_arrays, open_zip, 
 from gmsop_jax.errors import DataError
 from gmsop_jax.files import sha256
 
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"allow_partial"})
 _LOG = logging.getLogger(__name__)
 _BATCH = re.compile(r"(train_data_batch_(\d+)|val_data)(\.npz|\.pickle|\.pkl)?")
 _NUM_CLASSES = 1000
-_PUBLISHED = {  # the npz archives of 64×64: bytes, sha256
+_RELEASE = (*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data")
+PUBLISHED = {  # the npz archives of 64×64: bytes, sha256
     "train_part1": (6_783_426_789, "9422dc1dc5d092e9814a70a1cb7fc74880d2db5d88a0cb8a34ee363b12bde3f1"),
     "train_part2": (6_780_506_068, "9fafc115afb7e6c301e66dc16b2d737152b427bd5dab26e1293487a6819c7f30"),
     "val": (529_522_927, "e1e75133158a1924135a9c6f97a80d2d237b158945e0b34074e58e6c8430eeb8"),
@@ -89,12 +89,23 @@ def open_source(request: Request) -> ImageNet64:
         batches[split].append(_read(files[name], len(classes), request.scratch))
     if "train" not in batches:
         raise DataError(
-            f"--input {path.absolute()} holds no train_data_batch_1…: expected the pickles, npz "
-            "files or zip archives of "
-            "downsampled ImageNet"
+            f"--input {path.absolute()} contains no train_data_batch_1…; expected the pickles, npz files or zip"
+            " archives of downsampled ImageNet"
+        )
+    missing = [name for name in _RELEASE if name not in {_batch_name(file) for file in files}]
+    if missing and not request.options.allow_partial:
+        raise DataError(
+            f"--input {path.absolute()} lacks {', '.join(missing)}; download what is missing, or give --allow-partial"
+            " to convert the rest"
         )
     whole = {split: tuple(found) for split, found in batches.items()}
     return ImageNet64(whole, _side(whole), classes, tuple(used), facts)
+
+
+def _batch_name(file_name: str) -> str:
+    """`train_data_batch_3` of `train_data_batch_3.npz`."""
+    match = _BATCH.fullmatch(file_name)
+    return match[1] if match else ""
 
 
 def _number(name: str) -> tuple[int, str]:
@@ -112,16 +123,15 @@ def _unpack(archive: Path, scratch: Path) -> dict[str, Path]:
 def _check_published(archive: Path) -> str:
     """What the archive is: compared with the published sizes and sums."""
     size = archive.stat().st_size
-    for part, (bytes_, sum_) in _PUBLISHED.items():
+    for part, (bytes_, sum_) in PUBLISHED.items():
         if size == bytes_:
             if (found := sha256(archive)) != sum_:
                 raise DataError(
-                    f"{archive} has the size of the published {part} archive but sha256 {found} "
-                    f"instead of {sum_}: it is "
-                    "damaged; download it again"
+                    f"{archive} has the size of the published {part} archive but sha256 {found} instead of {sum_}: it"
+                    " is damaged; download it again"
                 )
             return f"the published {part} archive (sha256 {sum_})"
-    _LOG.warning("%s (%d bytes) isn't one of the published npz archives; reading it all the same", archive, size)
+    _LOG.warning("%s (%d bytes) is not one of the published npz archives; its checksum is not known", archive, size)
     return "not a published npz archive"
 
 
@@ -132,7 +142,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         return tuple(f"class {label}" for label in range(1, _NUM_CLASSES + 1))
     rows = [line.split() for line in read_lines(file)]
     if any(len(row) != 3 or row[1] != str(at) for at, row in enumerate(rows, 1)):
-        raise DataError(f"{file} isn't a list of `wnid number name` with numbers from 1 up")
+        raise DataError(f"{file} is not a list of `wnid number name` with numbers from 1 up")
     repeated = {name for name, count in collections.Counter(row[2] for row in rows).items() if count > 1}
     return tuple(f"{name} ({wnid})" if name in repeated else name for wnid, _, name in rows)
 
@@ -155,8 +165,7 @@ def _read(file: Path, num_classes: int, scratch: Path) -> Batch:
     if len(labels) and not 1 <= labels.min() <= labels.max() <= num_classes:
         raise DataError(
             f"{file}: labels go from {labels.min()} to {labels.max()}; expected 1 to {num_classes} "
-            "(1-based): mislabelled, "
-            "or of another map_clsloc.txt"
+            "(1-based). They are wrong, or belong to another map_clsloc.txt"
         )
     return Batch(data, (labels.astype(np.int64) - 1).astype(np.int32))
 

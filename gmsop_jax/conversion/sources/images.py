@@ -1,4 +1,4 @@
-"""Image files → uint8 arrays, whatever their mode; and long lists of their names, kept small."""
+"""Decoding of image files of every mode, and a compact list of many file names."""
 
 import dataclasses
 import io
@@ -12,57 +12,87 @@ from PIL import Image, ImageOps
 
 from gmsop_jax.conversion.sources import UnreadableImage
 
-_warnings = threading.Lock()  # their filters are the process's: threads that change them take turns
+_WARNINGS_LOCK = threading.Lock()  # warning filters belong to the process, so threads change them one at a time
+_EIGHT_BIT_MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}
+_BITS_TAG, _PHOTOMETRIC_TAG = 258, 262  # of TIFF
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decodes an image file, upright.
+    """Decodes an image file.
 
-    Gray stays gray; palettes are looked up; transparent pixels are laid over white; 16-bit gray is
-    scaled to 8; EXIF rotation is applied.
+    Gray images keep one channel. Palettes are resolved, transparent pixels are composed over white, gray images of
+    more than 8 bits are scaled to 8 bits, and EXIF rotation is applied.
 
     Args:
       data: the file's bytes.
-      name: for the error.
+      name: a name for error messages.
+
     Returns: uint8 [h, w, 1] or [h, w, 3].
-    Raises: UnreadableImage if Pillow can't decode it, or it is a decompression bomb.
+
+    Raises:
+      UnreadableImage: if Pillow can't decode the file, if it is a decompression bomb, or if the range of its mode is
+        not defined (floating point, 32-bit integers, LAB).
     """
     try:
-        with _warnings, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata
+        with _WARNINGS_LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # unusual metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as file:
-                pixels = np.asarray(_plain(ImageOps.exif_transpose(file)))
+                pixels = _to_8_bits(file, name)
+    except UnreadableImage:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{name}: {error}") from error
-    except Exception as error:  # Pillow's decoders raise errors of every kind on damaged files
+    except Exception as error:  # Pillow's decoders raise exceptions of many types on damaged files
         message = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # the same file gives the same message
         raise UnreadableImage(f"{name}: {message or type(error).__name__}") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """The image in mode L or RGB."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+def _to_8_bits(file: Image.Image, name: str) -> np.ndarray:
+    """The upright pixels of an opened file, uint8 [h, w] or [h, w, 3]."""
+    mode, white = file.mode, _white(file)
+    if white is not None:
+        return _scale(np.asarray(ImageOps.exif_transpose(file)), white, inverted=_is_inverted(file))
+    if mode not in _EIGHT_BIT_MODES and not file.has_transparency_data:
+        raise UnreadableImage(f"{name}: the range of Pillow's mode {mode} is not defined; convert it to 8 or 16 bits")
+    image = ImageOps.exif_transpose(file)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode in ("L", "1"):
-        return image.convert("L")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(image.convert("L" if mode in ("1", "L") and image.mode == mode else "RGB"))
+
+
+def _white(file: Image.Image) -> int | None:
+    """The largest value of a gray image with more than 8 bits; None for other modes, and where it is not defined."""
+    tags = getattr(file, "tag_v2", None)
+    if file.mode.startswith("I;16"):
+        bits = tags.get(_BITS_TAG, (16,))[0] if tags else 16
+        return 2**bits - 1
+    return 65535 if file.mode == "I" and file.format in ("PPM", "PNG") else None
+
+
+def _is_inverted(file: Image.Image) -> bool:
+    """Whether 0 is white in a TIFF file of more than 8 bits, for which Pillow doesn't invert."""
+    tags = getattr(file, "tag_v2", None)
+    return bool(tags) and tags.get(_PHOTOMETRIC_TAG) == 0
+
+
+def _scale(values: np.ndarray, white: int, *, inverted: bool) -> np.ndarray:
+    scaled = np.round(np.clip(values, 0, white) * (255 / white)).astype(np.uint8)
+    return 255 - scaled if inverted else scaled
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Millions of short strings without millions of objects."""
+    """A sequence of many short strings, stored as one byte string instead of many objects."""
 
     text: bytes
     ends: np.ndarray
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "Names":
-        """Packs the names."""
+        """Stores the names."""
         text, ends = bytearray(), []
         for name in names:
             text += name.encode("utf-8", "surrogateescape")
