@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,15 @@ from gmsop_jax.conversion.shards import ShardNotes, ShardTask, Statistics, shard
 from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR, Manifest, Split
 from gmsop_jax.data.records import Codec
 from gmsop_jax.errors import DataError
-from gmsop_jax.files import replacing, sha256, write_json
+from gmsop_jax.files import FileLock, LockHeldError, replacing, sha256, write_json
 
 SHEET_NAME = "contact_sheet.png"  # the file that tools/inspect_dataset.py adds to a data set
 _LOG = logging.getLogger(__name__)
 _OWN_FILES = re.compile(
-    rf"({re.escape(JOB_DIR)}|{re.escape(SHEET_NAME)}|\.?{re.escape(FILE_NAME)}|\w+-\d+-of-\d+\.arrayrecord)"
-    r"(\.tmp-\d+|\..*tmp)?"
+    rf"{re.escape(JOB_DIR)}|{re.escape(SHEET_NAME)}|({re.escape(FILE_NAME)}|\w+-\d+-of-\d+\.arrayrecord)(\.tmp-\d+)?"
 )
+_PART = re.compile(r"part-\d+-of-\d+")
+_POLL_SECONDS = 0.2
 _MEAN_TOLERANCE = 0.01  # of 255; the rounding of means in single precision is far below this
 
 
@@ -66,26 +68,59 @@ class ConversionJob:
 
 @contextlib.contextmanager
 def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
-    """Creates the output folder of a conversion; if nothing comes of it, it is left as it was found.
+    """Reserves a part of a conversion for this process, and creates the output folder.
 
-    Raises: DataError if the folder holds anything else, or in place of an OSError: a full disk, for example.
+    If another process converts the same part, or divides the shards in another way, waits until it has ended. If
+    nothing comes of the conversion, the folder is left as it was found.
+
+    Args:
+      output: the folder of the data set.
+      part: (i, n) for the i-th of n parts.
+    Raises: DataError if the folder contains anything else, or in place of an OSError (a full disk, for example).
     """
     try:
         check_output(output)
         existed = output.exists()
-        (output / JOB_DIR).mkdir(parents=True, exist_ok=True)
+        lock = _wait_for_lock(output / JOB_DIR / f"part-{part[0]}-of-{part[1]}")
         try:
             yield
         finally:
-            if (output / JOB_DIR).exists() and not (output / JOB_DIR / "job.json").exists():
+            if lock.is_held() and not (output / JOB_DIR / "job.json").exists():
                 shutil.rmtree(output / JOB_DIR)
                 if not existed:
-                    output.rmdir()
+                    with contextlib.suppress(OSError):  # a process that waits for the lock recreates the folder
+                        output.rmdir()
+            lock.release()
     except OSError as error:
         raise DataError(
             f"the conversion to {output.absolute()} failed ({error}); mend that and run the same command again to"
             " resume"
         ) from error
+
+
+def _wait_for_lock(file: Path) -> FileLock:
+    """Locks a part of a conversion, as soon as no process holds its lock or that of a part of another size."""
+    lock, told = FileLock(file), False
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+            for other in file.parent.glob("part-*"):
+                if _PART.fullmatch(other.name) and other.name.split("-of-")[1] != file.name.split("-of-")[1]:
+                    with FileLock(other):
+                        pass
+            if lock.is_held():
+                if lock.note:
+                    _LOG.warning("%s", lock.note)
+                return lock
+        except LockHeldError as error:
+            if not told:
+                _LOG.warning("%s is converting to %s; waiting until it has ended", error, file.parents[1])
+            told = True
+        except FileNotFoundError:
+            pass  # the other process has ended and removed the folder
+        lock.release()
+        time.sleep(_POLL_SECONDS)
 
 
 def check_output(output: Path) -> None:

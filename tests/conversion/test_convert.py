@@ -5,8 +5,10 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from fractions import Fraction
@@ -28,7 +30,7 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import ConfigError, DataError, FileAccessError
-from gmsop_jax.files import sha256
+from gmsop_jax.files import FileLock, sha256
 from gmsop_jax.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -541,3 +543,44 @@ def test_a_folder_that_cannot_be_read_is_one_error(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=r"failed \(.*Permission denied: .*/in/train/a"):
         convert("image-folder", tmp_path / "in", tmp_path / "set", progress=False)
+
+
+def test_two_conversions_into_one_folder_take_turns(imagenet: Path, reference: Path, tmp_path: Path):
+    """As with two first starts of the quickstart: the second waits, and both end with the whole data set."""
+    command = [sys.executable, ROOT / "tools/convert.py", "imagenet64", "--input", imagenet, "--shards", "6"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--output", tmp_path / "set"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        _, message = process.communicate(timeout=60)
+        assert process.returncode == 0, message
+    assert contents(tmp_path / "set") == contents(reference)
+
+
+@pytest.mark.parametrize("held", ["part-0-of-1", "part-1-of-2"])
+def test_a_conversion_waits_and_names_the_process_that_holds_the_folder(
+    imagenet: Path, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, held: str
+):
+    output = tmp_path / "set"
+    convert("imagenet64", imagenet, output, shards=6, shard_range=(1, 2), progress=False)
+    lock = FileLock(output / ".convert" / held)
+    lock.acquire()
+    timer = threading.Timer(0.5, lock.release)
+    with caplog.at_level(logging.WARNING):
+        timer.start()
+        convert("imagenet64", imagenet, output, shards=6, progress=False)
+    timer.join()
+    assert f"process {os.getpid()} on {socket.gethostname()} is converting to {output}; waiting" in caplog.text
+    assert contents(output) == contents(reference)
+
+
+def test_parts_are_converted_side_by_side(imagenet: Path, tmp_path: Path):
+    (tmp_path / "set/.convert").mkdir(parents=True)
+    with FileLock(tmp_path / "set/.convert/part-1-of-2"):  # another process of the same division
+        convert("imagenet64", imagenet, tmp_path / "set", shard_range=(0, 2), progress=False)
