@@ -363,9 +363,7 @@ def _read(file: Path) -> Any:
     try:
         stored = json.loads(file.read_text("utf-8"))
         return stored["value"] if stored["sha256"] == _digest(stored["value"]) else None
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
