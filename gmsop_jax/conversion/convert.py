@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def convert(
       codec: format of the pixels in the records, 'raw', 'png' or 'jpeg'.
       options: options of the source.
       shard_range: (i, n) converts every n-th shard, beginning with the i-th. When all n parts are converted,
-        `job.finish` joins them.
+        `job.join` makes them one data set.
       max_unreadable: largest share of unreadable images that is accepted.
       progress: show a progress bar if the output is a terminal.
     Returns: the manifest, or None if only a part of the shards was converted.
@@ -86,7 +86,20 @@ def convert(
     with jobs.claim(output, shard_range):
         source = open_source(source_name, Request(path, output / JOB_DIR / "scratch", seed, options))
         pixel_bytes = _mean_pixel_bytes(source, seed, limit, codec)
-        job = _create_job(source_name, source, options, shards, limit, seed, codec, pixel_bytes)
+        num_images = {split: min(count, limit or count) for split, count in source.num_images.items()}
+        job = ConversionJob(
+            source=source_name,
+            options=options.given(),
+            seed=seed,
+            limit=limit,
+            codec=codec,
+            num_images=num_images,
+            num_shards=_count_shards(num_images, shards, pixel_bytes),
+            files=[[path.name, path.stat().st_size] for path in source.files],
+            classes=list(source.classes),
+            facts=dict(source.facts),
+            tool_version=gmsop_jax.__version__,
+        )
         if manifest := jobs.finished(output, job):
             shutil.rmtree(output / JOB_DIR)
             return manifest
@@ -109,7 +122,7 @@ def _write_shards(
     pending = [task for task in tasks if jobs.read_notes(output, task, verify=True) is None]
     total, remaining = (sum(task.stop - task.start for task in some) for some in (tasks, pending))
     check_space(output, math.ceil(remaining * (pixel_bytes + _RECORD_OVERHEAD)))
-    hash_files = shard_range[0] == 0 and jobs.read_sums(output) is None
+    hash_files = shard_range[0] == 0 and jobs.read_state(output, "sums") is None
     workers = min(workers or (1 if remaining < _IMAGES_FOR_PROCESSES else os.cpu_count() or 1), max(len(pending), 1))
     # Dividing the tasks beforehand needs no queue and no lock that a killed worker could hold.
     shares = [
@@ -135,9 +148,9 @@ def _write_tasks(
     orders = {split: split_order(source, split, job.seed, job.limit) for split in {task.split for task in tasks}}
     for task in tasks:
         rows = orders[task.split][task.start : task.stop].tolist()
-        jobs.write_notes(output, write_shard(source, task, rows, output, job.codec, tick))
+        jobs.write_notes(output, *write_shard(source, task, rows, output, job.codec, tick))
     if hash_files:
-        jobs.write_sums(output, [sha256(path) for path in source.files])
+        jobs.write_state(output, "sums", [sha256(path) for path in source.files])
 
 
 def _run_in_processes(shares: Sequence[Share], output: Path, advance: Callable[[int], object]) -> None:
@@ -202,38 +215,17 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _create_job(
-    name: str,
-    source: Source,
-    options: Options,
-    shards: int | None,
-    limit: int | None,
-    seed: int,
-    codec: Codec,
-    pixel_bytes: float,
-) -> ConversionJob:
-    if not source.num_images["train"]:
-        raise DataError(f"the source {name!r} has no training images")
-    counts = {split: min(count, limit or count) for split, count in source.num_images.items()}
-    counts = {"train": counts["train"], **counts}  # first, whatever the order of the source
-    train = shards or min(max(1, math.ceil(counts["train"] * pixel_bytes / _SHARD_BYTES)), counts["train"])
-    num_shards = {split: max(1, round(train * count / counts["train"])) for split, count in counts.items()}
+def _count_shards(num_images: Mapping[str, int], shards: int | None, pixel_bytes: float) -> dict[str, int]:
+    """Returns the number of shards of each split, with images spread as evenly as possible, training first."""
+    images = num_images["train"]
+    if not images:
+        raise DataError("the source has no training images")
+    train = shards or min(max(1, math.ceil(images * pixel_bytes / _SHARD_BYTES)), images)
+    counts = {"train": train, **{split: max(1, round(train * n / images)) for split, n in num_images.items()}}
     for split, count in counts.items():
-        if num_shards[split] > count:
-            raise DataError(f"split {split!r} has {count} images and can't fill {num_shards[split]} shards; use fewer")
-    return ConversionJob(
-        source=name,
-        options=options.given(),
-        seed=seed,
-        limit=limit,
-        codec=codec,
-        num_images=counts,
-        num_shards=num_shards,
-        files=[[path.name, path.stat().st_size] for path in source.files],
-        classes=list(source.classes),
-        facts=dict(source.facts),
-        tool_version=gmsop_jax.__version__,
-    )
+        if count > num_images[split]:
+            raise DataError(f"split {split!r} has {num_images[split]} images, which can't fill {count} shards")
+    return counts
 
 
 def _mean_pixel_bytes(source: Source, seed: int, limit: int | None, codec: Codec) -> float:

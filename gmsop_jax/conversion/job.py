@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmsop_jax.conversion.shards import ShardNotes, ShardTask, Statistics, shard_tasks
-from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR, Manifest, Split
+from gmsop_jax.conversion.shards import ShardTask, Statistics, shard_tasks
+from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR, Manifest, Shard, Split
 from gmsop_jax.data.records import Codec
 from gmsop_jax.errors import DataError
 from gmsop_jax.files import FileLock, LockHeldError, replacing, sha256, write_json
@@ -154,9 +154,8 @@ def finished(output: Path, job: ConversionJob) -> Manifest | None:
 
 def start(output: Path, job: ConversionJob) -> None:
     """Records the job; raises DataError with the differences if another job is unfinished in this folder."""
-    file = output / JOB_DIR / "job.json"
-    if not file.exists():
-        _write(file, job.to_json())
+    if not (output / JOB_DIR / "job.json").exists():
+        write_state(output, "job", job.to_json())
         return
     before, now = load(output).to_json(), job.to_json()
     if differing := sorted(name for name in now if before[name] != now[name]):
@@ -172,47 +171,49 @@ def load(output: Path) -> ConversionJob:
     file = output / JOB_DIR / "job.json"
     if not file.exists():
         raise DataError(f"{output.absolute()} contains no unfinished conversion (it has no {JOB_DIR}/job.json)")
-    value = _read(file)
     try:
-        return ConversionJob(**value)
+        return ConversionJob(**read_state(output, "job"))
     except TypeError as error:
         raise DataError(
             f"{file} is damaged, or was written by another release; delete {output.absolute()} and convert again"
         ) from error
 
 
-def read_notes(output: Path, task: ShardTask, verify: bool) -> ShardNotes | None:
-    """Returns the notes about a finished shard, or None if the shard must be converted (again).
+def read_notes(output: Path, task: ShardTask, verify: bool) -> tuple[Shard, Statistics] | None:
+    """Returns what is known about a finished shard, or None if the shard must be converted (again).
 
     Args:
       output: the folder of the data set.
       task: the shard.
       verify: compare the checksum of the shard; if False, only its size is compared.
     """
-    value = _read(output / JOB_DIR / f"{task.file}.json")
-    file = output / task.file
-    if value is None or not file.is_file():
+    notes, file = read_state(output, task.file), output / task.file
+    if notes is None or not file.is_file():
         return None
-    notes = ShardNotes.from_json(value)
-    unchanged = file.stat().st_size == notes.shard.bytes and (not verify or sha256(file) == notes.shard.sha256)
-    if not unchanged:
+    shard = Shard(**notes["shard"])
+    if file.stat().st_size != shard.bytes or (verify and sha256(file) != shard.sha256):
         _LOG.warning("%s has changed since it was written; it is converted again", file)
-    return notes if unchanged else None
+        return None
+    return shard, Statistics.from_json(notes["statistics"])
 
 
-def write_notes(output: Path, notes: ShardNotes) -> None:
+def write_notes(output: Path, shard: Shard, statistics: Statistics) -> None:
     """Marks a shard as finished."""
-    _write(output / JOB_DIR / f"{notes.shard.file}.json", notes.to_json())
+    write_state(output, shard.file, {"shard": dataclasses.asdict(shard), "statistics": statistics.to_json()})
 
 
-def write_sums(output: Path, sums: Sequence[str]) -> None:
-    """Records the checksums of the input files."""
-    _write(output / JOB_DIR / "sums.json", list(sums))
+def write_state(output: Path, name: str, value: Any) -> None:
+    """Writes DIR/.convert/<name>.json with a checksum, so that damage to it never reaches the manifest."""
+    write_json(output / JOB_DIR / f"{name}.json", {"sha256": _digest(value), "value": value})
 
 
-def read_sums(output: Path) -> list[str] | None:
-    """Returns the checksums of the input files, or None if they have not been computed yet."""
-    return _read(output / JOB_DIR / "sums.json")
+def read_state(output: Path, name: str) -> Any:
+    """Returns what `write_state` stored, or None if the file is missing or damaged."""
+    try:
+        stored = json.loads((output / JOB_DIR / f"{name}.json").read_text("utf-8"))
+        return stored["value"] if stored["sha256"] == _digest(stored["value"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def join(output: Path, parts: Sequence[Path], max_unreadable: float) -> Manifest:
@@ -228,26 +229,22 @@ def join(output: Path, parts: Sequence[Path], max_unreadable: float) -> Manifest
     load(output)
     with claim(output, (0, 1)):
         for part in parts:
-            gather(output, part)
+            _gather(output, part)
         return finish(output, max_unreadable)
 
 
-def gather(output: Path, part: Path) -> None:
-    """Copies the finished shards of `part`, another folder of the same conversion, into `output`.
-
-    Raises: DataError if `part` contains no such conversion, or one with other settings.
-    """
-    mine, theirs = load(output), load(part)
-    if mine.digest() != theirs.digest():
+def _gather(output: Path, part: Path) -> None:
+    job = load(part)
+    if job.digest() != load(output).digest():
         raise DataError(f"{part.absolute()} and {output.absolute()} contain conversions with different settings")
-    for task in theirs.tasks:
+    for task in job.tasks:
         notes = read_notes(part, task, verify=True)
         if notes is not None and read_notes(output, task, verify=True) is None:
             with replacing(output / task.file) as temporary:
                 shutil.copyfile(part / task.file, temporary)
-            write_notes(output, notes)
-    if (sums := read_sums(part)) is not None:
-        write_sums(output, sums)
+            write_notes(output, *notes)
+    if (sums := read_state(part, "sums")) is not None:
+        write_state(output, "sums", sums)
 
 
 def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manifest:
@@ -261,26 +258,32 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
     Raises: DataError if shards are missing, or too many images were unreadable.
     """
     job = load(output)
-    found = {task.file: read_notes(output, task, verify) for task in job.tasks}
-    notes = [note for note in found.values() if note is not None]
-    if missing := [file for file, note in found.items() if note is None]:
-        raise DataError(f"{len(missing)} of {len(found)} shards have not been converted yet, such as {missing[0]}")
-    unreadable = [message for note in notes for message in note.unreadable]
+    statistics = {split: Statistics(len(job.classes)) for split in job.num_shards}
+    shards: dict[str, list[Shard]] = {split: [] for split in job.num_shards}
+    missing = []
+    for task in job.tasks:
+        if (notes := read_notes(output, task, verify)) is None:
+            missing.append(task.file)
+        else:
+            shards[task.split].append(notes[0])
+            statistics[task.split].merge(notes[1])
+    if missing:
+        raise DataError(f"{len(missing)} of {len(job.tasks)} shards have not been converted yet, such as {missing[0]}")
+    unreadable = [message for split in statistics.values() for message in split.unreadable]
     _check_unreadable(unreadable, sum(job.num_images.values()), max_unreadable)
-    splits, statistics = {}, {}
-    for name in job.num_shards:
-        statistics[name] = Statistics(len(job.classes))
-        shards = [note for note in notes if note.split == name]
-        for note in shards:
-            statistics[name].merge(note.statistics)
-        splits[name] = _split(statistics[name], shards)
     train = statistics["train"]
     if not train.pixels:
         raise DataError("the training split has no readable image")
-    _warn_of_missing_classes(job, splits)
+    _warn_of_missing_classes(job, statistics)
     _compare_mean(job, train.mean)
-    provenance = _provenance(job, read_sums(output), unreadable)
-    manifest = Manifest(job.source, tuple(job.classes), train.mean, train.covariance, splits, provenance)
+    manifest = Manifest(
+        name=job.source,
+        classes=tuple(job.classes),
+        mean_rgb=train.mean,
+        covariance_rgb=train.covariance,
+        splits={name: _split(statistics[name], shards[name]) for name in job.num_shards},
+        provenance=_provenance(job, read_state(output, "sums"), unreadable),
+    )
     manifest.save(output)
     shutil.rmtree(output / JOB_DIR)
     for leftover in output.glob("*.tmp-*"):
@@ -288,25 +291,18 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
     return manifest
 
 
-def _split(statistics: Statistics, notes: Sequence[ShardNotes]) -> Split:
-    sizes = statistics.image_sizes
-    return Split(
-        num_images=int(statistics.class_counts.sum()),
-        image_size=next(iter(sizes)) if len(sizes) == 1 else None,
-        class_counts=tuple(statistics.class_counts.tolist()),
-        shards=tuple(note.shard for note in notes),
-    )
+def _split(statistics: Statistics, shards: Sequence[Shard]) -> Split:
+    counts, sizes = statistics.class_counts.tolist(), statistics.image_sizes
+    return Split(sum(counts), next(iter(sizes)) if len(sizes) == 1 else None, tuple(counts), tuple(shards))
 
 
 def _provenance(job: ConversionJob, sums: Sequence[str] | None, unreadable: list[str]) -> dict[str, Any]:
     stored = ("source", "options", "seed", "limit", "codec", "facts", "tool_version")
-    value = job.to_json()
-    checksums = sums or [None] * len(job.files)
     files = [
         {"name": name, "bytes": size, "sha256": checksum}
-        for (name, size), checksum in zip(job.files, checksums, strict=True)
+        for (name, size), checksum in zip(job.files, sums or [None] * len(job.files), strict=True)
     ]
-    kept = {name: value[name] for name in stored}
+    kept = {name: value for name, value in job.to_json().items() if name in stored}
     return {**kept, "files": files, "unreadable": unreadable, "job_sha256": job.digest()}
 
 
@@ -322,18 +318,12 @@ def _check_unreadable(unreadable: list[str], total: int, allowed: float) -> None
         )
 
 
-def _warn_of_missing_classes(job: ConversionJob, splits: Mapping[str, Split]) -> None:
-    for name, split in splits.items():
-        missing = [job.classes[label] for label, count in enumerate(split.class_counts) if not count]
-        if missing:
-            _LOG.warning(
-                "split %r contains no images of %d of the %d classes: %s%s",
-                name,
-                len(missing),
-                len(job.classes),
-                ", ".join(missing[:5]),
-                ", …" if len(missing) > 5 else "",
-            )
+def _warn_of_missing_classes(job: ConversionJob, statistics: Mapping[str, Statistics]) -> None:
+    total = len(job.classes)
+    for split, found in statistics.items():
+        if missing := [job.classes[label] for label in range(total) if not found.class_counts[label]]:
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            _LOG.warning("split %r contains no images of %d of the %d classes: %s", split, len(missing), total, shown)
 
 
 def _compare_mean(job: ConversionJob, mean: Sequence[float]) -> None:
@@ -351,20 +341,6 @@ def _compare_mean(job: ConversionJob, mean: Sequence[float]) -> None:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _write(file: Path, value: Any) -> None:
-    """Writes JSON with its checksum, so that damage to the state of a conversion never reaches the manifest."""
-    write_json(file, {"sha256": _digest(value), "value": value})
-
-
-def _read(file: Path) -> Any:
-    """Returns what `_write` stored, or None if the file is missing or damaged."""
-    try:
-        stored = json.loads(file.read_text("utf-8"))
-        return stored["value"] if stored["sha256"] == _digest(stored["value"]) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _shorten(value: Any) -> str:

@@ -65,6 +65,7 @@ class Statistics:
       pixels: number of pixels.
       sums: sum of each channel over all pixels, int64 [3].
       products: sum of the products of each pair of channels, int64 [3, 3]; exact up to 1.4·10¹⁴ pixels.
+      unreadable: a message for each image that was skipped.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -73,6 +74,7 @@ class Statistics:
         self.pixels = 0
         self.sums = np.zeros(3, np.int64)
         self.products = np.zeros((3, 3), np.int64)
+        self.unreadable: list[str] = []
 
     def add(self, image: np.ndarray, label: int) -> None:
         """Adds one image, uint8 [h, w] or [h, w, 1 or 3]. A gray image counts as one with three equal channels."""
@@ -91,6 +93,7 @@ class Statistics:
         self.pixels += other.pixels
         self.sums += other.sums
         self.products += other.products
+        self.unreadable += other.unreadable
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -106,50 +109,24 @@ class Statistics:
         return tuple((row[0], row[1], row[2]) for row in rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the sums as JSON values."""
+        """Returns the statistics as JSON values."""
         arrays = {name: getattr(self, name).tolist() for name in ("class_counts", "sums", "products")}
-        return {**arrays, "image_sizes": sorted(map(list, self.image_sizes)), "pixels": self.pixels}
+        return {**vars(self), **arrays, "image_sizes": sorted(map(list, self.image_sizes))}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Statistics":
         """Inverts `to_json`."""
         self = cls(len(value["class_counts"]))
+        self.pixels, self.unreadable = value["pixels"], value["unreadable"]
         self.image_sizes = {(height, width) for height, width in value["image_sizes"]}
-        self.pixels = value["pixels"]
-        self.class_counts, self.sums, self.products = (
-            np.array(value[name], np.int64) for name in ("class_counts", "sums", "products")
-        )
+        for name in ("class_counts", "sums", "products"):
+            setattr(self, name, np.array(value[name], np.int64))
         return self
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardNotes:
-    """What is known about a finished shard; stored until the manifest is written."""
-
-    split: str
-    shard: Shard
-    statistics: Statistics
-    unreadable: tuple[str, ...]  # a message for each image that was skipped
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the notes as JSON values."""
-        return {
-            "split": self.split,
-            "shard": dataclasses.asdict(self.shard),
-            "statistics": self.statistics.to_json(),
-            "unreadable": list(self.unreadable),
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "ShardNotes":
-        """Inverts `to_json`."""
-        statistics = Statistics.from_json(value["statistics"])
-        return cls(value["split"], Shard(**value["shard"]), statistics, tuple(value["unreadable"]))
 
 
 def write_shard(
     source: Source, task: ShardTask, rows: Iterable[int], output: Path, codec: Codec, tick: Callable[[], object]
-) -> ShardNotes:
+) -> tuple[Shard, Statistics]:
     """Writes one shard under a temporary name and renames it when it is complete.
 
     Args:
@@ -159,8 +136,10 @@ def write_shard(
       output: the folder of the data set.
       codec: format of the pixels in the records.
       tick: called after each image.
-    Returns: the notes for the manifest.
-    Raises: DataError if a label is out of range, a record can't hold an image, or the file can't be written.
+    Returns: the shard's entry in the manifest, and the statistics of its images.
+    Raises:
+      DataError: if a label is out of range, a record can't hold an image, or the shard can't be written.
+      FileAccessError: if an input file can't be read.
     """
     for leftover in output.glob(f"{task.file}.tmp-*"):  # of a conversion that was killed
         leftover.unlink()
@@ -168,42 +147,33 @@ def write_shard(
     try:
         with replacing(output / task.file) as temporary:
             writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-            unreadable = _write_records(writer, source, task.split, rows, codec, statistics, tick)
+            for index in rows:
+                try:
+                    image, label = _load(source, task.split, index)
+                except UnreadableImage as error:  # names of files may not be UTF-8
+                    statistics.unreadable.append(str(error).encode("utf-8", "backslashreplace").decode())
+                else:
+                    record = encode(image, label, codec=codec)
+                    writer.write(record)
+                    statistics.add(decode(record)["image"] if codec == "jpeg" else image, label)
+                tick()
             writer.close()
-            shard = Shard(task.file, int(statistics.class_counts.sum()), temporary.stat().st_size, sha256(temporary))
+            count = int(statistics.class_counts.sum())
+            return Shard(task.file, count, temporary.stat().st_size, sha256(temporary)), statistics
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError if the disk is full
         raise DataError(
             f"{output / task.file} can't be written ({error}); mend that and run the same command again to resume"
         ) from error
-    return ShardNotes(task.split, shard, statistics, tuple(unreadable))
 
 
-def _write_records(
-    writer: ArrayRecordWriter,
-    source: Source,
-    split: str,
-    rows: Iterable[int],
-    codec: Codec,
-    statistics: Statistics,
-    tick: Callable[[], object],
-) -> list[str]:
-    """Writes the images and adds them to the statistics; returns a message for each unreadable one."""
-    unreadable = []
-    for index in rows:
-        try:
-            image, label = source.load(split, index)
-        except UnreadableImage as error:
-            unreadable.append(str(error).encode("utf-8", "backslashreplace").decode())  # names may not be UTF-8
-        except OSError as error:  # too many open files, for example: never a damaged image
-            raise FileAccessError(f"image {index} of split {split!r} can't be read from the source: {error}") from error
-        else:
-            if not 0 <= label < len(source.classes):
-                raise DataError(
-                    f"image {index} of split {split!r} has label {label}; {len(source.classes)} classes go from 0 to"
-                    f" {len(source.classes) - 1}. The labels or the class names of the source are wrong"
-                )
-            record = encode(image, label, codec=codec)
-            writer.write(record)
-            statistics.add(decode(record)["image"] if codec == "jpeg" else image, label)
-        tick()
-    return unreadable
+def _load(source: Source, split: str, index: int) -> tuple[np.ndarray, int]:
+    try:
+        image, label = source.load(split, index)
+    except OSError as error:  # too many open files, for example: never a damaged image
+        raise FileAccessError(f"image {index} of split {split!r} can't be read from the source: {error}") from error
+    if not 0 <= label < len(source.classes):
+        raise DataError(
+            f"image {index} of split {split!r} has label {label}; {len(source.classes)} classes go from 0 to"
+            f" {len(source.classes) - 1}. The labels or the class names of the source are wrong"
+        )
+    return image, label

@@ -317,7 +317,7 @@ def test_empty_names_are_not_the_current_folder(paths: tuple[str, str]):
 
 
 def test_more_shards_than_images(tmp_path: Path):
-    with pytest.raises(DataError, match="split 'train' has 5 images and can't fill 6 shards"):
+    with pytest.raises(DataError, match="split 'train' has 5 images, which can't fill 6 shards"):
         convert("fashion-mnist", None, tmp_path / "set", limit=5, shards=6, progress=False)
 
 
