@@ -25,18 +25,17 @@ from typing import Literal
 
 import grain
 import numpy as np
-from absl import flags
 
 from gmsop_jax.data.augment import Centre, Crop, Pixels, Preparation, Whole, copy_images
 from gmsop_jax.data.manifest import Manifest, Split
 from gmsop_jax.data.randomness import coin_flips, permutation, uniforms
 from gmsop_jax.data.records import decode_batch
 from gmsop_jax.data.shard_reader import ShardReader
+from gmsop_jax.data.workers import Batch, WorkerIterator
 from gmsop_jax.errors import DataError
 
 Directory = str | os.PathLike[str]
 Size = int | tuple[int, int] | None
-Batch = dict[str, np.ndarray]
 
 _BLOCK_BYTES = 2**19  # of images read, joined and flipped at a time: they stay in the cache
 OnCorrupt = Literal["stop", "skip"]
@@ -354,7 +353,4 @@ def _iterate(
         iterator = iter(batches.to_iter_dataset(options))
         grain.experimental.set_next_index(iterator, start)
         return iterator
-    if not flags.FLAGS.is_parsed():  # Grain's processes ask for it; nobody does outside absl.app
-        flags.FLAGS.mark_as_parsed()
-    workers = grain.MultiprocessingOptions(num_workers=num_workers)
-    return iter(batches[start:].to_iter_dataset(options).mp_prefetch(workers))
+    return WorkerIterator(batches[start:].to_iter_dataset(options), num_workers)

@@ -1,5 +1,6 @@
 """What stays the same over a run: compiled steps, initial state, schedule."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.augment import create_crop
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.errors import ConfigError
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
 from gmsop_jax.training.evaluation import image_shape
@@ -89,16 +90,8 @@ class Run:
             num_workers=c.data.num_workers,
             on_corrupt=c.data.on_corrupt,
         )
-        try:
+        with contextlib.closing(iterator):
             yield from iterator
-        except RuntimeError as error:
-            if not c.data.num_workers:
-                raise
-            raise DataError(
-                f"a process that reads the data died ({str(error).splitlines()[0]}); if it ran out of memory, lower"
-                f" config.data.num_workers (now {c.data.num_workers}) or config.data.num_threads. The same command"
-                " goes on from the last checkpoint"
-            ) from error
 
 
 def prepare(

@@ -1,0 +1,90 @@
+"""Processes that prepare batches, and what happens to them when a run is stopped or killed."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from gmsop_jax.errors import DataError
+
+Batch = dict[str, np.ndarray]
+
+
+class WorkerIterator(grain.DatasetIterator[Batch]):
+    """Batches that are prepared by worker processes.
+
+    The workers leave signals to the process that started them, since a terminal and a cluster's scheduler send them to
+    all processes of a run, which then may need some more batches before it has saved its state. They end with that
+    process, even if it is killed.
+
+    Args:
+      dataset: what each worker computes a share of.
+      num_workers: number of processes.
+    """
+
+    def __init__(self, dataset: grain.IterDataset[Batch], num_workers: int) -> None:
+        if not flags.FLAGS.is_parsed():  # which Grain requires of programs that don't start in absl.app
+            flags.FLAGS.mark_as_parsed()
+        with _signals_blocked():  # Python's tracker of shared memory would die of SIGHUP
+            resource_tracker.ensure_running()  # now, since its start unblocks the other signals
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        self._batches = iter(dataset.mp_prefetch(options, _end_with_parent))
+        self._num_workers = num_workers
+        self._started = False
+        super().__init__(self._batches)
+
+    def __next__(self) -> Batch:
+        """The next batch, copied from the memory shared with its worker, which is then freed.
+
+        Raises: DataError if a worker died.
+        """
+        try:
+            with contextlib.nullcontext() if self._started else _signals_blocked():  # the new processes inherit that
+                batch = next(self._batches)
+        except RuntimeError as error:
+            if "was terminated unexpectedly" not in str(error):
+                raise
+            raise DataError(
+                f"a process that reads the data died ({str(error).partition('. ')[0]}); if it ran out of memory, lower"
+                f" config.data.num_workers (now {self._num_workers}) or config.data.num_threads. Run the same command"
+                " again to resume from the last checkpoint"
+            ) from error
+        self._started = True
+        return {name: np.array(values) for name, values in batch.items()}
+
+    def get_state(self) -> Any:
+        """The workers' positions."""
+        return self._batches.get_state()
+
+    def set_state(self, state: Any) -> None:
+        """Moves the workers to positions that `get_state` returned."""
+        self._batches.set_state(state)
+        self._started = False
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    del worker_index, worker_count
+
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
