@@ -71,8 +71,8 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS, {path.relative_to(folder).as_posix(): _measure(path) for path in files})
 
 
-def find_damage(folder: Path) -> str | None:
-    """Compares a folder with its `checksums.json`.
+def find_damage(folder: Path, below: str = "") -> str | None:
+    """Compares a folder, or one of its sub-folders, with its `checksums.json`.
 
     Returns: what is wrong, or None. A folder without a list of checksums, or with an empty one, can't be
       verified and counts as damaged.
@@ -85,6 +85,7 @@ def find_damage(folder: Path) -> str | None:
         if file.stat().st_size > _MAX_CHECKSUMS_BYTES:
             return f"{CHECKSUMS} is damaged"
         sums = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(file.read_bytes()).items()}
+        sums = {name: value for name, value in sums.items() if name.startswith(below)}
         for name, (size, digest) in sums.items():
             path = folder / name
             if not path.is_file():

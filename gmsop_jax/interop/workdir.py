@@ -105,11 +105,11 @@ def without_checkpoints(folder: str | pathlib.Path) -> pathlib.Path:
 
 def write_workdir(folder: pathlib.Path, config: ConfigDict, state: TrainState, inputs: Inputs, epoch: int) -> None:
     """Writes `config.json`, `config.py` (for `--config`), `inputs.json` and one checkpoint."""
-    with Workdir(folder, config), Checkpoints(folder / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
+    with Workdir(folder, config):
         write_atomic(folder / "config.py", _CONFIG_FILE)
         inputs.save(folder)
-        checkpoints.save(state, Progress(int(state.step), epoch, 0.0))
-        checkpoints.wait()
+        with Checkpoints(folder / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
+            checkpoints.save(state, Progress(int(state.step), epoch, 0.0))
 
 
 def run_config(checkpoint: Checkpoint) -> ConfigDict:

@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import os
 import pathlib
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +22,9 @@ from gmsop_jax.training.parallel import first_process_does
 from gmsop_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
+WORKDIR_FILES = ("config.json", "inputs.json")  # each checkpoint contains a copy of them
 _DAMAGED = "damaged-checkpoints"  # beside it
+_DISCARDED = "discarded"  # inside it: old checkpoints while they are being deleted
 _ITEMS = ("params", "batch_stats", "opt_state")
 _AVERAGES = "ema"  # one more, of params and batch_stats, in a run that has them
 
@@ -64,9 +70,10 @@ class Checkpoints:
         """
         self.directory = path = pathlib.Path(directory).absolute()
         self.set_aside: list[str] = []
+        self._files = {} if read_only else _read_files(path.parent)
         if not read_only:
-            first_process_does(self._set_damaged_aside)
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells its every step there, and errors twice
+            first_process_does(self._clean_up)
+        _silence_orbax()
         keep_policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
@@ -80,6 +87,7 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
+            todelete_subdir=None if read_only else _DISCARDED,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._before_rename),
         )
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*_ITEMS, _AVERAGES)}
@@ -87,10 +95,13 @@ class Checkpoints:
         for name, handler in handlers.items():
             registry.add(name, ocp.args.StandardSave, handler)
             registry.add(name, ocp.args.StandardRestore, handler)
-        registry.add("progress", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-        registry.add("progress", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+        for name in ("progress", "files"):
+            registry.add(name, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+            registry.add(name, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
         with self._explaining_damage() if read_only else self._explaining_errors():
             self._manager = ocp.CheckpointManager(path, options=options, handler_registry=registry)
+            # held open, so that no other folder can get its inode number
+            self._folder = None if read_only else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self):
         return self
@@ -109,7 +120,9 @@ class Checkpoints:
             if what
         }
 
-    def _set_damaged_aside(self) -> None:
+    def _clean_up(self) -> None:
+        """Deletes what a killed process had begun to delete, and moves damaged checkpoints out of the way."""
+        self._delete_discarded()
         damaged = self._damaged()
         if damaged and len(damaged) == len(steps_on_disk(self.directory)):
             raise CheckpointError(
@@ -124,9 +137,27 @@ class Checkpoints:
                 (self.directory / str(step)).rename(target)
             self.set_aside.append(f"{line}; moved to {target}")
 
+    def _delete_discarded(self) -> None:
+        with self._explaining_errors():
+            if (self.directory / _DISCARDED).is_dir():
+                shutil.rmtree(self.directory / _DISCARDED)
+
     def _before_rename(self) -> None:
+        self._check_folder()
         for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
             write_checksums(folder)
+
+    def _check_folder(self) -> None:
+        """Raises FileNotFoundError if the folder was removed, and removes what a save in flight brought back of it."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._folder is None or os.path.samestat(self.directory.stat(), os.fstat(self._folder)):
+                return
+            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(folder)
+            for folder in (self.directory, self.directory.parent):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+        raise FileNotFoundError(f"{self.directory} was removed")
 
     @contextlib.contextmanager
     def _explaining_damage(self) -> Iterator[None]:
@@ -178,7 +209,9 @@ class Checkpoints:
             return
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
         items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
+        items["files"] = ocp.args.JsonSave(self._files)
         with self._explaining_errors():
+            self._check_folder()
             self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics))
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Progress]:
@@ -258,11 +291,35 @@ class Checkpoints:
         """Returns once all that was saved is on disk; errors as `save`."""
         with self._explaining_errors():
             self._manager.wait_until_finished()
+            self._check_folder()
 
     def close(self) -> None:
         """Waits, then closes the folder; errors as `save`."""
         with self._explaining_errors():
             self._manager.close()
+            self._check_folder()
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+            if jax.process_index() == 0:
+                self._delete_discarded()
+
+
+@functools.cache
+def _silence_orbax() -> None:
+    """Leaves only the errors that Orbax raises.
+
+    Otherwise it logs every step, and errors a second time. When a save fails, the other writes in flight finish
+    after their event loop is closed, and each would print a traceback from a thread of TensorStore.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def report_others(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
@@ -319,16 +376,47 @@ def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
 
 
 def read_config(path: str | pathlib.Path) -> str:
-    """The `config.json` that belongs to a checkpoint, as text.
+    """Returns the `config.json` that belongs to a checkpoint, as text.
 
     Raises:
-      CheckpointError: if it is missing or no JSON.
+      CheckpointError: if it can't be read.
     """
     folder, _ = locate(path)
-    file = folder.parent / "config.json"
+    return read_file(folder.parent, "config.json")
+
+
+def read_file(workdir: pathlib.Path, name: str) -> str:
+    """Returns one of `WORKDIR_FILES`, as text; if it is missing, the copy in the last checkpoint.
+
+    Raises:
+      CheckpointError: if neither can be read as JSON.
+    """
+    file = workdir / name
     try:
-        text = file.read_text()
+        text = file.read_text("utf-8") if file.exists() else read_copy(workdir, name)
+        if text is None:
+            raise FileNotFoundError(f"{file} is missing, and no checkpoint contains a copy")
         json.loads(text)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} can't be read ({error}); name it with --config") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} can't be read ({error}). Copy it back; if you delete it, the copy in the last checkpoint is used"
+        ) from error
     return text
+
+
+def read_copy(workdir: pathlib.Path, name: str) -> str | None:
+    """Returns the last checkpoint's copy of one of `WORKDIR_FILES`; None if no checkpoint contains one.
+
+    Damaged copies and checkpoints of older versions, which have none, are passed over.
+    """
+    for step in reversed(steps_on_disk(workdir / DIRECTORY)):
+        folder = workdir / DIRECTORY / str(step)
+        file = folder / "files" / "metadata"
+        if file.exists() and find_damage(folder, below="files") is None:
+            return json.loads(file.read_bytes()).get(name)
+    return None
+
+
+def _read_files(workdir: pathlib.Path) -> dict[str, str]:
+    files = [workdir / name for name in WORKDIR_FILES]
+    return {file.name: file.read_text("utf-8") for file in files if file.exists()}

@@ -1,17 +1,30 @@
 """What a network takes and gives, beside its weights; kept in the working directory.
 
-With it a trained network can be used where its data set isn't.
+With it a trained network can be used without its data set.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.files import write_json
+from gmsop_jax.training.checkpoint import DIRECTORY, read_copy, read_file, steps_on_disk
 
 FILE_NAME = "inputs.json"
+
+
+def fingerprint(manifest: Manifest) -> dict[str, str]:
+    """Returns, for each split, a text that identifies its records and their order."""
+    return {
+        name: f"{split.num_images} images, sha256 "
+        + hashlib.sha256("".join(shard.sha256 for shard in split.shards).encode()).hexdigest()
+        for name, split in manifest.splits.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,37 +32,61 @@ class Inputs:
     """A data set as its network sees it.
 
     Attributes:
-      dataset: its name.
-      classes: names, in the order of the logits.
+      dataset: name of the data set.
+      classes: names of the classes, in the order of the logits.
       mean_rgb: mean colour of the training split, 0…255, which is subtracted from every image.
       image_size: height and width of the images.
+      splits: `fingerprint` of the data set; empty if it is unknown, as for imported networks.
     """
 
     dataset: str
     classes: tuple[str, ...]
     mean_rgb: tuple[float, float, float]
     image_size: tuple[int, int]
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def save(self, workdir: str | os.PathLike[str]) -> None:
-        """Writes `inputs.json` into a working directory."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        write_atomic(pathlib.Path(workdir) / FILE_NAME, text + "\n")
+        """Writes `inputs.json` into a working directory, whose checkpoints must be of the same data.
+
+        Raises:
+          CheckpointError: if a split differs from the one that the checkpoints were made with.
+        """
+        path = pathlib.Path(workdir)
+        if steps_on_disk(path / DIRECTORY) and ((path / FILE_NAME).exists() or read_copy(path, FILE_NAME)):
+            self._compare(Inputs.load(path), path)
+        write_json(path / FILE_NAME, dataclasses.asdict(self))
+
+    def _compare(self, stored: "Inputs", workdir: pathlib.Path) -> None:
+        lines = [
+            f"split {name}: {stored.splits[name]} → {self.splits[name]}"
+            for name in stored.splits.keys() & self.splits.keys()
+            if stored.splits[name] != self.splits[name]
+        ]
+        if lines:
+            if stored.classes != self.classes:
+                lines.append(f"classes: {len(stored.classes)} → {len(self.classes)}, or other names")
+            raise CheckpointError(
+                f"{workdir} was trained on other data than data set {self.dataset!r} in config.data.dir:\n  "
+                + "\n  ".join(sorted(lines))
+                + "\npoint config.data.dir to that run's data (the folder may have moved), or name another --workdir"
+            )
 
     @classmethod
     def load(cls, workdir: str | os.PathLike[str]) -> "Inputs":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or its copy in the last checkpoint if the file is missing.
 
         Raises:
-          CheckpointError: if the file is missing or damaged.
+          CheckpointError: if neither can be read.
         """
-        file = pathlib.Path(workdir) / FILE_NAME
+        path = pathlib.Path(workdir)
+        value = json.loads(read_file(path, FILE_NAME))
         try:
-            value = json.loads(file.read_text("utf-8"))
             red, green, blue = (float(x) for x in value["mean_rgb"])
             height, width = (int(x) for x in value["image_size"])
             classes = tuple(str(name) for name in value["classes"])
-            return cls(str(value["dataset"]), classes, (red, green, blue), (height, width))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            splits = {str(name): str(text) for name, text in value.get("splits", {}).items()}
+            return cls(str(value["dataset"]), classes, (red, green, blue), (height, width), splits)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{file} can't be read ({error}); starting the training again in that folder writes it anew"
+                f"{path / FILE_NAME} is damaged ({error!r}); if you delete it, the copy in the last checkpoint is used"
             ) from error

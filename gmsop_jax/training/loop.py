@@ -19,7 +19,7 @@ from gmsop_jax.files import write_atomic
 from gmsop_jax.models import count_parameters
 from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress, locate, steps_on_disk
 from gmsop_jax.training.evaluation import evaluate_split, image_shape, resolve
-from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.inputs import Inputs, fingerprint
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
 from gmsop_jax.training.metrics import summarize
 from gmsop_jax.training.parallel import create_mesh, first_process_does, replicated
@@ -107,7 +107,7 @@ def _source(config: ConfigDict, workdir: pathlib.Path) -> Source | None:
 def _inputs(config: ConfigDict, manifest: Manifest, workdir: pathlib.Path, source: Source | None) -> Inputs:
     """The data set's; but a network that was trained before knows pixels less the mean colour of then."""
     height, width, _ = image_shape(config, manifest)
-    inputs = Inputs(manifest.name, manifest.classes, manifest.mean_rgb, (height, width))
+    inputs = Inputs(manifest.name, manifest.classes, manifest.mean_rgb, (height, width), fingerprint(manifest))
     if source:
         return dataclasses.replace(inputs, mean_rgb=source.inputs.mean_rgb)
     if not steps_on_disk(workdir / DIRECTORY):

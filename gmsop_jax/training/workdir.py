@@ -10,7 +10,7 @@ from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import FileLock, LockHeldError, write_atomic
-from gmsop_jax.training.checkpoint import DIRECTORY, steps_on_disk
+from gmsop_jax.training.checkpoint import DIRECTORY, read_copy, steps_on_disk
 from gmsop_jax.training.parallel import first_process_does
 
 _CONFIG, _LOCK = "config.json", ".lock"
@@ -95,16 +95,28 @@ class Workdir:
             raise
 
     def _check_config(self, file: pathlib.Path) -> None:
+        """Compares the configuration with the stored ones; restores `config.json` if it is missing."""
+        copy = read_copy(self.path, _CONFIG)
         if not file.exists():
-            write_atomic(file, configs.to_json(self._config) + "\n")
-            return
-        try:
-            stored = configs.from_json(file.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{file} is damaged ({error}); name another --workdir") from error
-        if lines := configs.differences(stored, self._config):
-            raise CheckpointError(
-                f"{self.path} was made with another configuration:\n  "
-                + "\n  ".join(lines)
-                + "\nname another --workdir, or set these fields back"
-            )
+            if copy is None and steps_on_disk(self.path / DIRECTORY):
+                raise CheckpointError(
+                    f"{file} is missing, and the checkpoints beside it, of an older version, contain no copy of it."
+                    " Copy it back, or name another --workdir"
+                )
+            write_atomic(file, copy or configs.to_json(self._config) + "\n")
+        for place, text in ((str(file), file.read_text("utf-8")), ("the last checkpoint", copy)):
+            if text is None:
+                continue
+            try:
+                stored = configs.from_json(text)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{place} has a damaged configuration ({error}); if you delete {file}, the next start restores it"
+                    " from the last checkpoint"
+                ) from error
+            if lines := configs.differences(stored, self._config):
+                raise CheckpointError(
+                    f"{self.path} was made with another configuration, which is stored in {place}:\n  "
+                    + "\n  ".join(lines)
+                    + "\nset these fields back, or name another --workdir"
+                )

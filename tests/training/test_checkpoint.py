@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -162,7 +163,7 @@ def test_read_config(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json can't be read .*name it with --config"):
+    with pytest.raises(CheckpointError, match=r"config\.json can't be read .*Copy it back"):
         read_config(tmp_path)
 
 
@@ -193,3 +194,57 @@ def test_averages_that_are_not_there(saved):
         pytest.raises(CheckpointError, match="has no ema"),
     ):
         checkpoints.restore(averaged(0.0), 30)
+
+
+# ---- removal
+
+
+def test_old_checkpoints_are_renamed_before_they_are_deleted(tmp_path, monkeypatch):
+    """So a kill in between leaves no half of a checkpoint; what it leaves is deleted at the next start."""
+    removed = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, *_, **__: removed.append(path))
+    save_all(tmp_path / "c", dict.fromkeys(range(1, 6)))
+    assert steps(tmp_path / "c") == {4, 5}
+    assert removed == [tmp_path / "c" / "discarded"]
+    assert steps(tmp_path / "c" / "discarded") == {1, 2, 3}
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "c" / "discarded" / "2" / "params")
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        assert checkpoints.latest_step == 5
+        assert not checkpoints.set_aside
+        assert not (tmp_path / "c" / "discarded").exists()
+
+
+def test_a_save_in_flight_does_not_bring_back_a_removed_workdir(tmp_path):
+    def save_and_remove():
+        with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+            checkpoints.save(state(1.0), progress(1))
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+            checkpoints.wait()
+
+    with pytest.raises(CheckpointError, match=r"can't write a checkpoint to .*run"):
+        save_and_remove()
+    assert not (tmp_path / "run").exists()
+
+
+def test_unverifiable_checkpoint_is_refused(saved, tmp_path):
+    folder = shutil.copytree(saved / "checkpoints", tmp_path / "c")
+    (folder / "30" / "checksums.json").unlink()
+    with (
+        Checkpoints(folder, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=r"30 is damaged \(checksums.json is missing"),
+    ):
+        checkpoints.restore(state(), 30)
+
+
+# ---- files of the working directory
+
+
+def test_missing_files_are_read_from_the_last_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 5}')
+    save_all(tmp_path / "checkpoints", {1: None, 2: None})
+    (tmp_path / "config.json").unlink()
+    assert json.loads(read_config(tmp_path)) == {"seed": 5}
+    copy = tmp_path / "checkpoints" / "2" / "files" / "metadata"
+    copy.write_text(copy.read_text().replace("5", "6"))  # damaged: the one before is read
+    assert json.loads(read_config(tmp_path)) == {"seed": 5}
