@@ -223,8 +223,8 @@ def default_config() -> ConfigDict:
 
 
 def model_defaults() -> ConfigDict:
-    """The section `model` of `default_config()`."""
-    return default_config().model
+    """The section `model` of `default_config()`, on its own: its `compute_dtype` follows no other field."""
+    return ConfigDict(default_config().model.to_dict())
 
 
 def _locate(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:

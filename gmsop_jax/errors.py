@@ -1,13 +1,25 @@
-"""Errors that a user can fix. `main` and the tools print their message only, without a traceback."""
+"""Errors that a user can fix, and how `main` and the tools report them: in one line, without a traceback."""
 
+import argparse
+import contextlib
 import difflib
 import errno
+import itertools
 import os
-from collections.abc import Iterable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(Exception):
-    """Something that the user provided is wrong. The message says what, with its value, and what to do."""
+    """Something that the user provided is wrong. The message says what, with its value, and what to do.
+
+    Attributes:
+      status: the exit status of a command that ends with this error.
+    """
+
+    status = 2
 
 
 class ConfigError(UserError, ValueError):
@@ -54,3 +66,105 @@ def did_you_mean(name: str, known: Iterable[str], *, quote: bool = False, otherw
     if close := difflib.get_close_matches(name, names, 1):
         return f"did you mean {names[close[0]]}?"
     return otherwise or f"known names are {', '.join(names.values())}"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Parses a command line. A mistake is a UserError, and suggests the flag that was probably meant.
+
+    Args:
+      takes_overrides: accept `--config.field=value` too, and return them as `overrides`, a list of `field=value`.
+      **options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *, takes_overrides: bool = False, **options):
+        super().__init__(allow_abbrev=False, **options)
+        self._takes_overrides = takes_overrides
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the options; UserError for a flag that does not exist or a value that does not fit."""
+        args = sys.argv[1:] if args is None else list(args)
+        overrides = [item for item in args if self._takes_overrides and item.startswith("--config.")]
+        rest = [item for item in args if item not in overrides]
+        for item in overrides:
+            if "=" not in item:
+                self.error(f"{item} needs a value: {item}=…")
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for item in itertools.takewhile(lambda item: item != "--", rest):
+            name = item.partition("=")[0]
+            if name.startswith("--") and name not in flags:
+                self.error(f"unrecognized argument {item}; {did_you_mean(name, flags)}")
+        options = super().parse_args(rest, namespace)
+        if self._takes_overrides:
+            options.overrides = [item.removeprefix("--config.") for item in overrides]
+        return options
+
+    def error(self, message: str):
+        """Raises the UserError."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Runs a command for the shell or a notebook. A mistake of the user's is one line on standard error.
+
+    Returns: the exit status: what `command` returns, or 0; 2 for a UserError or if the system refuses a file; 130 after
+      Ctrl-C; 75 ("start me again") after SIGTERM or SIGHUP.
+    """
+    stopped_by: list[int] = []
+    output = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    try:
+        with _raising_on_signals(stopped_by):
+            status = command() or 0
+            output.flush()
+            return status
+    except SystemExit as stop:  # argparse, after --help
+        return int(stop.code or 0)
+    except BrokenPipeError:  # as in `… | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        message, status = _explain(error, stopped_by)
+        if not message:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return status
+
+
+_STATUS = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGHUP: os.EX_TEMPFAIL}
+
+
+def _explain(error: BaseException, stopped_by: list[int]) -> tuple[str, int]:
+    """The line to print and the exit status; the line is empty for an error that is not the user's."""
+    if stopped_by:  # first, for the import of a C extension turns the KeyboardInterrupt into an ImportError
+        signum = signal.Signals(stopped_by[0])
+        return f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signum.name}", _STATUS[signum]
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C", _STATUS[signal.SIGINT]
+    if isinstance(error, UserError):
+        return str(error), error.status
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, UserError.status
+    return "", 1
+
+
+@contextlib.contextmanager
+def _raising_on_signals(caught: list[int]) -> Iterator[None]:
+    """Lets Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, and notes the signal in `caught`.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays so. Outside the main thread Python allows no handlers.
+    """
+
+    def stop(signum, frame):
+        caught.append(signum)
+        raise KeyboardInterrupt
+
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    before = {signum: handler for signum in _STATUS if (handler := signal.getsignal(signum)) in usual}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    for signum in before:
+        signal.signal(signum, stop)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

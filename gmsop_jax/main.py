@@ -3,44 +3,42 @@
 import argparse
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 
-from gmsop_jax import config as configs
-from gmsop_jax.errors import DataError, UserError
-from gmsop_jax.training import parallel
+from gmsop_jax.errors import ArgumentParser, DataError, UserError, run_command
+
+# The rest is imported late: it takes seconds, in which a mistake in the flags or a signal should have its effect too.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status.
+    """Runs the command line. In a notebook, call `main(["--config", "configs/quickstart.py"])`.
 
-    0: done; 2: an error that the user can mend, told in a line; 130: stopped by Ctrl-C and 75: by
-    SIGTERM, both with the state saved.
+    Args:
+      arguments: by default, those of the process.
+
+    Returns: the exit status: 0 if all went well; 2 after an error that the user can fix, which is printed in one line;
+      130 after Ctrl-C and 75 ("start me again") after SIGTERM or SIGHUP. Training saves its state first.
     """
-    try:
-        return _run(_parse(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "status", 2)
-    except KeyboardInterrupt:  # before the first step, or a second one while the first is being obeyed
-        print("error: stopped by Ctrl-C; checkpoints written before are kept", file=sys.stderr)
-        return 130
+    return run_command(lambda: _run(_parse(arguments)))
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
         prog="python -m gmsop_jax.main",
         description="Trains, evaluates or uses a network with second-order pooling.",
         epilog="--config.field=value sets a field of the configuration, as in --config.train.batch_size=64",
-        allow_abbrev=False,
+        takes_overrides=True,
     )
-    parser.add_argument("--config", metavar="FILE", help="configuration, like configs/quickstart.py")
-    parser.add_argument("--workdir", metavar="DIR", help="results; runs/<config name> by default")
+    parser.add_argument("--config", metavar="FILE", type=_path, help="configuration, like configs/quickstart.py")
+    parser.add_argument("--workdir", metavar="DIR", type=_path, help="results (default: runs/<config name>)")
     parser.add_argument("--mode", choices=("train", "evaluate", "predict"), default="train")
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="working directory or step to evaluate or predict with; its best by default",
+        type=_path,
+        help="working directory, or the folder of one step in it, to evaluate or predict with (default: the best step)",
     )
     _add_predict_options(parser)
     _add_process_options(parser)
@@ -51,35 +49,44 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=range(0),
         help="training steps, counted from 1, to trace for TensorBoard's profiler",
     )
-    options, rest = parser.parse_known_args(arguments)
-    options.overrides = []
-    for item in rest:
-        if not item.startswith("--config."):
-            parser.error(f"unrecognized argument {item}")
-        options.overrides.append(item.removeprefix("--config."))
-    if options.mode == "predict":
-        if not (options.checkpoint or options.workdir):
-            parser.error("--mode predict needs --checkpoint, the working directory of a training run")
-        if not options.input:
-            parser.error("--mode predict needs --input: images, folders, or .txt files that list images")
-    elif not (options.config or (options.mode == "evaluate" and (options.checkpoint or options.workdir))):
+    options = parser.parse_args(arguments)
+    trained = options.checkpoint or options.workdir
+    if options.mode == "train" and not options.config:
         parser.error("--config is needed; start with --config configs/quickstart.py")
+    if options.mode == "evaluate" and not (trained or options.config):
+        parser.error("--mode evaluate needs --checkpoint, the working directory of a training run")
+    if options.mode == "predict" and not trained:
+        parser.error("--mode predict needs --checkpoint, the working directory of a training run")
+    if options.mode == "predict" and not options.input:
+        parser.error("--mode predict needs --input: images, folders, or .txt files that list images")
     return options
 
 
 def _add_predict_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --mode predict")
-    group.add_argument("--input", metavar="PATH", nargs="+", help="images, folders, or .txt files that list images")
-    group.add_argument("--top", type=int, default=5, help="most probable classes of each image (default: 5)")
-    group.add_argument("--features", metavar="FILE", help=".npz file for the pooled features and gate weights")
+    group.add_argument(
+        "--input", metavar="PATH", nargs="+", type=_path, help="images, folders, or .txt files that list images"
+    )
+    group.add_argument("--top", type=int, default=5, help="number of most probable classes to print (default: 5)")
+    group.add_argument(
+        "--features", metavar="FILE", type=_path, help=".npz file for the pooled features and gate weights"
+    )
     group.add_argument("--format", choices=("table", "json", "csv"), default="table")
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where a run has several processes")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process; auto asks the cluster")
+    group = parser.add_argument_group("for a run of several processes")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of the first process, or auto to ask the cluster"
+    )
     group.add_argument("--num-processes", metavar="N", type=int)
-    group.add_argument("--process-id", metavar="I", type=int, help="from 0; the first one writes the results")
+    group.add_argument("--process-id", metavar="I", type=int, help="from 0; process 0 writes the results")
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    return text
 
 
 def _steps(text: str) -> range:
@@ -90,14 +97,17 @@ def _steps(text: str) -> range:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from gmsop_jax import config as configs
+    from gmsop_jax.training import parallel
+
     config = _load_config(options)
     parallel.use_cpu_devices(config.parallel.cpu_devices, _split_rows(config))
     parallel.start_processes(options.coordinator, options.num_processes, options.process_id)
+    _use_compilation_cache()
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":
         from gmsop_jax.inference import predict_output
 
-        _use_compilation_cache()
         return predict_output.run(
             options.checkpoint or workdir,
             options.input,
@@ -107,7 +117,6 @@ def _run(options: argparse.Namespace) -> int:
             batch_size=config.eval.batch_size,
         )
     parallel.first_process_does(lambda: _prepare_data(config))
-    _use_compilation_cache()
     if options.mode == "evaluate":
         from gmsop_jax.training.evaluation import evaluate_checkpoint
 
@@ -121,20 +130,23 @@ def _run(options: argparse.Namespace) -> int:
 
     result = train_and_evaluate(config, workdir, profile=options.profile)
     print(
-        f"top-1 error {result['top1_error']:.2f} %, top-5 error {result['top5_error']:.2f} % (step"
-        f" {result['best_step']}, the best; last {result['last_top1_error']:.2f} %) after"
+        f"top-1 error {result['top1_error']:.2f} %, top-5 error {result['top5_error']:.2f} % (best step"
+        f" {result['best_step']}; last step {result['last_top1_error']:.2f} %) after"
         f" {result['wall_seconds']:.0f} s; results in {workdir}"
     )
     return 0
 
 
 def _split_rows(config) -> tuple[int, int]:
-    """Rows that go over the devices at a time: of a sub-batch, in pairs if they are mixed, and of evaluation."""
+    """Numbers of images that are split over the devices: of a sub-batch, by pairs if mixed up, and of evaluation."""
     t = config.train
     return t.batch_size // t.sub_batches // (2 if t.mixup_alpha else 1), config.eval.batch_size
 
 
 def _load_config(options: argparse.Namespace):
+    """The configuration that the flags name, or that of the run whose checkpoint is used."""
+    from gmsop_jax import config as configs
+
     if options.config:
         return configs.load(options.config, options.overrides)
     from gmsop_jax.training.checkpoint import read_config
@@ -168,13 +180,15 @@ def _prepare_data(config) -> None:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs for the next start, where JAX_COMPILATION_CACHE_DIR says if it is set."""
+    """Keeps compiled programs for later starts in JAX_COMPILATION_CACHE_DIR, or in the user's cache folder."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "gmsop_jax"))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not jax.config.jax_compilation_cache_dir and os.path.isabs(cache):  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "gmsop_jax"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python shuts down, Ctrl-C ends it without a traceback
+    sys.exit(status)

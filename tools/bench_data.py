@@ -6,7 +6,6 @@ python tools/bench_data.py read /tmp/bench/out                    # compared wit
 python tools/bench_data.py codecs /tmp/bench/out                  # size and speed of each codec
 """
 
-import argparse
 import itertools
 import pickle
 import random
@@ -24,12 +23,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from gmsop_jax.data import cli
 from gmsop_jax.data.augment import Crop, PaddedCrop, ResizedCrop
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import train_batches
 from gmsop_jax.data.records import CODECS, HEADER, decode, decode_batch, encode
 from gmsop_jax.data.shard_reader import ShardReader
+from gmsop_jax.errors import ArgumentParser, run_command
 from gmsop_jax.files import sha256
 
 _SIDE = 64
@@ -184,7 +183,7 @@ def measure_codecs(directory: Path, count: int) -> None:
 
 def main() -> None:
     """Parses the command line and runs one benchmark."""
-    parser = argparse.ArgumentParser(description="Benchmarks conversion and reading on synthetic images.")
+    parser = ArgumentParser(description="Benchmarks conversion and reading on synthetic images.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("make", help="write synthetic images")
     command.add_argument("folder", type=Path)
@@ -214,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

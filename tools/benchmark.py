@@ -30,6 +30,7 @@ import numpy as np
 from gmsop_jax import ops
 from gmsop_jax.config import default_config
 from gmsop_jax.conversion.convert import convert
+from gmsop_jax.errors import ArgumentParser, run_command
 from gmsop_jax.models import create_model
 from gmsop_jax.ops.dispatch import Dispatch
 from gmsop_jax.training.optimizer import create_optimizer
@@ -337,7 +338,7 @@ def table(cases: list[Case]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Measures speed against the machine's ceilings and PyTorch.")
+    parser = ArgumentParser(description="Measures speed against the machine's ceilings and PyTorch.")
     parser.add_argument("what", choices=("ops", "mixture", "step", "pipeline", "all"))
     parser.add_argument("--peer", choices=("torch",), help="compare with PyTorch (pip install '.[bench]')")
     parser.add_argument("--batch", type=int, default=16, help="images in a mixture's and a step's batch")
@@ -402,4 +403,4 @@ def run(kind: str, options: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

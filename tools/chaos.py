@@ -7,7 +7,6 @@ checkpoint. The final parameters, moments and optimiser's state must be the same
 they are.
 """
 
-import argparse
 import json
 import os
 import random
@@ -19,6 +18,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from gmsop_jax.errors import ArgumentParser, run_command
 
 _OVERRIDES = (
     "data.image_size=12",
@@ -59,7 +60,7 @@ def _arrays(workdir: Path) -> dict[str, np.ndarray]:
 
 def main() -> int:
     """Runs the harness and prints what it saw as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -107,4 +108,4 @@ def _check(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

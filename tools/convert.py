@@ -3,20 +3,18 @@
 python tools/convert.py fashion-mnist --output data/fashion-mnist
 """
 
-import argparse
 import sys
 
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.sources import NAMES, Options
-from gmsop_jax.data import cli
 from gmsop_jax.data.records import CODECS
 from gmsop_jax.data.resize import METHODS
-from gmsop_jax.errors import ConfigError
+from gmsop_jax.errors import ArgumentParser, ConfigError, run_command
 
 
 def main() -> None:
     """Parses the command line and converts the data set."""
-    parser = argparse.ArgumentParser(description="Converts a data set to shards. Run again to resume.")
+    parser = ArgumentParser(description="Converts a data set to shards. Run again to resume.")
     parser.add_argument("source", choices=NAMES)
     parser.add_argument("--input", help="the downloaded file or folder; by default, the sample of fashion-mnist")
     parser.add_argument("--output", required=True, help="a new folder, or that of an unfinished conversion")
@@ -68,4 +66,4 @@ def _range(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

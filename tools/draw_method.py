@@ -3,7 +3,6 @@
 python tools/draw_method.py runs/quickstart --output docs/method.svg
 """
 
-import argparse
 import dataclasses
 import pathlib
 import sys
@@ -17,12 +16,11 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import FancyArrowPatch
 
 import gmsop_jax
-from gmsop_jax.data import cli
 from gmsop_jax.data.augment import evaluation_image
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import decode
 from gmsop_jax.data.shard_reader import ShardReader
-from gmsop_jax.errors import ConfigError, UserError
+from gmsop_jax.errors import ArgumentParser, ConfigError, UserError, run_command
 from gmsop_jax.inference.predict import read_image
 from gmsop_jax.ops import apply_candidates, second_order_pool, triangle_matrix
 from gmsop_jax.training.step import normalize
@@ -190,7 +188,7 @@ def _draw_classes(part: SubFigure, steps: Steps) -> None:
 
 def main() -> None:
     """Parses the command line and writes the picture."""
-    parser = argparse.ArgumentParser(description="Draws GM-SOP as a trained network carries it out on one image.")
+    parser = ArgumentParser(description="Draws GM-SOP as a trained network carries it out on one image.")
     parser.add_argument("workdir", type=pathlib.Path, help="of a gmsop run, such as the quickstart's")
     parser.add_argument("--image", default="0", help="file, or position in the evaluation split (default: 0)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("method.svg"), help="SVG or PNG file")
@@ -206,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

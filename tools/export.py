@@ -3,18 +3,17 @@
 python tools/export.py runs/quickstart --format stablehlo
 """
 
-import argparse
 import pathlib
 import sys
 
-from gmsop_jax.data import cli
+from gmsop_jax.errors import ArgumentParser, run_command
 from gmsop_jax.inference.export import export_safetensors, export_stablehlo
 from gmsop_jax.training import checkpoint
 
 
 def main() -> None:
     """Parses the command line, exports, and prints files and differences."""
-    parser = argparse.ArgumentParser(description="Exports a trained network.")
+    parser = ArgumentParser(description="Exports a trained network.")
     parser.add_argument("run", type=pathlib.Path, help="working directory, or one step's folder in it")
     parser.add_argument("--format", choices=("stablehlo", "safetensors"), required=True)
     parser.add_argument("--output", type=pathlib.Path, help="folder (default: export/FORMAT in the run's)")
@@ -29,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

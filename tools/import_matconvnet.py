@@ -4,12 +4,11 @@ python tools/import_matconvnet.py net-epoch-60.mat --output runs/released
 python -m gmsop_jax.main --mode evaluate --workdir runs/released
 """
 
-import argparse
 import hashlib
 import pathlib
 import sys
 
-from gmsop_jax.errors import UserError
+from gmsop_jax.errors import ArgumentParser, run_command
 from gmsop_jax.interop.workdir import ImportedRun, import_checkpoint
 
 RELEASED = {
@@ -32,29 +31,20 @@ PUBLISHED = {
 }
 
 
-def main() -> int:
+def main() -> None:
     """Parses the command line and imports; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Makes a working directory of a MatConvNet checkpoint (net-epoch-N.mat).",
         epilog="--config.field=value sets a field of the configuration, as in --config.data.dir=data/imagenet64",
-        allow_abbrev=False,
+        takes_overrides=True,
     )
     parser.add_argument("file", help="net-epoch-N.mat, MATLAB v7 or v7.3")
     parser.add_argument("--output", required=True, help="working directory to make")
-    options, rest = parser.parse_known_args()
-    for item in rest:
-        if not item.startswith("--config."):
-            parser.error(f"unrecognized argument {item}")
-    try:
-        file = pathlib.Path(options.file)
-        overrides = [item.removeprefix("--config.") for item in rest]
-        run = import_checkpoint(file, options.output, overrides)
-        print(f"{file}: {_origin(file)}")
-        report(run, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args()
+    file = pathlib.Path(options.file)
+    run = import_checkpoint(file, options.output, options.overrides)
+    print(f"{file}: {_origin(file)}")
+    report(run, options.output)
 
 
 def _origin(file: pathlib.Path) -> str:
@@ -109,4 +99,4 @@ def _count(tree) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

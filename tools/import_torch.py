@@ -4,19 +4,18 @@ python tools/import_torch.py resnet50.safetensors --output runs/resnet50
 python -m gmsop_jax.main --mode predict --checkpoint runs/resnet50 --input PHOTOS
 """
 
-import argparse
 import sys
 
-from gmsop_jax.data import cli
+from gmsop_jax.errors import ArgumentParser, run_command
 from gmsop_jax.interop.torch_workdir import ImportedWeights, import_weights
 
 
 def main() -> None:
     """Parses the command line, imports, and says what to do with it."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Makes a working directory of the weights of a ResNet or ResNeXt of 50 or 101 layers.",
         epilog="--config.field=value sets a field of the configuration, as in --config.data.dir=data/imagenet",
-        allow_abbrev=False,
+        takes_overrides=True,
     )
     parser.add_argument("file", help=".safetensors, or a file of torch.save (needs PyTorch)")
     parser.add_argument("--output", required=True, help="working directory to make")
@@ -27,12 +26,10 @@ def main() -> None:
         default="row",
         help="order of a second-order classifier's columns; column: MATLAB's (default: row)",
     )
-    options, rest = parser.parse_known_args()
-    for item in rest:
-        if not item.startswith("--config."):
-            parser.error(f"unrecognized argument {item}")
-    overrides = [item.removeprefix("--config.") for item in rest]
-    run = import_weights(options.file, options.output, overrides, classes=options.classes, triangle=options.triangle)
+    options = parser.parse_args()
+    run = import_weights(
+        options.file, options.output, options.overrides, classes=options.classes, triangle=options.triangle
+    )
     report(run, options.file, options.output)
 
 
@@ -49,4 +46,4 @@ def report(run: ImportedWeights, file: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

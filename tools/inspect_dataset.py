@@ -3,19 +3,18 @@
 python tools/inspect_dataset.py data/fashion-mnist    # writes data/fashion-mnist/contact_sheet.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from gmsop_jax.conversion.inspect import contact_sheet, describe
 from gmsop_jax.conversion.job import SHEET_NAME
-from gmsop_jax.data import cli
 from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.errors import ArgumentParser, run_command
 
 
 def main() -> None:
     """Parses the command line, prints the description and draws the sheet."""
-    parser = argparse.ArgumentParser(description="Prints the manifest of a data set and draws a contact sheet.")
+    parser = ArgumentParser(description="Prints the manifest of a data set and draws a contact sheet.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--split", default="train", help="the split to draw (default: train)")
     parser.add_argument("--sheet", type=Path, help=f"image file to write (default: {SHEET_NAME} in the data set)")
@@ -29,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

@@ -5,7 +5,6 @@ python tools/make_docs.py --output build/docs
 Any warning is an error: a docstring that can't be read, a field without description, a dead link.
 """
 
-import argparse
 import html
 import os
 import pathlib
@@ -17,8 +16,7 @@ import pdoc
 from pdoc.render_helpers import to_html
 
 from gmsop_jax import config as configs
-from gmsop_jax.data import cli
-from gmsop_jax.errors import UserError
+from gmsop_jax.errors import ArgumentParser, UserError, run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "configuration.md"
@@ -130,7 +128,7 @@ def _address(match: re.Match[str]) -> str:
 
 def main() -> None:
     """Parses the command line and builds."""
-    parser = argparse.ArgumentParser(description="Builds the documentation.")
+    parser = ArgumentParser(description="Builds the documentation.")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "build" / "docs", help="folder for the HTML")
     args = parser.parse_args()
     REFERENCE.write_text(configuration_reference(), "utf-8")
@@ -140,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

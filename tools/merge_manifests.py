@@ -3,17 +3,16 @@
 python tools/merge_manifests.py data/imagenet64 [other-folder-of-the-same-conversion …]
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from gmsop_jax.conversion import job
-from gmsop_jax.data import cli
+from gmsop_jax.errors import ArgumentParser, run_command
 
 
 def main() -> None:
     """Parses the command line and joins the parts."""
-    parser = argparse.ArgumentParser(description="Joins the parts converted with --shard-range into one data set.")
+    parser = ArgumentParser(description="Joins the parts converted with --shard-range into one data set.")
     parser.add_argument("directory", type=Path, help="the folder that becomes the data set")
     parser.add_argument("parts", type=Path, nargs="*", help="other folders, whose shards are copied into it")
     parser.add_argument("--max-unreadable", type=float, default=0.01, help="largest accepted share (default: 0.01)")
@@ -23,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

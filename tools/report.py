@@ -3,17 +3,15 @@
 python tools/report.py runs/quickstart
 """
 
-import argparse
 import pathlib
 import sys
 
-from gmsop_jax.data import cli
-from gmsop_jax.errors import ConfigError, UserError
+from gmsop_jax.errors import ArgumentParser, ConfigError, UserError, run_command
 
 
 def main() -> None:
     """Parses the command line and writes the page."""
-    parser = argparse.ArgumentParser(description="Writes a self-contained HTML page about one run or several.")
+    parser = ArgumentParser(description="Writes a self-contained HTML page about one run or several.")
     parser.add_argument("workdir", nargs="+", type=pathlib.Path, help="folder that a training run made")
     parser.add_argument("--output", type=pathlib.Path, help="the page (default: report.html in the first folder)")
     parser.add_argument("--data", type=pathlib.Path, help="data set (default: where the run's configuration says)")
@@ -35,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

@@ -4,12 +4,13 @@ python tools/scaling.py                       the tables of docs/scaling.md
 python tools/scaling.py --flops 2e14 --bandwidth 4.5e11 --latency 5e-6
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 from gmsop_jax import config as configs
 from gmsop_jax.analysis.scaling import Counts, Machine, count
 from gmsop_jax.config import ConfigDict
+from gmsop_jax.errors import ArgumentParser, run_command
 
 DEVICES = tuple(2**i for i in range(11))
 _NETWORKS = (("gap", "GAP"), ("srsop", "SR-SOP"), ("gmsop", "GM-SOP-16-8"), ("wrn_gmsop", "GM-SOP, WRN"))
@@ -66,7 +67,7 @@ def _gib(counts: Counts, images: float) -> str:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--flops", type=float, default=2e13, help="FLOP/s that a device sustains (default: 2e13)")
     parser.add_argument("--bandwidth", type=float, default=5e10, help="bytes/s that it sends (default: 5e10)")
     parser.add_argument("--latency", type=float, default=1e-5, help="seconds of one message (default: 1e-5)")
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

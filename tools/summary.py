@@ -4,7 +4,6 @@ python tools/summary.py configs/imagenet64_gmsop.py configs/imagenet.py:resnet50
 python tools/summary.py --all [--markdown]
 """
 
-import argparse
 import dataclasses
 import math
 import pathlib
@@ -15,8 +14,7 @@ from gmsop_jax.analysis.costs import Cost, cost
 from gmsop_jax.analysis.report.published import Published, find_published
 from gmsop_jax.analysis.report.runs import describe_network
 from gmsop_jax.analysis.sweep import expand
-from gmsop_jax.data import cli
-from gmsop_jax.errors import UserError
+from gmsop_jax.errors import ArgumentParser, UserError, run_command
 from gmsop_jax.files import write_atomic
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -154,7 +152,7 @@ def text(rows: list[Row]) -> str:
 
 def main() -> None:
     """Parses the command line and prints the table."""
-    parser = argparse.ArgumentParser(description="Counts networks; '= x' and '≠ x' compare with the published x.")
+    parser = ArgumentParser(description="Counts networks; '= x' and '≠ x' compare with the published x.")
     parser.add_argument("configs", nargs="*", help="configurations, file.py or file.py:argument")
     parser.add_argument("--all", action="store_true", help="every configuration in configs/")
     parser.add_argument("--markdown", action="store_true")
@@ -176,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

@@ -12,28 +12,24 @@ import pathlib
 import sys
 
 from gmsop_jax.analysis import sweep
-from gmsop_jax.data import cli
+from gmsop_jax.errors import ArgumentParser, run_command
 from gmsop_jax.files import write_atomic
 
 
 def main() -> int:
     """Parses the command line and runs the sweep; 1 if one failed."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Trains configurations with several seeds, one table of the results; run again to resume.",
         epilog="--config.field=value sets a field of every run",
-        allow_abbrev=False,
+        takes_overrides=True,
     )
     parser.add_argument("configs", nargs="+", help="file.py, file.py:argument; a file with ROWS is all of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
     parser.add_argument("--part", default="0/1", type=_part, metavar="I/N", help="every N-th run from the I-th, from 0")
     parser.add_argument("--gather", action="store_true", help="run nothing")
-    options, rest = parser.parse_known_args()
-    for item in rest:
-        if not item.startswith("--config."):
-            parser.error(f"unrecognized argument {item}")
-    overrides = [item.removeprefix("--config.") for item in rest]
-    jobs = sweep.plan(options.configs, options.seeds, options.output, overrides)
+    options = parser.parse_args()
+    jobs = sweep.plan(options.configs, options.seeds, options.output, options.overrides)
     part, parts = options.part
     options.output.mkdir(parents=True, exist_ok=True)
     failed = [] if options.gather else sweep.run(jobs[part::parts])
@@ -51,4 +47,4 @@ def _part(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

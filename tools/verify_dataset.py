@@ -3,16 +3,15 @@
 python tools/verify_dataset.py data/fashion-mnist
 """
 
-import argparse
 import sys
 
 from gmsop_jax.conversion.verify import verify
-from gmsop_jax.data import cli
+from gmsop_jax.errors import ArgumentParser, run_command
 
 
 def main() -> None:
     """Parses the command line and verifies the data set."""
-    parser = argparse.ArgumentParser(description="Reads a data set and compares it with its manifest.")
+    parser = ArgumentParser(description="Reads a data set and compares it with its manifest.")
     parser.add_argument("directory")
     args = parser.parse_args()
     for name, split in verify(args.directory).splits.items():
@@ -21,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

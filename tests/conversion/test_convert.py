@@ -505,10 +505,10 @@ def test_a_full_disk_is_one_error(tmp_path: Path, workers: int):
         command = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from gmsop_jax.data import cli
+from gmsop_jax.errors import run_command
 from convert import main
 sys.argv = ["convert.py", "fashion-mnist", "--output", "{tmp_path}/set", "--workers", "{workers}", "--shards", "2"]
-sys.exit(cli.run(main))
+sys.exit(run_command(main))
 """
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tools"}
         result = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)

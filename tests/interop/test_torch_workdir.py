@@ -46,7 +46,7 @@ def run_tool():
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(sys, "argv", ["import_torch.py", *map(str, arguments)])
-            status = tool.cli.run(tool.main)
+            status = tool.run_command(tool.main)
         return status, out.getvalue(), err.getvalue()
 
     return run
@@ -122,8 +122,9 @@ def test_the_tool_tells_what_it_imported_and_what_to_do(imported, weights, run_t
 def test_the_tools_errors_are_one_line(tmp_path, run_tool):
     status, told, errors = run_tool(tmp_path / "none.pth", "--output", tmp_path / "run")
     assert (status, told, errors) == (2, "", f"error: there is no file {tmp_path / 'none.pth'}\n")
-    with pytest.raises(SystemExit):
-        run_tool("x.pth", "--output", tmp_path / "run", "--unknown")
+    status, _, errors = run_tool("x.pth", "--output", tmp_path / "run", "--trangle=row")
+    assert status == 2
+    assert errors.startswith("error: unrecognized argument --trangle=row; did you mean --triangle?")
 
 
 def test_nothing_is_written_where_something_is_wrong(weights, tmp_path):

@@ -1,0 +1,185 @@
+"""The command line: flags, exit statuses, and what a user sees of a mistake or a signal."""
+
+import errno
+import os
+import pwd
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from gmsop_jax.errors import ArgumentParser, UserError, run_command
+from gmsop_jax.main import main
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+TOOLS = [file for file in sorted((ROOT / "tools").glob("*.py")) if "ArgumentParser(" in file.read_text()]
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs the command line, which should fail; returns the one line that it prints."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: .+\n", err, re.DOTALL)
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--wrkdir=x", "--workdir"),
+        ("--chekpoint", "--checkpoint"),
+        ("--num_processes=2", "--num-processes"),
+        ("--config=x --modes", "--mode"),
+        ("--conf", "--config"),
+    ],
+)
+def test_a_mistyped_flag_suggests_the_right_one(capsys, flag, meant):
+    assert f"did you mean {meant}?" in error(capsys, *flag.split())
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda file: file.stem)
+def test_a_mistyped_flag_of_a_tool_suggests_the_right_one(tool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [tool.name, "--hepl"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(tool), run_name="__main__")
+    assert capsys.readouterr().err.startswith("error: unrecognized argument --hepl; did you mean --help?")
+
+
+@pytest.mark.parametrize("flag", ["--workdir", "--config", "--checkpoint", "--features", "--input"])
+@pytest.mark.parametrize("text", ["", "a\0b"])
+def test_an_empty_path_is_refused(capsys, flag, text):
+    assert f"argument {flag}: {text!r} is not a path" in error(capsys, "--config", QUICKSTART, flag, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is needed; start with --config configs/quickstart.py"),
+        (["--mode", "evaluate"], "--mode evaluate needs --checkpoint, the working directory of a training run"),
+        (["--mode", "predict"], "--mode predict needs --checkpoint, the working directory of a training run"),
+        (["--mode", "predict", "--checkpoint", "x"], "--mode predict needs --input"),
+        (["--mode", "trian", "--config", QUICKSTART], "invalid choice: 'trian'"),
+        (["--config", QUICKSTART, "stray"], "unrecognized arguments: stray"),
+        (
+            ["--config", QUICKSTART, "--config.seed=99999999999999999999"],
+            "config.seed must be between 0 and 42949",
+        ),
+        (["--config", QUICKSTART, "--config.data.image_size=100000"], "image_size must be between 0 and 4096"),
+        (["--config", QUICKSTART, "--config.seed", "3"], "--config.seed needs a value: --config.seed=…"),
+        (["--config", "x" * 300 + ".py"], "File name too long"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, arguments, message):
+    assert message in error(capsys, *arguments)
+
+
+def test_help_returns(capsys):
+    """In a notebook, `main` returns in any case, rather than ending the kernel."""
+    assert main(["--help"]) == 0
+    assert "--workdir DIR" in capsys.readouterr().out
+
+
+def test_a_user_without_passwd_entry_or_home_needs_none(capsys, monkeypatch, tmp_path):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        arguments = ["--config.data.auto_convert=false", f"--config.data.dir={tmp_path / 'none'}"]
+        assert "no data set at" in error(capsys, "--config", QUICKSTART, *arguments)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+# ---- exit statuses
+
+
+def raising(error: BaseException):
+    def command():
+        raise error
+
+    return command
+
+
+def test_exit_statuses(capsys):
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda: 1) == 1
+    assert run_command(raising(UserError("wrong"))) == 2
+    assert capsys.readouterr().err == "error: wrong\n"
+    assert run_command(raising(OSError(errno.ENOSPC, "No space left on device", "/x/y"))) == 2
+    assert capsys.readouterr().err == "error: /x/y: No space left on device\n"
+    assert run_command(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours is not hidden
+        run_command(lambda: 1 // 0)
+    with pytest.raises(OSError, match="not from the system"):
+        run_command(raising(OSError("not from the system")))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_with_a_line(capsys, signum):
+    assert run_command(lambda: os.kill(os.getpid(), signum) or time.sleep(10)) == 75
+    assert capsys.readouterr().err == f"error: stopped by {signum.name}\n"
+    assert signal.getsignal(signum) == signal.SIG_DFL
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run_command(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.6, 1.5])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_during_start_up_leaves_no_traceback(tmp_path, signum, status, delay):
+    """The command line is ready for signals before it imports JAX, which takes seconds."""
+    command = "import sys; from gmsop_jax.main import main; print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
+    arguments = ["--config", QUICKSTART, "--workdir", str(tmp_path / "run"), f"--config.data.dir={tmp_path / 'data'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(delay)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    assert f"stopped by {'Ctrl-C' if signum == signal.SIGINT else 'SIGTERM'}" in errors
+
+
+def test_a_closed_pipe_is_no_error():
+    """As in `python tools/summary.py | head -1`."""
+    command = "import sys; from gmsop_jax.errors import run_command; sys.exit(run_command(lambda: print('x' * 10**6)))"
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(30) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_values_that_look_like_flags_follow_a_double_dash():
+    parser = ArgumentParser(prog="tool", takes_overrides=True)
+    parser.add_argument("files", nargs="*")
+    options = parser.parse_args(["--config.seed=3", "--", "--x"])
+    assert (options.files, options.overrides) == (["--x"], ["seed=3"])
