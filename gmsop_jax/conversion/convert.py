@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -101,7 +100,7 @@ def convert(
             tool_version=gmsop_jax.__version__,
         )
         if manifest := jobs.finished(output, job):
-            shutil.rmtree(output / JOB_DIR)
+            jobs.remove_state(output)
             return manifest
         jobs.start(output, job)
         _write_shards(source, output, job, shard_range, workers, pixel_bytes, progress)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -29,7 +30,7 @@ from gmsop_jax.files import FileLock, LockHeldError, replacing, sha256, write_js
 SHEET_NAME = "contact_sheet.png"  # the file that tools/inspect_dataset.py adds to a data set
 _LOG = logging.getLogger(__name__)
 _OWN_FILES = re.compile(
-    rf"{re.escape(JOB_DIR)}|{re.escape(SHEET_NAME)}|({re.escape(FILE_NAME)}|\w+-\d+-of-\d+\.arrayrecord)(\.tmp-\d+)?"
+    rf"{re.escape(SHEET_NAME)}|({re.escape(JOB_DIR)}|{re.escape(FILE_NAME)}|\w+-\d+-of-\d+\.arrayrecord)(\.tmp-\d+)?"
 )
 _PART = re.compile(r"part-\d+-of-\d+")
 _POLL_SECONDS = 0.2
@@ -86,7 +87,7 @@ def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
             yield
         finally:
             if lock.is_held() and not (output / JOB_DIR / "job.json").exists():
-                shutil.rmtree(output / JOB_DIR)
+                remove_state(output)
                 if not existed:
                     with contextlib.suppress(OSError):  # a process that waits for the lock recreates the folder
                         output.rmdir()
@@ -125,18 +126,17 @@ def _wait_for_lock(file: Path) -> FileLock:
 
 def check_output(output: Path) -> None:
     """Raises DataError if `output` is a file, or a folder with files that are not part of a data set."""
-    if output.is_dir():
-        names = sorted(entry.name for entry in output.iterdir())
-        foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
-        if names and not foreign and not {JOB_DIR, FILE_NAME} & set(names):
-            foreign = names  # shards without a manifest: nobody knows whose they are
-        if foreign:
-            raise DataError(
-                f"the folder {output.absolute()} contains files that belong to no data set, such as {foreign[0]}; give"
-                " a new or empty folder for the data set"
-            )
-    elif output.exists():
+    if output.is_file():
         raise DataError(f"{output.absolute()} is a file; give a new or empty folder for the data set")
+    names = sorted(os.listdir(output)) if output.is_dir() else []
+    foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
+    if not any(name == FILE_NAME or name.startswith(JOB_DIR) for name in names):
+        foreign = names  # shards without a manifest: nobody knows whose they are
+    if foreign:
+        raise DataError(
+            f"the folder {output.absolute()} contains files that belong to no data set, such as {foreign[0]}; give"
+            " a new or empty folder for the data set"
+        )
 
 
 def finished(output: Path, job: ConversionJob) -> Manifest | None:
@@ -285,10 +285,17 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
         provenance=_provenance(job, read_state(output, "sums"), unreadable),
     )
     manifest.save(output)
-    shutil.rmtree(output / JOB_DIR)
-    for leftover in output.glob("*.tmp-*"):
+    for leftover in output.glob("*.arrayrecord.tmp-*"):
         leftover.unlink()
+    remove_state(output)
     return manifest
+
+
+def remove_state(output: Path) -> None:
+    """Removes the state of a conversion. It is renamed first, because waiting processes create lock files in it."""
+    (output / JOB_DIR).rename(output / f"{JOB_DIR}.tmp-{os.getpid()}")
+    for folder in output.glob(f"{JOB_DIR}.tmp-*"):
+        shutil.rmtree(folder, ignore_errors=True)  # another process may be removing the same folder
 
 
 def _split(statistics: Statistics, shards: Sequence[Shard]) -> Split:

@@ -580,6 +580,28 @@ def test_a_conversion_waits_and_names_the_process_that_holds_the_folder(
     assert contents(output) == contents(reference)
 
 
+@pytest.mark.slow
+def test_waiting_processes_survive_those_that_are_killed(imagenet: Path, reference: Path, tmp_path: Path):
+    """Four conversions into one folder start together; one is killed. The others end with the same bytes."""
+    command = [sys.executable, ROOT / "tools/convert.py", "imagenet64", "--input", imagenet, "--shards", "6"]
+    for delay in (1.2, 1.6, 2.0):
+        output = tmp_path / str(delay)
+        processes = [
+            subprocess.Popen(
+                [*command, "--output", output],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(4)
+        ]
+        time.sleep(delay)
+        processes[0].kill()
+        messages = [process.communicate(timeout=60)[1] for process in processes]
+        assert [process.returncode for process in processes[1:]] == [0, 0, 0], messages
+        assert contents(output) == contents(reference)
+
+
 def test_parts_are_converted_side_by_side(imagenet: Path, tmp_path: Path):
     (tmp_path / "set/.convert").mkdir(parents=True)
     with FileLock(tmp_path / "set/.convert/part-1-of-2"):  # another process of the same division
