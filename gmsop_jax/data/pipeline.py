@@ -18,7 +18,6 @@ import functools
 import logging
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,7 @@ import numpy as np
 
 from gmsop_jax.data.augment import Centre, Crop, Pixels, Preparation, Whole, copy_images
 from gmsop_jax.data.manifest import Manifest, Split
-from gmsop_jax.data.randomness import coin_flips, permutation, uniforms
+from gmsop_jax.data.randomness import Shuffle, coin_flips, uniforms
 from gmsop_jax.data.records import decode_batch
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.data.workers import Batch, WorkerIterator
@@ -40,6 +39,7 @@ Size = int | tuple[int, int] | None
 _BLOCK_BYTES = 2**19  # of images read, joined and flipped at a time: they stay in the cache
 OnCorrupt = Literal["stop", "skip"]
 
+ORDER_VERSION = 2  # changes when a seed comes to mean another order of the images; 1 had other permutations
 _MOST_REPLACEMENTS = 20  # records tried in the place of one that can't be read
 _ORDER, _FLIP, _CROP = range(3)  # what a draw is for: keeps the streams of one seed apart
 
@@ -153,28 +153,18 @@ class _Shuffled:
     seed: int
     drop_remainder: bool
 
-    def __post_init__(self) -> None:
-        self._steps = steps_per_epoch(self.num_images, self.batch_size, self.drop_remainder)
-        self._epochs: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
-
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> np.ndarray:
-        epoch, row = divmod(int(index), self._steps)
-        return self._epoch(epoch)[row * self.batch_size : (row + 1) * self.batch_size]
+        epoch, row = divmod(int(index), steps_per_epoch(self.num_images, self.batch_size, self.drop_remainder))
+        stop = min((row + 1) * self.batch_size, self.num_images)
+        return _shuffle(self.num_images, self.seed, epoch)(np.arange(row * self.batch_size, stop))
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._epochs:
-                # Threads that read ahead may still need the epoch before, none an older one.
-                self._epochs = {at: order for at, order in self._epochs.items() if at == epoch - 1}
-                self._epochs[epoch] = permutation(self.num_images, self.seed, _ORDER, epoch)
-            return self._epochs[epoch]
 
-    def __reduce__(self) -> tuple[type["_Shuffled"], tuple[int, int, int, bool]]:
-        return _Shuffled, (self.num_images, self.batch_size, self.seed, self.drop_remainder)
+@functools.lru_cache(maxsize=4)  # threads that read ahead are at most in two epochs
+def _shuffle(num_images: int, seed: int, epoch: int) -> Shuffle:
+    return Shuffle(num_images, seed, _ORDER, epoch)
 
 
 @dataclasses.dataclass

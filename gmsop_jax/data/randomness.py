@@ -1,25 +1,69 @@
-"""Randomness as a function of numbers alone.
+"""Permutations and random numbers that are functions of a key alone.
 
-Only what NumPy promises to keep across releases is used (SeedSequence and the bit generators' raw
-output, not the distributions on top), so shards and the order of training stay the same wherever
-and whenever they are made.
+A key is one or more non-negative integers, such as a seed, a purpose and an epoch. Only those parts of NumPy are used
+that promise the same numbers in every release (SeedSequence and the raw output of PCG64, not the distributions), so
+shards and the order of training are the same on every machine.
 """
+
+import math
 
 import numpy as np
 
+_ROUNDS = 8  # of a shuffle, each of two halves
+
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """A permutation of 0…count − 1, int64 [count], from `count` and a non-negative key alone."""
+    """Returns a permutation of 0…count − 1, int64 [count]. It takes some 20 bytes of memory an element."""
     return np.argsort(_bits(count, key), kind="stable")
 
 
+class Shuffle:
+    """A permutation of 0…count − 1, any part of which is computed on demand from O(√count) random numbers.
+
+    A Feistel network: with a = ⌈√count⌉ and b = ⌈count / a⌉, an element is written as l + a·r, and each round adds to l
+    (modulo a) a random number that r selects, then to r (modulo b) one that l selects. Each step can be undone, so this
+    permutes 0…ab − 1. A result that isn't below count is permuted again until it is.
+
+    Args:
+      count: number of elements, at least 1.
+      key: the key.
+
+    Example:
+      >>> shuffle = Shuffle(5, 0)
+      >>> shuffle(np.arange(5)).tolist()
+      [4, 0, 3, 1, 2]
+    """
+
+    def __init__(self, count: int, *key: int) -> None:
+        self._count = count
+        self._left = math.isqrt(count - 1) + 1
+        self._right = -(-count // self._left)
+        bits = _bits(_ROUNDS * (self._left + self._right), key).reshape(_ROUNDS, -1)
+        self._left_steps = (bits[:, : self._right] % np.uint64(self._left)).astype(np.int64)
+        self._right_steps = (bits[:, self._right :] % np.uint64(self._right)).astype(np.int64)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the elements at some positions, int64 [n] for integers [n] in 0…count − 1."""
+        elements = self._permute(positions)
+        while (outside := elements >= self._count).any():
+            elements[outside] = self._permute(elements[outside])
+        return elements
+
+    def _permute(self, elements: np.ndarray) -> np.ndarray:
+        right, left = np.divmod(elements, self._left)
+        for left_steps, right_steps in zip(self._left_steps, self._right_steps, strict=True):
+            left = (left + left_steps[right]) % self._left
+            right = (right + right_steps[left]) % self._right
+        return left + self._left * right
+
+
 def coin_flips(count: int, *key: int) -> np.ndarray:
-    """Fair coin flips bool [count], from a non-negative key alone."""
+    """Returns fair coin flips, bool [count]."""
     return _bits(count, key) >> np.uint64(63) == 1
 
 
 def uniforms(count: int, *key: int) -> np.ndarray:
-    """Numbers evenly of [0, 1), multiples of 2⁻⁵³, float64 [count], from a non-negative key alone.
+    """Returns numbers drawn evenly from [0, 1), multiples of 2⁻⁵³, float64 [count].
 
     A longer draw with the same key begins with the shorter one.
     """
