@@ -1,6 +1,6 @@
 """Flax (Linen) modules: backbones that give a map of features, heads that pool and classify it."""
 
-from gmsop_jax.models.gating import Gate, GateOptions
+from gmsop_jax.models.gate import Gate, GateOutput
 from gmsop_jax.models.heads import (
     CovarianceHead,
     GAPHead,
@@ -20,7 +20,7 @@ __all__ = [
     "CovarianceHead",
     "GAPHead",
     "Gate",
-    "GateOptions",
+    "GateOutput",
     "GatedMixture",
     "GatedMixtureHead",
     "MPNCOVHead",

@@ -1,20 +1,21 @@
 """Heads: from a map of features to logits, all with one contract.
 
-`head(x, train=…, gate_noise=None)` takes any [b, h, w, c] and returns `(logits, aux)`: logits are
+`head(x, train=False, gate_noise=None)` takes any [b, h, w, c] and returns `(logits, aux)`: logits are
 [b, num_classes], float32 or float64; `aux` holds `features` [b, f] (the pooled vector), `gate_weights`
 [b, n], `importance` [b, n] and `balance_loss`, which for a head without gate are ones [b, 1] and 0.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmsop_jax.models.gating import GateOptions
-from gmsop_jax.models.layers import BatchNorm, Dropout, ModuleFactory, he_normal
+from gmsop_jax.models.checks import CheckedModule
+from gmsop_jax.models.gate import GateFields, shared_fields
+from gmsop_jax.models.layers import BatchNorm, Classifier, Dropout, ModuleFactory, flatten_map, he_normal
 from gmsop_jax.models.mixture import GatedMixture, Mixture
 from gmsop_jax.ops import average_pool, covariance_pool, matrix_power, second_order_pool, triangle_vector
 from gmsop_jax.ops.dispatch import Dispatch
@@ -23,18 +24,12 @@ _Map = Float[Array, "b h w c"]
 _Output = tuple[Float[Array, "b classes"], Mapping[str, Array]]
 
 
-def _classify(features: Array, num_classes: int, dtype: jnp.dtype | None) -> Array:
-    dense = nn.Dense(num_classes, dtype=dtype, kernel_init=he_normal, name="classifier")
-    logits = dense(features)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-
 def _without_gate(features: Array) -> dict[str, Array]:
     one = jnp.ones((features.shape[0], 1), features.dtype)
     return {"balance_loss": jnp.zeros((), features.dtype), "gate_weights": one, "importance": one}
 
 
-class _PoolingHead(nn.Module):
+class _PoolingHead(CheckedModule):
     """One pooling for every image, then the classifier.
 
     Attributes:
@@ -55,17 +50,18 @@ class _PoolingHead(nn.Module):
         raise NotImplementedError
 
     @nn.compact
-    def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
+    def __call__(self, x: _Map, train: bool = False, gate_noise: Array | None = None) -> _Output:
         """Pools and classifies; `gate_noise` is ignored, there is no gate."""
+        x = flatten_map(x)
         for i, width in enumerate(self.projection_widths, 1):
             name = f"projection{i}"
             x = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name=name)(x)
             if self.projection_batch_norm:
                 x = self.norm(dtype=self.dtype, name=f"{name}_bn")(x, train=train)
             x = jax.nn.relu(x)
-        features = self._pool(x.reshape(x.shape[0], -1, x.shape[-1]))
+        features = self._pool(x)
         aux = {**_without_gate(features), "features": features}
-        return _classify(features, self.num_classes, self.dtype), aux
+        return Classifier(self.num_classes, self.dtype, name="classifier")(features), aux
 
 
 class GAPHead(_PoolingHead):
@@ -124,7 +120,7 @@ class MPNCOVHead(_PoolingHead):
         return triangle_vector(matrix_power(covariance_pool(x), self.power))
 
 
-class _MixtureHead(nn.Module):
+class _MixtureHead(CheckedModule):
     """A mixture → batch norm → dropout → classifier."""
 
     num_classes: int
@@ -137,15 +133,10 @@ class _MixtureHead(nn.Module):
     norm: ModuleFactory = BatchNorm
     dtype: jnp.dtype | None = None
 
-    def _bank(self) -> dict[str, Any]:
-        """Fields of the mixture that is its part."""
-        names = ("num_candidates", "candidate_widths", "order", "num_iters", "dtype")
-        return {name: getattr(self, name) for name in names}
-
-    def _finish(self, features: Array, aux: Mapping[str, Array], *, train: bool) -> _Output:
+    def _finish(self, features: Array, aux: Mapping[str, Array], train: bool) -> _Output:
         y = self.norm(name="bn")(features, train=train)
-        y = Dropout(self.dropout_rate, self.axis_name)(y, train=train)
-        return _classify(y, self.num_classes, self.dtype), {**aux, "features": features}
+        y = Dropout(self.dropout_rate, self.axis_name)(y, train)
+        return Classifier(self.num_classes, self.dtype, name="classifier")(y), {**aux, "features": features}
 
 
 class MixtureHead(_MixtureHead):
@@ -166,42 +157,38 @@ class MixtureHead(_MixtureHead):
     combine: Literal["average", "concatenate"] = "average"
 
     @nn.compact
-    def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
+    def __call__(self, x: _Map, train: bool = False, gate_noise: Array | None = None) -> _Output:
         """Pools and classifies; `gate_noise` is ignored, there is no gate."""
-        features = Mixture(**self._bank(), combine=self.combine, name="mixture")(x)
-        return self._finish(features, _without_gate(features), train=train)
+        features = Mixture(**shared_fields(self, Mixture), name="mixture")(x)
+        return self._finish(features, _without_gate(features), train)
 
 
-class GatedMixtureHead(_MixtureHead):
+class GatedMixtureHead(_MixtureHead, GateFields):
     """GM-SOP (order 2) or GM-GAP (order 1): `GatedMixture` → batch norm → dropout → classifier.
 
-    `aux['features']` is the mixture's vector before batch norm: f = d(d + 1)/2 or d, for d the last of
-    `candidate_widths`. Training needs the RNG streams `gating` (unless gate_noise is given) and
+    `aux['features']` is the mixture's vector before batch norm: f = d(d + 1)/2 or d, where d is the last of
+    `candidate_widths`. Training draws from the RNG streams `gating` (unless gate_noise is given) and
     `dropout`.
 
     Attributes:
-      num_classes: of the classifier.
-      dropout_rate: 0 for none.
-      norm: makes the batch norms.
-      others: as in `GatedMixture`.
+      num_classes: number of classes.
+      dropout_rate: probability with which a feature is zeroed in training; 0 turns dropout off.
+      others: see `GatedMixture` and `Gate`.
+
+    Example:
+      >>> head = GatedMixtureHead(10, num_candidates=4, num_selected=2, candidate_widths=(16, 8))
+      >>> features = jax.random.normal(jax.random.key(0), (2, 6, 6, 32))
+      >>> variables = head.init(jax.random.key(1), features)
+      >>> logits, aux = head.apply(variables, features)
+      >>> logits.shape, aux["features"].shape, aux["gate_weights"].shape
+      ((2, 10), (2, 36), (2, 4))
     """
 
-    num_selected: int = 8
-    gate_widths: Sequence[int] = (256, 128)
-    gate_options: GateOptions = GateOptions()
     dispatch: Dispatch = "auto"
 
     @nn.compact
-    def __call__(self, x: _Map, *, train: bool, gate_noise: Array | None = None) -> _Output:
+    def __call__(self, x: _Map, train: bool = False, gate_noise: Array | None = None) -> _Output:
         """Pools and classifies; `gate_noise` replaces the draw from the stream `gating`."""
-        features, aux = GatedMixture(
-            **self._bank(),
-            num_selected=self.num_selected,
-            gate_widths=self.gate_widths,
-            gate_options=self.gate_options,
-            dispatch=self.dispatch,
-            axis_name=self.axis_name,
-            norm=self.norm,
-            name="mixture",
-        )(x, train=train, gate_noise=gate_noise)
-        return self._finish(features, aux, train=train)
+        mixture = GatedMixture(**shared_fields(self, GatedMixture), name="mixture")
+        features, aux = mixture(x, train, gate_noise)
+        return self._finish(features, aux, train)

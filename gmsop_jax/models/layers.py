@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gmsop_jax.models.checks import CheckedModule
 from gmsop_jax.ops import draw_rows
 
 ModuleFactory = Callable[..., nn.Module]  # a module's class, or a functools.partial of it
@@ -15,7 +16,45 @@ ModuleFactory = Callable[..., nn.Module]  # a module's class, or a functools.par
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-class BatchNorm(nn.Module):
+def flatten_map(x: Float[Array, "b h w c"]) -> Float[Array, "b p c"]:
+    """A map of features as p = h · w positions.
+
+    Raises:
+      ValueError: if x does not have four axes.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"a head needs a map of features [b, h, w, c], got shape {x.shape}")
+    return jnp.asarray(x).reshape(x.shape[0], -1, x.shape[-1])
+
+
+class Classifier(CheckedModule):
+    """Linear classifier with float32 logits (float64 for float64 features).
+
+    logits = xᵀ W + b
+
+    In half precision the products are accumulated in float32, and the logits are not rounded back, because
+    bfloat16 would make the largest logits of many images tie.
+
+    Attributes:
+      num_classes: number of classes.
+      dtype: dtype of the product's operands; None follows features and parameters.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f"]) -> Float[Array, "b classes"]:
+        """Computes the logits."""
+        kernel = self.param("kernel", he_normal, (x.shape[-1], self.num_classes))
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        dtype = self.dtype or jnp.result_type(x, kernel)
+        logits_dtype = jnp.promote_types(dtype, jnp.float32)
+        x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+        return jnp.matmul(x, kernel, preferred_element_type=logits_dtype) + jnp.asarray(bias, logits_dtype)
+
+
+class BatchNorm(CheckedModule):
     """Batch normalisation over all axes but the last, with MatConvNet's running moments.
 
     y = scale · (x − μ)/σ + bias,  σ = √(var + ε), biased variance.
@@ -38,7 +77,7 @@ class BatchNorm(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... c"], *, train: bool) -> Float[Array, "... c"]:
+    def __call__(self, x: Float[Array, "... c"], train: bool = False) -> Float[Array, "... c"]:
         """Normalises x, by the batch's moments in training and the running ones otherwise."""
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
@@ -71,7 +110,7 @@ class BatchNorm(nn.Module):
         running.value = (old + self.running_rate * (batch - old)).astype(old.dtype)
 
 
-class Dropout(nn.Module):
+class Dropout(CheckedModule):
     """Zeroes each number with probability `rate`, divides the others by 1 − rate; as `nn.Dropout`.
 
     Attributes:
@@ -84,7 +123,7 @@ class Dropout(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ..."], *, train: bool) -> Float[Array, "b ..."]:
+    def __call__(self, x: Float[Array, "b ..."], train: bool = False) -> Float[Array, "b ..."]:
         """Drops in training (RNG stream `dropout`), passes x through otherwise."""
         if not train or self.rate == 0:
             return x

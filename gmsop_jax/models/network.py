@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmsop_jax.models.gating import GateOptions
 from gmsop_jax.models.heads import (
     CovarianceHead,
     GAPHead,
@@ -61,9 +60,8 @@ class Network(nn.Module):
     def __call__(
         self,
         images: Float[Array, "b h w 3"],
-        *,
         train: bool = False,
-        gate_noise: Float[Array, "b"] | None = None,
+        gate_noise: Float[Array, "b ..."] | None = None,
     ) -> tuple[Float[Array, "b classes"], Mapping[str, Array]]:
         """Logits of mean-subtracted images, and the head's `aux`."""
         features = self.backbone(images, train=train)
@@ -145,15 +143,13 @@ def _create_head(m: Any, shared: _Fields, axis_name: str | None) -> nn.Module:
         "num_selected": m.num_selected,
         "gate_widths": tuple(m.gate_widths),
         "dispatch": m.dispatch,
-        "gate_options": GateOptions(
-            noise=m.gate_noise,
-            softmax=m.gate_softmax,
-            gradient=m.gate_gradient,
-            order=m.gate_order,
-            init=m.gate_init,
-            balance_on=m.balance_on,
-            balance_ddof=m.balance_ddof,
-        ),
+        "gate_order": m.gate_order,
+        "gate_noise": m.gate_noise,
+        "gate_softmax": m.gate_softmax,
+        "gate_gradient": m.gate_gradient,
+        "gate_init": m.gate_init,
+        "balance_on": m.balance_on,
+        "balance_ddof": m.balance_ddof,
     }
     return _HEADS[m.head](m, plain, mixture, gated)
 

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gmsop_jax.models.checks import CheckedModule, check_stages
 from gmsop_jax.models.layers import BatchNorm, ModuleFactory, he_normal
+
+_BOTTLENECK_WIDTHS = (64, 128, 256, 512)  # of the four stages' 3×3 convolutions, in ResNet
 
 _Map = Float[Array, "b h w c"]
 
 
-class _Block(nn.Module):
+class _Block(CheckedModule):
     """What the residual blocks share: convolutions with batch norm, and the shortcut.
 
     Attributes:
@@ -57,7 +60,7 @@ class BasicBlock(_Block):
     """
 
     @nn.compact
-    def __call__(self, x: _Map, *, train: bool) -> _Map:
+    def __call__(self, x: _Map, train: bool = False) -> _Map:
         """Applies the block: `width` channels."""
         y = jax.nn.relu(self._convolution(x, self.width, 3, self.stride, "conv1", train=train))
         y = self._convolution(y, self.width, 3, 1, "conv2", train=train)
@@ -79,7 +82,7 @@ class BottleneckBlock(_Block):
     group_width: int = 64
 
     @nn.compact
-    def __call__(self, x: _Map, *, train: bool) -> _Map:
+    def __call__(self, x: _Map, train: bool = False) -> _Map:
         """Applies the block: 4 · `width` channels."""
         inner = self.width * self.group_width // 64 * self.groups
         y = jax.nn.relu(self._convolution(x, inner, 1, 1, "conv1", train=train))
@@ -88,7 +91,7 @@ class BottleneckBlock(_Block):
         return self._add_shortcut(x, y, train=train)
 
 
-class ResNet(nn.Module):
+class ResNet(CheckedModule):
     """Residual network for small images: a 3×3 stem and stages of `BasicBlock`s.
 
     ResNet-18 of the paper is the default; 4 blocks a stage at width factor 2 is WRN-36-2; 6 blocks a
@@ -118,7 +121,7 @@ class ResNet(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, images: _Map, *, train: bool) -> _Map:
+    def __call__(self, images: _Map, train: bool = False) -> _Map:
         """Features of the last stage.
 
         Args:
@@ -132,6 +135,7 @@ class ResNet(nn.Module):
         """
         stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
         x = stem(images, self.stem_width, 3, 1, use_bias=True, train=train)
+        check_stages(self, len(self.stage_widths), "stage_strides")
         stages = zip(self.stage_widths, self.stage_strides, strict=True)
         for stage, (width, first_stride) in enumerate(stages, 1):
             for block in range(1, self.blocks_per_stage + 1):
@@ -141,7 +145,7 @@ class ResNet(nn.Module):
         return x
 
 
-class BottleneckResNet(nn.Module):
+class BottleneckResNet(CheckedModule):
     """ImageNet's ResNet and ResNeXt: a stem and four stages of `BottleneckBlock`s, 2048 channels.
 
     Attributes:
@@ -164,7 +168,7 @@ class BottleneckResNet(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, images: _Map, *, train: bool) -> _Map:
+    def __call__(self, images: _Map, train: bool = False) -> _Map:
         """Features of the last stage; arguments and errors as of `ResNet`."""
         stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
         if self.stem == "large":
@@ -172,7 +176,8 @@ class BottleneckResNet(nn.Module):
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         else:
             x = stem(images, 64, 3, 1, use_bias=False, train=train)
-        stages = zip(self.blocks_per_stage, (64, 128, 256, 512), self.stage_strides, strict=True)
+        check_stages(self, len(_BOTTLENECK_WIDTHS), "blocks_per_stage", "stage_strides")
+        stages = zip(self.blocks_per_stage, _BOTTLENECK_WIDTHS, self.stage_strides, strict=True)
         for stage, (blocks, width, first_stride) in enumerate(stages, 1):
             for block in range(1, blocks + 1):
                 x = BottleneckBlock(

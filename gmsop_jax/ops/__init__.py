@@ -4,11 +4,11 @@ Axes: b batch, p positions (height × width), c channels, d width of a matrix, n
 """
 
 from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool
-from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates
-from gmsop_jax.ops.draw import draw_rows
+from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates, mix_candidates
+from gmsop_jax.ops.gate import balance_loss, select_top_k, selection_weights, top_k_gate
 from gmsop_jax.ops.matrix_power import matrix_power
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
-from gmsop_jax.ops.top_k import balance_loss, select_top_k, selection_weights, top_k_gate
+from gmsop_jax.ops.random import draw_rows
 from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "covariance_pool",
     "draw_rows",
     "matrix_power",
+    "mix_candidates",
     "newton_schulz_sqrt",
     "second_order_pool",
     "select_top_k",

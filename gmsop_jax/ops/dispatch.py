@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 Dispatch = Literal["auto", "gather", "loop"]
 Pool = Callable[[Array], Array]
 
@@ -63,6 +65,29 @@ def apply_all_candidates(
     Returns: the pooled vectors, in the bank's order.
     """
     return _tile(x[:, None], kernels, pool)
+
+
+def mix_candidates(
+    pooled: Float[Array, "b k f"], weights: Float[Array, "b n"], indices: Int[Array, "b k"]
+) -> Float[Array, "b f"]:
+    """Sums the selected candidates' vectors by their weights.
+
+    z[b] = Σⱼ weights[b, i] · pooled[b, j],  i = indices[b, j]   (GM-SOP, eq. 2)
+
+    Args:
+      pooled: from `apply_candidates`.
+      weights: of all candidates.
+      indices: of the selected ones.
+
+    Returns: one vector for each image.
+    """
+    # A product with one-hot rows rather than take_along_axis, whose gradient is a scatter.
+    selected = jnp.sum(weights[:, None] * _one_hot(indices, weights), axis=-1)
+    return jnp.einsum("bk,bkf->bf", selected, pooled, precision=_HIGHEST)
+
+
+def _one_hot(indices: Array, like: Array) -> Array:
+    return jax.nn.one_hot(indices, like.shape[-1], dtype=like.dtype)
 
 
 def _choose(x: Array, kernels: Sequence[Array], indices: Array) -> Dispatch:

@@ -165,7 +165,7 @@ def make_train_step(
       optimizer: from `create_optimizer`, or any of optax.
       mean_rgb: [3], mean colour of the training set.
       balance_weight: α.
-      balance_ddof: the model's, `GateOptions.balance_ddof`; of use with sub_batches.
+      balance_ddof: the gate's `balance_ddof`; of use with sub_batches.
       seed: of gate noise, dropout and mixup.
       label_smoothing: ε of `losses.cross_entropy`.
       mixup_alpha: α of mixup, 0 for none: the batch's neighbouring rows are mixed before it is cut into

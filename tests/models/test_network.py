@@ -261,7 +261,7 @@ def test_noise_is_one_number_an_image_times_softplus(gmsop):
 
     def logits(noise):
         _, state = model.apply(variables, images(), gate_noise=noise, capture_intermediates=True, mutable=True)
-        return np.asarray(state["intermediates"]["head"]["mixture"]["gate"]["__call__"][0])
+        return np.asarray(state["intermediates"]["head"]["mixture"]["gate"]["__call__"][0].logits)
 
     noise = np.array([0.0, 1.0, -2.0], np.float32)
     still = logits(jnp.zeros(3))

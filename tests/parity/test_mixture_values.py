@@ -29,8 +29,8 @@ def gate_logits(w, noise_w, features, noise):
     """Our gate without trunk, on features that are pooled already."""
     n = w.shape[1]
     variables = {"params": {"kernel": w, "noise_kernel": noise_w}}
-    gate = Gate(num_candidates=n, widths=(), order=1)
-    return gate.apply(variables, features[:, None], train=True, noise=noise)
+    gate: Any = Gate(num_candidates=n, num_selected=n, gate_widths=(), gate_order=1)
+    return gate.apply(variables, features[:, None], train=True, gate_noise=noise).logits
 
 
 @jax.jit

@@ -76,7 +76,7 @@ def test_outputs_in_double(path):
     assert_close("network, loss", loss, values["test/loss_sum_f64"])
 
     captured = inner["intermediates"]
-    gate = captured["head"]["mixture"]["gate"]["__call__"][0]
+    gate = captured["head"]["mixture"]["gate"]["__call__"][0].logits
     assert_close("network, gate logits", gate, values["test/gate_logits_f64"])
     for stage in range(1, 5):
         block = f"stage{stage}_block{net.config.blocks_per_stage}"

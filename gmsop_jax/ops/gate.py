@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gmsop_jax.ops.draw import draw_rows
+from gmsop_jax.ops.random import draw_rows
 
 Gradient = Literal["straight_through", "masked"]
 Softmax = Literal["selected", "all"]

@@ -1,0 +1,95 @@
+"""Checks of the modules' fields, made when a module is constructed."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(map(_is_count, value))
+
+
+def _is_number(value: Any, low: float, high: float = float("inf")) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) < high
+
+
+_COUNT = (_is_count, "an int of at least 1")
+_WIDTHS = (lambda value: _are_counts(value) and len(value) > 0, "a tuple of one or more positive ints, such as (256,)")
+_ANY_WIDTHS = (_are_counts, "a tuple of positive ints, such as (256,), or ()")
+
+
+def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: not isinstance(value, bool) and value in choices), f"one of {', '.join(map(repr, choices))}"
+
+
+# A field of this name has the same meaning in every module: (condition, its description).
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_classes": _COUNT,
+    "num_candidates": _COUNT,
+    "num_selected": _COUNT,
+    "num_iters": _COUNT,
+    "width": _COUNT,
+    "stride": _COUNT,
+    "stem_width": _COUNT,
+    "width_factor": _COUNT,
+    "groups": _COUNT,
+    "group_width": _COUNT,
+    "candidate_widths": _WIDTHS,
+    "stage_widths": _WIDTHS,
+    "stage_strides": _WIDTHS,
+    "gate_widths": _ANY_WIDTHS,
+    "projection_widths": _ANY_WIDTHS,
+    "order": _one_of(1, 2),
+    "gate_order": _one_of(0, 1, 2),
+    "gate_noise": _one_of("image", "candidate", "fixed", "none"),
+    "gate_softmax": _one_of("selected", "all"),
+    "gate_gradient": _one_of("straight_through", "masked"),
+    "gate_init": _one_of("constant", "random"),
+    "balance_on": _one_of("weights", "softmax"),
+    "balance_ddof": _one_of(0, 1),
+    "combine": _one_of("average", "concatenate"),
+    "dispatch": _one_of("auto", "gather", "loop"),
+    "stem": _one_of("large", "small"),
+    "rate": (lambda value: _is_number(value, 0, 1), "a number in [0, 1)"),
+    "dropout_rate": (lambda value: _is_number(value, 0, 1), "a number in [0, 1)"),
+    "running_rate": (lambda value: _is_number(value, 0) and value <= 1, "a number in [0, 1]"),
+    "epsilon": (lambda value: _is_number(value, 0), "a number of at least 0"),
+    "power": (lambda value: _is_number(value, 0) and value > 0, "a positive number"),
+    "pixel_scale": (lambda value: _is_number(value, 0) and value > 0, "a positive number"),
+}
+
+
+class CheckedModule(nn.Module):
+    """A module that refuses fields out of range when it is constructed.
+
+    Raises:
+      ValueError: naming the field, its value and the values that are allowed.
+    """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            allowed, description = _RULES.get(field.name, (None, ""))
+            value = getattr(self, field.name)
+            if allowed is not None and not allowed(value):
+                raise ValueError(f"{type(self).__name__}.{field.name} must be {description}, got {value!r}")
+        super().__post_init__()
+
+
+def check_stages(module: nn.Module, num_stages: int, *names: str) -> None:
+    """Checks that fields are sequences with one entry for each stage.
+
+    Raises:
+      ValueError: naming the field and its value.
+    """
+    for name in names:
+        value = getattr(module, name)
+        if not _are_counts(value) or len(value) != num_stages:
+            needed = f"{num_stages} positive ints, one for each stage"
+            raise ValueError(f"{type(module).__name__}.{name} must be {needed}, got {value!r}")

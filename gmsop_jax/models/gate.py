@@ -1,0 +1,187 @@
+"""The gate: which candidates an image selects, with which weights, and how evenly a batch uses them."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gmsop_jax.models.checks import CheckedModule
+from gmsop_jax.models.layers import BatchNorm, ModuleFactory, he_normal
+from gmsop_jax.ops import average_pool, balance_loss, draw_rows, second_order_pool, select_top_k, selection_weights
+from gmsop_jax.ops.gate import Gradient, Softmax
+
+Noise = Literal["image", "candidate", "fixed", "none"]
+Init = Literal["constant", "random"]
+BalanceOn = Literal["weights", "softmax"]
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def pool(x: Float[Array, "*b p c"], order: int, num_iters: int) -> Float[Array, "*b f"]:
+    """Average pooling (order 1) or square-root-normalised covariance pooling (order 2).
+
+    Raises:
+      ValueError: if the order is neither 1 nor 2.
+    """
+    if order == 1:
+        return average_pool(x)
+    if order == 2:
+        return second_order_pool(x, num_iters)
+    raise ValueError(f"order must be 1 (average) or 2 (covariance), got {order}")
+
+
+class GateOutput(NamedTuple):
+    """The decisions of a gate for each image of a batch.
+
+    Attributes:
+      logits: h, including the noise.
+      indices: of the selected candidates, the largest logit first.
+      weights: of all candidates, 0 for those that are not selected.
+      importance: each candidate's share of each image; the balance loss depends on its sum over the batch.
+      balance_loss: `ops.balance_loss` of `importance`.
+    """
+
+    logits: Float[Array, "b n"]
+    indices: Int[Array, "b k"]
+    weights: Float[Array, "b n"]
+    importance: Float[Array, "b n"]
+    balance_loss: Float[Array, ""]
+
+
+class GateFields(CheckedModule, kw_only=True):
+    """The settings of a gate, which `Gate`, `GatedMixture` and `GatedMixtureHead` share.
+
+    Their names and defaults are those of the configuration's section `model`.
+    """
+
+    num_selected: int = 8
+    gate_widths: Sequence[int] = (256, 128)
+    gate_order: int = 0
+    gate_noise: Noise = "image"
+    gate_softmax: Softmax = "selected"
+    gate_gradient: Gradient = "straight_through"
+    gate_init: Init = "constant"
+    balance_on: BalanceOn = "weights"
+    balance_ddof: int = 1
+
+
+def shared_fields(module: nn.Module, cls: type[nn.Module]) -> dict[str, Any]:
+    """The fields of `module` that a submodule of class `cls` has too."""
+    names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+class Gate(GateFields):
+    """Noisy top-K gate on pooled features (GM-SOP, eq. 3–6).
+
+    h = W_gᵀf + noise,  w = softmax(h restricted to TopK(h)),  L = balance loss of w
+
+    f comes from a trunk of 1×1 convolutions, each with batch norm and ReLU, and pooling. W_g and W_n have
+    no bias. With the constant initialisation all logits tie at first, so `ops.select_top_k` draws the
+    candidates at random. As long as the columns of W_n are equal, the noise of an image shifts all its
+    logits alike and changes no weight.
+
+    The defaults are those of GM-SOP, except for the straight-through gradient.
+
+    Attributes:
+      num_candidates: n, the number of candidates to choose from.
+      num_selected: k, the number of candidates that each image selects.
+      gate_widths: widths of the trunk's convolutions.
+      gate_order: 1 pools the trunk's features by their average, 2 by their covariance. 0 means the order
+        of the candidates in a mixture, and 2 in a gate by itself.
+      gate_noise: the noise that is added in training; γ ~ N(0, 1).
+        `image`: γ · softplus(W_nᵀf), with one γ for each image (GM-SOP, eq. 3);
+        `candidate`: γᵢ · softplus(W_nᵀf)ᵢ, with one γ for each candidate (Shazeer et al. 2017, eq. 4);
+        `fixed`: γᵢ/n (V-MoE, section 2.1);
+        `none`: no noise.
+      gate_softmax: `selected` normalises the weights over the selected logits, `all` over all n (V-MoE).
+      gate_gradient: `straight_through`, or the authors' `masked`; see `ops.selection_weights`.
+      gate_init: initial value of W_g and W_n. `constant`: 1/F for F features; `random`: N(0, 1/F).
+      balance_on: the importance that the balance loss is computed from. `weights`: the gate's weights
+        (GM-SOP, eq. 6); `softmax`: softmax(W_gᵀf) over all n, without the noise (V-MoE's importance loss,
+        which divides the variance by n: set balance_ddof=0).
+      balance_ddof: the variance in the balance loss is divided by n − ddof; 0 or 1.
+      num_iters: Newton–Schulz steps of second-order pooling.
+      axis_name: pmap or shard_map axis over which the batch is split. The balance loss and the random
+        draws are then those of the whole batch.
+      norm: makes the trunk's batch norms.
+      dtype: dtype of the trunk; pooling, logits and weights are at least float32.
+    """
+
+    num_candidates: int
+    num_iters: int = 3
+    axis_name: str | None = None
+    norm: ModuleFactory = BatchNorm
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b p c"], train: bool = False, gate_noise: Float[Array, "b ..."] | None = None
+    ) -> GateOutput:
+        """Selects candidates for each image.
+
+        Args:
+          x: features.
+          train: whether to draw noise and normalise by the batch's moments. The RNG stream is `gating`, or
+            `params` if there is no such stream.
+          gate_noise: γ, used instead of the draw: [b], or [b, n] if each candidate has its own.
+
+        Returns: the selection, its weights and the balance loss.
+
+        Raises:
+          ValueError: if a setting is unknown, gate_noise has the wrong shape, or training needs a draw and
+            has no RNG stream.
+        """
+        noise_key = tie_key = None
+        if train and (self.has_rng("gating") or self.has_rng("params")):
+            noise_key, tie_key = jax.random.split(self.make_rng("gating"))
+
+        for i, width in enumerate(self.gate_widths, 1):
+            x = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name=f"conv{i}")(x)
+            x = jax.nn.relu(self.norm(dtype=self.dtype, name=f"conv{i}_bn")(x, train=train))
+        features = pool(x, self.gate_order or 2, self.num_iters)
+        clean = jnp.matmul(features, self._kernel("kernel", features.shape[-1]), precision=_HIGHEST)
+        scale = self._noise_scale(features)
+        noise = self._noise(features, train, gate_noise, noise_key)
+        logits = clean if noise is None else clean + noise * scale
+
+        indices = select_top_k(logits, self.num_selected, tie_key, self.axis_name)
+        weights = selection_weights(logits, indices, self.gate_gradient, self.gate_softmax)
+        importance = weights if self.balance_on == "weights" else jax.nn.softmax(clean, axis=-1)
+        balance = balance_loss(importance, self.axis_name, self.balance_ddof)
+        return GateOutput(logits, indices, weights, importance, balance)
+
+    def _noise(self, features: Array, train: bool, given: Array | None, key: Array | None) -> Array | None:
+        """γ as [b, 1] or [b, n], or None if no noise is added."""
+        b = features.shape[0]
+        shape = (b,) if self.gate_noise in ("image", "none") else (b, self.num_candidates)
+        if given is not None and given.shape != shape:
+            raise ValueError(f"gate_noise must have shape {shape}, got {given.shape}")
+        if self.gate_noise == "none":
+            return None
+        if given is None and train:
+            if key is None:
+                raise ValueError(
+                    "training draws the gate's noise: pass rngs={'gating': key} (and 'dropout') to apply, or gate_noise"
+                )
+            normal = functools.partial(jax.random.normal, dtype=features.dtype)
+            given = draw_rows(normal, key, shape, self.axis_name)
+        return None if given is None else jnp.asarray(given, features.dtype).reshape(b, -1)
+
+    def _noise_scale(self, features: Array) -> Array | float:
+        if self.gate_noise in ("fixed", "none"):
+            return 1 / self.num_candidates
+        kernel = self._kernel("noise_kernel", features.shape[-1])
+        return jax.nn.softplus(jnp.matmul(features, kernel, precision=_HIGHEST))
+
+    def _kernel(self, name: str, width: int) -> Array:
+        inits = {
+            "constant": nn.initializers.constant(1 / width),
+            "random": nn.initializers.normal(width**-0.5),
+        }
+        return self.param(name, inits[self.gate_init], (width, self.num_candidates))
