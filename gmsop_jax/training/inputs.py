@@ -6,11 +6,13 @@ With it a trained network can be used without its data set.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
 
 from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.data.pipeline import ORDER_VERSION
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import write_json
 from gmsop_jax.training.checkpoint import DIRECTORY, read_copy, read_file, steps_on_disk
@@ -37,6 +39,7 @@ class Inputs:
       mean_rgb: mean colour of the training split, 0…255, which is subtracted from every image.
       image_size: height and width of the images.
       splits: `fingerprint` of the data set; empty if it is unknown, as for imported networks.
+      order: version of the order in which training sees the images.
     """
 
     dataset: str
@@ -44,6 +47,7 @@ class Inputs:
     mean_rgb: tuple[float, float, float]
     image_size: tuple[int, int]
     splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    order: int = ORDER_VERSION
 
     def save(self, workdir: str | os.PathLike[str]) -> None:
         """Writes `inputs.json` into a working directory, whose checkpoints must be of the same data.
@@ -57,6 +61,15 @@ class Inputs:
         write_json(path / FILE_NAME, dataclasses.asdict(self))
 
     def _compare(self, stored: "Inputs", workdir: pathlib.Path) -> None:
+        if stored.order != self.order:
+            logging.getLogger(__name__).warning(
+                "%s was trained by another version of gmsop_jax, which shuffled the images in another order (version"
+                " %d, now %d): from here on the run differs from one that is not interrupted, and within the current"
+                " epoch it may see images twice",
+                workdir,
+                stored.order,
+                self.order,
+            )
         lines = [
             f"split {name}: {stored.splits[name]} → {self.splits[name]}"
             for name in stored.splits.keys() & self.splits.keys()
@@ -85,7 +98,9 @@ class Inputs:
             height, width = (int(x) for x in value["image_size"])
             classes = tuple(str(name) for name in value["classes"])
             splits = {str(name): str(text) for name, text in value.get("splits", {}).items()}
-            return cls(str(value["dataset"]), classes, (red, green, blue), (height, width), splits)
+            return cls(
+                str(value["dataset"]), classes, (red, green, blue), (height, width), splits, int(value.get("order", 1))
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path / FILE_NAME} is damaged ({error!r}); if you delete it, the copy in the last checkpoint is used"
