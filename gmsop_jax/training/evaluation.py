@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -109,5 +110,9 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     eval_step = parallel.jit_eval_step(step_function, mesh)
     result = {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
     if jax.process_index() == 0:
-        write_json(folder.parent / f"evaluation-{split}.json", result)
+        file = folder.parent / f"evaluation-{split}.json"
+        try:
+            write_json(file, result)
+        except OSError as error:  # a read-only directory, say: the caller has the result all the same
+            print(f"warning: the result can't be written to {file} ({error.strerror})", file=sys.stderr)
     return result

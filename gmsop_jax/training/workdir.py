@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
+from gmsop_jax.data import manifest
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import FileLock, LockHeldError, write_atomic
 from gmsop_jax.training.checkpoint import DIRECTORY, read_copy, steps_on_disk
@@ -74,6 +75,8 @@ class Workdir:
 
     def _open(self) -> None:
         try:
+            if (self.path / manifest.FILE_NAME).exists():
+                raise CheckpointError(f"the working directory {self.path} is a data set; name another --workdir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / _LOCK)
             self._lock.acquire()

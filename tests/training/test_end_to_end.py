@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from gmsop_jax.config import ConfigDict, default_config, flatten, from_json, load
@@ -34,11 +35,11 @@ def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def arrays(workdir: Path, step: int) -> dict[str, Any]:
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        return {
-            name: dict(jax.tree_util.tree_leaves_with_path(checkpoints._manager.restore(step)[name]))
-            for name in ("params", "batch_stats", "opt_state")
-        }
+    folder = workdir / "checkpoints" / str(step)
+    return {
+        name: dict(jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore(folder / name)))
+        for name in ("params", "batch_stats", "opt_state")
+    }
 
 
 def assert_same_arrays(workdir: Path, other: Path, step: int = STEPS) -> None:
@@ -146,6 +147,30 @@ def test_evaluate_prints_what_training_ended_with(finished, tmp_path, config_fil
         assert (top1, top5) == pytest.approx((result["top1_error"], result["top5_error"]), abs=0.005)
     written = json.loads((workdir / "evaluation-val.json").read_text())
     assert (written["step"], written["top1_error"]) == (result["best_step"], result["top1_error"])
+
+
+def test_a_result_that_can_not_be_written_is_printed(finished, tmp_path, config_file, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "evaluation-val.json").mkdir()  # as good as a read-only directory, also for root
+    assert main(["--config", str(config_file), "--mode", "evaluate", "--workdir", str(workdir)]) == 0
+    captured = capsys.readouterr()
+    assert "top-1 error" in captured.out
+    assert f"warning: the result can't be written to {workdir / 'evaluation-val.json'}" in captured.err
+
+
+def test_a_data_set_is_no_working_directory(config_file, dataset, tmp_path, capsys):
+    copy = shutil.copytree(dataset, tmp_path / "data")
+    before = sorted(copy.iterdir())
+    arguments = ["--config", config_file, f"--config.data.dir={copy}", "--workdir"]
+    for workdir in (copy, tmp_path / "data" / ".." / "data"):
+        assert "is a data set; name another --workdir" in fails(capsys, *arguments, workdir)
+    assert sorted(copy.iterdir()) == before
+
+
+def test_a_working_directory_with_a_long_name(config_file, capsys, tmp_path):
+    for more in ([], ["--mode", "evaluate"], ["--mode", "predict", "--input", "x.png"]):
+        message = fails(capsys, "--config", config_file, "--workdir", tmp_path / ("x" * 300), *more)
+        assert "File name too long" in message
 
 
 def test_a_working_directory_may_have_a_number_for_a_name(finished, tmp_path, config_file, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from gmsop_jax import load
@@ -17,7 +18,6 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
-from gmsop_jax.training.checkpoint import Checkpoints
 from gmsop_jax.training.evaluation import evaluate_checkpoint, resolve
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.interrupt import Interrupted
@@ -51,8 +51,7 @@ def with_options(config: ConfigDict, *more: str) -> ConfigDict:
 
 
 def saved(workdir: Path, step: int, name: str) -> dict[str, np.ndarray]:
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        tree = checkpoints._manager.restore(step)[name]
+    tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / name)
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
