@@ -53,8 +53,8 @@ class FileAccessError(UserError):
         return cls(f"{os.fspath(path)} can't be read: {reason}{remedy.get(error.errno or 0, '')}")
 
 
-def did_you_mean(name: str, known: Iterable[str], *, quote: bool = False, otherwise: str = "") -> str:
-    """Suggests the known name that is most similar; without one, returns `otherwise` or lists all known names.
+def did_you_mean(name: str, known: Iterable[str], *, limit: int = 1, quote: bool = False, otherwise: str = "") -> str:
+    """Suggests the known names that are most similar, at most `limit`; without one, `otherwise` or all known names.
 
     Example:
       >>> did_you_mean("bacth_size", ["batch_size", "seed"])
@@ -63,8 +63,8 @@ def did_you_mean(name: str, known: Iterable[str], *, quote: bool = False, otherw
       'known names are batch_size, seed'
     """
     names = {name: f"{name!r}" if quote else name for name in known}
-    if close := difflib.get_close_matches(name, names, 1):
-        return f"did you mean {names[close[0]]}?"
+    if close := difflib.get_close_matches(name, names, limit):
+        return f"did you mean {' or '.join(names[match] for match in close)}?"
     return otherwise or f"known names are {', '.join(names.values())}"
 
 

@@ -162,7 +162,7 @@ def rate_factor_tree(params: Any, rate_factors: RateFactors) -> Any:
     for part, _ in rate_factors:
         if part not in known:
             parts = ", ".join(sorted(name for name in known if "/" not in name))
-            hint = did_you_mean(part, sorted(known), otherwise=f"parts are {parts} and what they contain")
+            hint = did_you_mean(part, sorted(known), limit=3, otherwise=f"parts are {parts} and what they contain")
             raise ConfigError(
                 f"config.train.rate_factors names {part!r}, which no parameter's path starts with; {hint}"
             )
