@@ -164,11 +164,13 @@ def _run_in_processes(shares: Sequence[Share], output: Path, advance: Callable[[
             send.close()
             errors.append(receive)
             processes.append(process)
-        shown = 0
-        while any(process.exitcode is None for process in processes):
-            multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], 0.2)
-            advance(sum(images_done) - shown)
-            shown = sum(images_done)
+        shown, running = 0, processes
+        while running:
+            multiprocessing.connection.wait([process.sentinel for process in running], 0.2)
+            running = [process for process in processes if process.exitcode is None]
+            now = sum(images_done)
+            advance(now - shown)
+            shown = now
             for process, receive in zip(processes, errors, strict=True):
                 if process.exitcode:
                     raise _worker_error(process.exitcode, receive)

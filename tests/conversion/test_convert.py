@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -103,7 +104,7 @@ def test_seed_changes_the_order_of_training_only(imagenet: Path, reference: Path
     assert changed == {name for name in found if name.startswith("train")} | {"dataset.json"}
 
 
-def test_manifest_tells_where_it_came_from(imagenet: Path, reference: Path):
+def test_the_manifest_records_the_source(imagenet: Path, reference: Path):
     provenance = Manifest.load(reference).provenance
     assert provenance["source"] == "imagenet64"
     assert provenance["tool_version"]
@@ -184,7 +185,7 @@ def test_sigkill_resumes_to_the_same_bytes(workers: int, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the workers in /proc")
-def test_a_killed_worker_is_told(tmp_path: Path):
+def test_a_killed_worker_is_reported(tmp_path: Path):
     write_imagenet(tmp_path / "in", "pickle", count=8000, side=16)
     arguments = [
         "imagenet64",
@@ -208,10 +209,10 @@ def test_a_killed_worker_is_told(tmp_path: Path):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(workers[0]), signal.SIGKILL)
-    _, told = process.communicate()
+    _, message = process.communicate()
     assert process.returncode == 2
-    assert "error: a worker process ended unexpectedly" in told
-    assert "Traceback" not in told
+    assert "error: a worker process ended unexpectedly" in message
+    assert "Traceback" not in message
 
 
 def test_shard_ranges_join(imagenet: Path, reference: Path, tmp_path: Path):
@@ -270,7 +271,7 @@ def test_unwritable_output(tmp_path: Path):
         convert("fashion-mnist", None, tmp_path / "file" / "set", progress=False)
 
 
-def test_full_disk_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_reported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match="needs 5 MiB, but its disk has only 1 MiB free"):
@@ -370,7 +371,7 @@ def test_an_image_no_record_holds(tmp_path: Path, workers: int):
     assert not list((tmp_path / "set").glob("*.tmp-*"))
 
 
-def test_another_stored_mean_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_another_stored_mean_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     write_imdb(tmp_path / "good.mat", [1, 1, 2], [1, 2, 1])
     convert("imdb-mat", tmp_path / "good.mat", tmp_path / "good", progress=False)
     assert "stores the mean" not in caplog.text
@@ -498,11 +499,10 @@ def test_large_images_make_no_more_shards_than_images(tmp_path: Path, monkeypatc
     assert shards_and_space(source, tmp_path / "set", "raw", monkeypatch)[0] == {"train": 3, "val": 2}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_error(tmp_path: Path, workers: int):
+@pytest.mark.parametrize(("limit", "workers"), [(10, 1), (100_000, 1), (100_000, 2)])
+def test_a_full_disk_is_one_error(tmp_path: Path, limit: int, workers: int):
     """A limit on the size of files stands for a disk that is full from the start, or from a shard on."""
-    for limit in (10, 100_000):
-        command = f"""
+    command = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 from gmsop_jax.errors import run_command
@@ -510,12 +510,12 @@ from convert import main
 sys.argv = ["convert.py", "fashion-mnist", "--output", "{tmp_path}/set", "--workers", "{workers}", "--shards", "2"]
 sys.exit(run_command(main))
 """
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tools"}
-        result = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
-        assert result.returncode == 2, result.stderr
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1
-        assert "File too large" in result.stderr or "written" in result.stderr
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tools"}
+    result = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "File too large" in result.stderr or "written" in result.stderr
     convert("fashion-mnist", None, tmp_path / "set", shards=2, progress=False)
 
 
@@ -600,6 +600,27 @@ def test_waiting_processes_survive_those_that_are_killed(imagenet: Path, referen
         messages = [process.communicate(timeout=60)[1] for process in processes]
         assert [process.returncode for process in processes[1:]] == [0, 0, 0], messages
         assert contents(output) == contents(reference)
+
+
+def test_file_systems_without_locks(
+    imagenet: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    output = tmp_path / "set"
+    convert("imagenet64", imagenet, output, shards=6, shard_range=(1, 2), progress=False)
+    lock = FileLock(output / ".convert/part-1-of-2")
+    lock.acquire()
+    timer = threading.Timer(0.5, lock.release)
+    with caplog.at_level(logging.WARNING):
+        timer.start()
+        convert("imagenet64", imagenet, output, shards=6, progress=False)
+    timer.join()
+    assert f"process {os.getpid()} on {socket.gethostname()} is converting to {output}; waiting" in caplog.text
+    assert "this file system has no locks" in caplog.text
+    assert contents(output) == contents(reference)
 
 
 def test_parts_are_converted_side_by_side(imagenet: Path, tmp_path: Path):
