@@ -157,8 +157,9 @@ def _read(file: Path, num_classes: int, scratch: Path) -> Batch:
     data, labels = value["data"], value["labels"]
     if not isinstance(data, (FileArray, np.ndarray)) or len(data.shape) != 2 or np.dtype(data.dtype) != np.uint8:
         raise DataError(f"{file}: 'data' isn't a uint8 array of 2 dimensions")
-    if isinstance(labels, list) and not all(isinstance(label, int) for label in labels):
-        raise DataError(f"{file}: 'labels' is a list of something other than integers")
+    is_array = isinstance(labels, (FileArray, np.ndarray))
+    if not is_array and not (isinstance(labels, list) and all(isinstance(label, int) for label in labels)):
+        raise DataError(f"{file}: 'labels' is neither an array nor a list of integers")
     labels = labels.whole() if isinstance(labels, FileArray) else np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(data):
         raise DataError(f"{file}: {len(data)} images and 'labels' of {labels.dtype} {labels.shape}: they don't match")

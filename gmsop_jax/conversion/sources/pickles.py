@@ -1,17 +1,18 @@
 """Reads pickles of numbers and NumPy arrays without executing them and without loading the arrays.
 
-A pickle is a program for a small stack machine, one of whose instructions calls any function by name. This reader
-supports only the instructions that numbers, strings, lists, tuples, dictionaries and NumPy arrays need, and calls
-nothing: it recognises the few names in the pickle of an array and refuses all others.
+A pickle is a program for a small stack machine, one of whose instructions calls any function by name. `pickletools`
+decodes the instructions. This module carries out only those that numbers, strings, lists, tuples, dictionaries and
+NumPy arrays need, and calls nothing: it recognises the few names in the pickle of an array and refuses all others.
 
-`pickle.Unpickler` with a restricted `find_class` would be as safe, but it loads every array into memory, 1.5 GB for one
-file of ImageNet. This reader notes where a long byte string is in the file, so that its array becomes a `FileArray`.
+`pickle.Unpickler` with a restricted `find_class` isn't enough. It loads every array, 1.5 GB for one file of ImageNet;
+a few bytes make it allocate gigabytes (an index of its memo) or crash (the hash of a deeply nested tuple); and NumPy's
+`__setstate__` trusts what the file says about the memory of an array.
 """
 
 import dataclasses
+import math
 import pickletools
-import struct
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,29 +21,25 @@ import numpy as np
 from gmsop_jax.conversion.sources.files import FileArray, open_binary
 from gmsop_jax.errors import DataError
 
-_LAZY_BYTES = 2**16  # byte strings of this length or more are not loaded
+_LAZY_BYTES = 2**16  # strings of this length or more are not loaded
 _MAX_LINE = 1000
-MAX_INSTRUCTIONS = 50_000_000  # ImageNet's largest file needs 0.3 million
-_NAMES = {operation.code: operation.name for operation in pickletools.opcodes}
-_ALLOWED = {
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): "dtype",
-    ("numpy.core.multiarray", "_reconstruct"): "reconstruct",
-    ("numpy._core.multiarray", "_reconstruct"): "reconstruct",
-    ("numpy.core.numeric", "_frombuffer"): "frombuffer",
-    ("numpy._core.numeric", "_frombuffer"): "frombuffer",
-    ("_codecs", "encode"): "encode",
-    ("__builtin__", "bytes"): "bytes",
-    ("builtins", "bytes"): "bytes",
+_MAX_DIMENSIONS = 8
+MAX_INSTRUCTIONS = 5_000_000  # ImageNet's largest file has 0.3 million
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_NUMBERS_AND_STRINGS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+_NUMBERS_AND_STRINGS |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"}
+_NUMBERS_AND_STRINGS |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_ALLOWED_NAMES = {
+    "numpy ndarray": "ndarray",
+    "numpy dtype": "dtype",
+    "numpy.core.multiarray _reconstruct": "reconstruct",
+    "numpy._core.multiarray _reconstruct": "reconstruct",
+    "numpy.core.numeric _frombuffer": "frombuffer",
+    "numpy._core.numeric _frombuffer": "frombuffer",
+    "_codecs encode": "encode",
+    "__builtin__ bytes": "bytes",
+    "builtins bytes": "bytes",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Span:
-    """A byte string that was not loaded."""
-
-    offset: int
-    length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,249 +56,216 @@ class _Dtype:
 
 @dataclasses.dataclass
 class _Array:
-    """An array, which the instruction BUILD or `_frombuffer` describes."""
+    """An array as the instruction BUILD or `_frombuffer` describes it; nothing of it has been checked."""
 
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    fortran: bool = False
-    data: "_Span | bytes" = b""
+    shape: Any = ()
+    dtype: Any = None
+    fortran: Any = False
+    data: Any = b""
 
 
-class _Mark:
-    pass
+@dataclasses.dataclass(frozen=True)
+class _Skipped:
+    """A string that was not loaded."""
+
+    offset: int
+    length: int
+
+
+class _Placeholder(bytes):
+    """What `pickletools` receives for a skipped string: it checks the length and keeps the rest."""
+
+    length = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class _File:
+    """The file as `pickletools` reads it; `skipped` is the long string that was skipped last."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._size = file.seek(0, 2)
+        self.tell = file.tell
+        self.skipped: _Skipped | None = None
+        file.seek(0)
+
+    def read(self, count: int) -> bytes:
+        start = self.tell()
+        if start + count > self._size:
+            raise self.refuse("the file is truncated")
+        if count < _LAZY_BYTES:
+            return self._file.read(count)
+        self._file.seek(start + count)
+        self.skipped = _Skipped(start, count)
+        placeholder = _Placeholder()
+        placeholder.length = count
+        return placeholder
+
+    def readline(self) -> bytes:
+        line = self._file.readline(_MAX_LINE)
+        if not line.endswith(b"\n") or b"\\" in line:  # pickletools would warn of unknown escapes
+            raise self.refuse("a line without end, or with a backslash,")
+        return line
+
+    def refuse(self, what: str) -> DataError:
+        return DataError(f"{self._path} is refused: {what} at byte {self.tell():,}")
 
 
 def load(path: Path) -> Any:
     """Reads a pickle file.
 
     Returns: the pickled object. If it is a dictionary, arrays among its values are FileArrays, or ndarrays if they are
-      small.
+      small, and keys that are bytes become strings.
 
     Raises:
       DataError: if the file is truncated, is not a pickle, or contains anything else than arrays and plain values.
     """
-    with open_binary(path) as file:
-        machine = _Machine(file, path)
+    with open_binary(path) as opened:
+        file = _File(opened, path)
         try:
-            return machine.run()
-        except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
-            if isinstance(error, DataError):
-                raise
-            raise machine.refuse(f"a damaged pickle ({type(error).__name__}: {error})") from error
+            value = _run(file)
+            if isinstance(value, dict):
+                return {_text(key): _plain(item, path) for key, item in value.items()}
+            return _plain(value, path)
+        except DataError:
+            raise
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise file.refuse(f"a damaged pickle ({type(error).__name__}: {error})") from error
 
 
-class _Machine:
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.file, self.path = file, path
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+def _run(file: _File) -> Any:
+    """Carries out the instructions. Nested containers are never walked through, so no cycle or depth matters."""
+    if not b"\x80\x02" <= file.read(2) < b"\x81":
+        raise file.refuse("not a pickle of protocol 2 or later")
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks below each mark
+    memo: dict[int, Any] = {}
+    decodable: Any = file
+    argument: Any
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(decodable)):
+        if count >= MAX_INSTRUCTIONS:
+            raise file.refuse(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+        name = instruction.name
+        if name in _NUMBERS_AND_STRINGS:
+            stack.append(file.skipped or argument)
+            file.skipped = None
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            below.append(stack)
+            stack = []
+        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+            items, stack = stack, below.pop()
+            _collect(name, stack, items)
+        elif name == "APPEND":
+            _collect("APPENDS", stack, [stack.pop()])
+        elif name == "SETITEM":
+            _collect("SETITEMS", stack, [stack.pop(), stack.pop()][::-1])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            items = [stack.pop() for _ in range(int(name[-1]))]
+            stack.append(tuple(items[::-1]))
+        elif name in ("EMPTY_LIST", "EMPTY_DICT"):
+            stack.append([] if name == "EMPTY_LIST" else {})
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            stack.append(_global(argument or " ".join([_text(stack.pop()), _text(stack.pop())][::-1])))
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            stack.append(_call(stack.pop(), arguments))
+        elif name == "BUILD":
+            _build(stack.pop(), stack[-1])
+        elif name == "STOP":
+            return stack.pop()
+        elif name != "FRAME":  # only a hint for buffering
+            raise file.refuse(f"the pickle instruction {name}")
 
-    def refuse(self, what: str) -> DataError:
-        return DataError(f"{self.path} is refused: {what} at byte {self.file.tell():,}")
 
-    def run(self) -> Any:
-        if self.take(1) != b"\x80" or self.take(1) < b"\x02":
-            raise self.refuse("not a pickle of protocol 2 or later")
-        for _ in range(MAX_INSTRUCTIONS):
-            code = self.take(1)
-            if code == b".":
-                return self.finish(self.stack.pop())
-            if code not in _OPERATIONS:
-                name = _NAMES.get(code.decode("latin-1"))
-                what = f"pickle instruction {name}" if name else f"not a pickle, byte {code!r}"
-                raise self.refuse(what)
-            _OPERATIONS[code](self)
-        raise self.refuse(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
-
-    def take(self, count: int) -> bytes:
-        data = self.file.read(count)
-        if len(data) != count:
-            raise self.refuse("the file is truncated")
-        return data
-
-    def long_bytes(self, count: int) -> bytes | _Span:
-        if count < _LAZY_BYTES:
-            return self.take(count)
-        start = self.file.tell()
-        if self.file.seek(0, 2) < start + count:
-            raise self.refuse("the file is truncated")
-        self.file.seek(start + count)
-        return _Span(start, count)
-
-    def line(self) -> str:
-        line = self.file.readline(_MAX_LINE)
-        if not line.endswith(b"\n"):
-            raise self.refuse("a line without end")
-        return line[:-1].decode("utf-8")
-
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def since_mark(self) -> list[Any]:
-        items = []
-        while not isinstance(item := self.stack.pop(), _Mark):
-            items.append(item)
-        return items[::-1]
-
-    def name(self, module: str, name: str) -> None:
-        if (module, name) not in _ALLOWED:
-            raise self.refuse(f"it names {module}.{name}, which no data file needs and which could run code")
-        self.stack.append(_Name(_ALLOWED[module, name]))
-
-    def stack_name(self) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.name(str(module), str(name))
-
-    def append_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, list):
-            raise self.refuse(f"a pickle that appends to a {type(target).__name__}")
+def _collect(name: str, stack: list[Any], items: list[Any]) -> None:
+    """Adds items to the list or dictionary at the top of the stack, or makes them a tuple there."""
+    if name == "TUPLE":
+        stack.append(tuple(items))
+        return
+    target = stack[-1]
+    if name == "APPENDS" and isinstance(target, list):
         target.extend(items)
-
-    def set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, dict):
-            raise self.refuse(f"a pickle that sets items of a {type(target).__name__}")
+    elif name == "SETITEMS" and isinstance(target, dict):
         if not all(isinstance(key, str | bytes | int) for key in items[::2]):
-            raise self.refuse("a dictionary whose keys are neither strings nor integers")
+            raise ValueError("a dictionary whose keys are neither strings nor integers")
         target.update(zip(items[::2], items[1::2], strict=True))
-
-    def call(self) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        role = function.role if isinstance(function, _Name) else None
-        if role == "reconstruct":
-            self.stack.append(_Array())
-        elif role == "dtype":
-            self.stack.append(_Dtype(_text(arguments[0])))
-        elif role == "frombuffer":
-            data, dtype, shape, order = arguments
-            self.stack.append(_Array(tuple(shape), dtype.code, order == "F", data))
-        elif role == "bytes" and not arguments:
-            self.stack.append(b"")
-        elif role == "encode" and _text(arguments[1]) in ("latin1", "latin-1"):
-            if isinstance(arguments[0], _Span):
-                raise self.refuse("an array in the text form of pickle protocol 2; save it with protocol 4")
-            self.stack.append(_text(arguments[0]).encode("latin-1"))
-        else:
-            raise self.refuse(f"a pickle that calls {function!r}")
-
-    def build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, _Array):
-            _, shape, dtype, fortran, data = state
-            target.shape, target.dtype, target.fortran, target.data = tuple(shape), dtype.code, fortran, data
-        elif isinstance(target, _Dtype):
-            order = _text(state[1])
-            target.code = target.code if order == "|" else order + target.code
-        else:
-            raise self.refuse(f"a pickle that fills a {type(target).__name__}")
-
-    def finish(self, value: Any) -> Any:
-        """The pickled object; nested containers are returned as they are, so that no cycle or depth matters."""
-        if isinstance(value, dict):
-            return {_text(key) if isinstance(key, bytes) else key: self.plain(item) for key, item in value.items()}
-        return self.plain(value)
-
-    def plain(self, value: Any) -> Any:
-        if isinstance(value, _Array):
-            return self.array(value)
-        if isinstance(value, (_Span, _Name, _Dtype)):
-            raise self.refuse(f"it contains a bare {type(value).__name__.strip('_').lower()}")
-        return value
-
-    def array(self, value: _Array) -> FileArray | np.ndarray:
-        dtype = np.dtype(value.dtype)
-        if dtype.kind not in "uif" or not value.shape or min(value.shape) < 0:
-            raise self.refuse(f"an array of dtype {value.dtype} and shape {value.shape}")
-        if value.fortran and len(value.shape) > 1:
-            raise self.refuse("an array in Fortran order")
-        needed = int(np.prod(value.shape, dtype=object)) * dtype.itemsize
-        data = value.data
-        length = data.length if isinstance(data, _Span) else len(data)
-        if length != needed:
-            raise self.refuse(f"an array of {value.shape} {dtype} with {length:,} bytes")
-        if isinstance(data, _Span):
-            return FileArray(self.path, data.offset, value.shape, dtype.str)
-        return np.frombuffer(
-            data if isinstance(data, (bytes, bytearray)) else _text(data).encode("latin-1"), dtype
-        ).reshape(value.shape)
+    else:
+        raise ValueError(f"{name} of a {type(target).__name__}")
 
 
-def _text(value: Any) -> str:
+def _global(name: str) -> _Name:
+    if name not in _ALLOWED_NAMES:
+        raise ValueError(f"it names {name.replace(' ', '.')}, which no data file needs and which could run code")
+    return _Name(_ALLOWED_NAMES[name])
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    role = function.role if isinstance(function, _Name) else type(function).__name__
+    if role == "reconstruct":
+        return _Array()
+    if role == "dtype":
+        return _Dtype(_text(arguments[0]))
+    if role == "frombuffer":
+        data, dtype, shape, order = arguments
+        return _Array(shape, dtype, order == "F", data)
+    if role == "bytes" and not arguments:
+        return b""
+    if role == "encode" and arguments[1] in ("latin1", "latin-1"):
+        if isinstance(arguments[0], _Skipped):
+            raise ValueError("an array in the text form of pickle protocol 2; save it with protocol 4")
+        return _text(arguments[0]).encode("latin-1")
+    raise ValueError(f"it calls {role}")
+
+
+def _build(state: Any, target: Any) -> None:
+    if isinstance(target, _Array):
+        _, target.shape, target.dtype, target.fortran, target.data = state
+    elif isinstance(target, _Dtype):
+        order = _text(state[1])
+        target.code = target.code if order == "|" else order + target.code
+    else:
+        raise ValueError(f"BUILD of a {type(target).__name__}")
+
+
+def _text(value: Any) -> Any:
+    """Strings of Python 2 and bytes as str; integers stay."""
     if isinstance(value, bytes):
         return value.decode("latin-1")
-    if not isinstance(value, str):
+    if not isinstance(value, str | int):
         raise TypeError(f"expected a string, found {type(value).__name__}")
     return value
 
 
-def _push(read: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
-    return lambda machine: machine.stack.append(read(machine))
+def _plain(value: Any, path: Path) -> Any:
+    if isinstance(value, _Array):
+        return _array(value, path)
+    if isinstance(value, (_Skipped, _Name, _Dtype)):
+        raise ValueError(f"it contains a bare {type(value).__name__.strip('_').lower()}")
+    return value
 
 
-def _put(key: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
-        machine.memo[key(machine)] = machine.stack[-1]
-
-    return operation
-
-
-def _tuple(count: int) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
-        items = machine.stack[-count:]
-        if len(items) != count:
-            raise machine.refuse("a damaged pickle (an empty stack)")
-        machine.stack[-count:] = [tuple(items)]
-
-    return operation
-
-
-def _unicode(form: str) -> Callable[[_Machine], Any]:
-    def read(machine: _Machine) -> Any:
-        data = machine.long_bytes(machine.number(form))
-        return data if isinstance(data, _Span) else data.decode("utf-8", "surrogatepass")
-
-    return read
-
-
-_OPERATIONS: dict[bytes, Callable[[_Machine], Any]] = {
-    b"\x95": lambda m: m.take(8),  # FRAME: only a hint for buffering
-    b"(": lambda m: m.stack.append(_Mark()),
-    b"N": _push(lambda m: None),
-    b"\x88": _push(lambda m: True),
-    b"\x89": _push(lambda m: False),
-    b"J": _push(lambda m: m.number("<i")),
-    b"K": _push(lambda m: m.number("<B")),
-    b"M": _push(lambda m: m.number("<H")),
-    b"\x8a": _push(lambda m: int.from_bytes(m.take(m.number("<B")), "little", signed=True)),
-    b"G": _push(lambda m: m.number(">d")),
-    b"X": _push(_unicode("<I")),
-    b"\x8c": _push(_unicode("<B")),
-    b"\x8d": _push(_unicode("<Q")),
-    b"T": _push(lambda m: m.long_bytes(m.number("<I"))),  # strings of Python 2 are bytes
-    b"U": _push(lambda m: m.take(m.number("<B"))),
-    b"B": _push(lambda m: m.long_bytes(m.number("<I"))),
-    b"C": _push(lambda m: m.take(m.number("<B"))),
-    b"\x8e": _push(lambda m: m.long_bytes(m.number("<Q"))),
-    b"\x96": _push(lambda m: m.long_bytes(m.number("<Q"))),
-    b"]": _push(lambda m: []),
-    b"a": lambda m: m.append_items([m.stack.pop()]),
-    b"e": lambda m: m.append_items(m.since_mark()),
-    b")": _push(lambda m: ()),
-    b"t": _push(lambda m: tuple(m.since_mark())),
-    b"\x85": _tuple(1),
-    b"\x86": _tuple(2),
-    b"\x87": _tuple(3),
-    b"}": _push(lambda m: {}),
-    b"s": lambda m: m.set_items([m.stack.pop(), m.stack.pop()][::-1]),
-    b"u": lambda m: m.set_items(m.since_mark()),
-    b"q": _put(lambda m: m.number("<B")),
-    b"r": _put(lambda m: m.number("<I")),
-    b"\x94": _put(lambda m: len(m.memo)),
-    b"h": _push(lambda m: m.memo[m.number("<B")]),
-    b"j": _push(lambda m: m.memo[m.number("<I")]),
-    b"c": lambda m: m.name(m.line(), m.line()),
-    b"\x93": lambda m: m.stack_name(),
-    b"R": lambda m: m.call(),
-    b"b": lambda m: m.build(),
-}
+def _array(value: _Array, path: Path) -> FileArray | np.ndarray:
+    code, shape, data = value.dtype.code, value.shape, value.data
+    if not re.fullmatch("[<>]?[uif][1248]", code):
+        raise ValueError(f"an array of dtype {code[:20]!r}; expected numbers")
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError("an array whose shape is not a tuple of sizes")
+    if not 1 <= len(shape) <= _MAX_DIMENSIONS or (value.fortran and len(shape) > 1):
+        raise ValueError(f"an array of {len(shape)} dimensions{' in Fortran order' if value.fortran else ''}")
+    dtype = np.dtype(code)
+    if isinstance(data, str):
+        data = data.encode("latin-1")
+    length = data.length if isinstance(data, _Skipped) else len(data)
+    if length != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"an array of shape {shape} and dtype {dtype} with {length:,} bytes")
+    if isinstance(data, _Skipped):
+        return FileArray(path, data.offset, shape, dtype.str)
+    return np.frombuffer(data, dtype).reshape(shape)
