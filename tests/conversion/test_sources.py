@@ -274,12 +274,12 @@ def test_imdb(tmp_path: Path, kind: dict):
 @pytest.mark.parametrize(
     ("sets", "labels", "message"),
     [
-        ([1, 2, 4], [1, 1, 1], r"images.set holds \[4\]"),
+        ([1, 2, 4], [1, 1, 1], r"images.set contains \[4\]"),
         ([2, 2, 2], [1, 1, 1], "no training images"),
         ([1, 2, 2], [0, 1, 1], "go down to 0"),
-        ([1, 2, 2], [1, 1.5, 1], "images.labels aren't whole numbers"),
-        ([1, 2, 2], [1, float("nan"), 1], "images.labels aren't whole numbers"),
-        ([1, 2, 2], [1, 1], "3 images and 2 images.labels"),
+        ([1, 2, 2], [1, 1.5, 1], "images.labels contains values that are not whole numbers"),
+        ([1, 2, 2], [1, float("nan"), 1], "images.labels contains values that are not whole numbers"),
+        ([1, 2, 2], [1, 1], "there are 3 images, but 2 entries in images.labels"),
     ],
 )
 @pytest.mark.parametrize("v7", [False, True])
@@ -303,7 +303,7 @@ def test_imdb_foreign(tmp_path: Path):
     with pytest.raises(DataError, match="is a folder"):
         opened("imdb-mat", tmp_path, tmp_path)
     (tmp_path / "x.mat").write_bytes(b"hello" * 100)
-    with pytest.raises(DataError, match="isn't a readable MATLAB file"):
+    with pytest.raises(DataError, match="is not a MATLAB file"):
         opened("imdb-mat", tmp_path / "x.mat", tmp_path)
 
 

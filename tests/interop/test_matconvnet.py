@@ -289,7 +289,7 @@ def test_variables_are_renamed_without_harm(small_model, tmp_path, assert_same):
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "net-epoch-1.mat"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"net-epoch-1\.mat is (no MATLAB file|damaged)"):
+    with pytest.raises(CheckpointError, match=r"net-epoch-1\.mat is (not a MATLAB file|damaged)"):
         load(path)
 
 

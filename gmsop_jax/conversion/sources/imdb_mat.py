@@ -1,8 +1,8 @@
-"""The one-file MATLAB copy ("imdb") that MatConvNet programs read: v7.3 (HDF5), or v7 for small sets.
+"""The MATLAB file ("imdb") with all images that MatConvNet programs read: v7.3 (HDF5), or v7 for small sets.
 
-`images.data` is [H, W, 3, n] uint8 in MATLAB's order, so an HDF5 reader sees [n, 3, W, H];
-`images.labels` are 1-based floating point; `images.set` is 1 for train, 2 for val, 3 for test;
-`meta.rgbMean` is the mean its maker computed.
+`images.data` is [H, W, 3, n] uint8 in MATLAB's order, so an HDF5 reader sees [n, 3, W, H]. `images.labels` are 1-based
+floating-point numbers. `images.set` is 1 for train, 2 for val and 3 for test. `meta.rgbMean` is the mean colour that
+the author of the file computed.
 """
 
 import dataclasses
@@ -12,12 +12,13 @@ from typing import Any
 
 import h5py
 import numpy as np
-import scipy.io
 
 from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.files import FileArray, check_space
-from gmsop_jax.errors import DataError
+from gmsop_jax.errors import CheckpointError, DataError
 from gmsop_jax.files import replacing
+from gmsop_jax.interop import matfile
+from gmsop_jax.interop.matfile.budget import Budget
 
 OPTIONS: frozenset[str] = frozenset()
 _SETS = {1: "train", 2: "val", 3: "test"}
@@ -62,9 +63,9 @@ def open_source(request: Request) -> ImdbMat:
         data, fields = _open_v7(path)
     labels, sets = (_codes(fields[name], name, len(data), path) for name in ("labels", "set"))
     if labels.min() < 1:
-        raise DataError(f"{path}: images.labels go down to {labels.min()}; expected 1-based labels: mislabelled")
+        raise DataError(f"{path}: images.labels go down to {labels.min()}, but labels must start at 1")
     if unknown := sorted(set(sets.tolist()) - _SETS.keys()):
-        raise DataError(f"{path}: images.set holds {unknown}; expected 1 (train), 2 (val) and 3 (test)")
+        raise DataError(f"{path}: images.set contains {unknown}; expected 1 (train), 2 (val) and 3 (test)")
     rows = {name: np.flatnonzero(sets == code) for code, name in _SETS.items() if (sets == code).any()}
     if "train" not in rows:
         raise DataError(f"{path}: images.set has no 1: there are no training images")
@@ -77,20 +78,30 @@ def open_source(request: Request) -> ImdbMat:
 def _open_hdf5(path: Path, scratch: Path) -> tuple[FileArray, dict[str, Any]]:
     try:
         with h5py.File(path) as file:
-            data, labels, sets = (_dataset(file, f"images/{name}") for name in ("data", "labels", "set"))
+            budget = Budget(path.stat().st_size)
+            data, labels, sets = (_dataset(file, f"images/{name}", budget) for name in ("data", "labels", "set"))
             _check_images(data.shape, data.dtype, path)
-            mean = _dataset(file, "meta/rgbMean")[()] if "meta/rgbMean" in file else None
+            mean = _dataset(file, "meta/rgbMean", budget)[()] if "meta/rgbMean" in file else None
             fields = {"labels": labels[()], "set": sets[()], "mean": mean}
             return _flat(data, path, scratch), fields
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path} is damaged or truncated ({error}); download it again") from error
+    except DataError:
+        raise
+    except Exception as error:  # h5py raises exceptions of many types for damaged files
+        detail = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} is damaged or truncated ({detail}); download it again") from error
 
 
-def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    value = file.get(name)
-    if not isinstance(value, h5py.Dataset):
-        raise DataError(f"{file.filename} isn't an imdb file: it lacks the array {name.replace('/', '.')}")
-    return value
+def _dataset(file: h5py.File, name: str, budget: Budget) -> h5py.Dataset:
+    """An array that is stored in this very file and does not claim much more than the file's size."""
+    node: Any = file
+    for part in name.split("/"):
+        if not isinstance(node, h5py.Group) or not isinstance(node.get(part, getlink=True), h5py.HardLink):
+            raise DataError(f"{file.filename} is not an imdb file: it lacks the array {name.replace('/', '.')}")
+        node = node[part]
+    if not isinstance(node, h5py.Dataset) or node.external or node.is_virtual:
+        raise DataError(f"{file.filename}: {name.replace('/', '.')} is not an array in this file")
+    budget.take_bytes(node.nbytes)
+    return node
 
 
 def _flat(data: h5py.Dataset, path: Path, scratch: Path) -> FileArray:
@@ -112,16 +123,17 @@ def _flat(data: h5py.Dataset, path: Path, scratch: Path) -> FileArray:
 
 def _open_v7(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     try:
-        file = scipy.io.loadmat(path, variable_names=["images", "meta"], struct_as_record=False, squeeze_me=True)
-        images = file["images"]
-        data, labels, sets = images.data, images.labels, images.set
-    except (KeyError, AttributeError) as error:
-        raise DataError(f"{path} isn't an imdb file: it lacks {error}") from error
-    except Exception as error:  # scipy's reader of damaged files raises errors of every kind
-        raise DataError(f"{path} isn't a readable MATLAB file ({error}); download it again") from error
-    data = np.asarray(data).transpose()
+        variables = matfile.read(path, ("images", "meta"))
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
+    images, meta = variables.get("images"), variables.get("meta")
+    for name in ("data", "labels", "set"):
+        if not isinstance(images, dict) or not isinstance(images.get(name), np.ndarray):
+            raise DataError(f"{path} is not an imdb file: it lacks the array images.{name}")
+    data = images["data"].transpose()
     _check_images(data.shape, data.dtype, path)
-    return data, {"labels": labels, "set": sets, "mean": getattr(file.get("meta"), "rgbMean", None)}
+    mean = meta.get("rgbMean") if isinstance(meta, dict) else None
+    return data, {"labels": images["labels"], "set": images["set"], "mean": mean}
 
 
 def _check_images(shape: tuple[int, ...], dtype: np.dtype, path: Path) -> None:
@@ -135,7 +147,7 @@ def _codes(values: Any, name: str, count: int, path: Path) -> np.ndarray:
     """Whole numbers stored as floating point, int32 [count]."""
     values = np.ravel(values)
     if len(values) != count:
-        raise DataError(f"{path}: {count} images and {len(values)} images.{name}: they don't match")
+        raise DataError(f"{path}: there are {count} images, but {len(values)} entries in images.{name}")
     if values.dtype.kind not in "uif" or not np.isfinite(values).all() or (values != np.round(values)).any():
-        raise DataError(f"{path}: images.{name} aren't whole numbers")
+        raise DataError(f"{path}: images.{name} contains values that are not whole numbers")
     return values.astype(np.int32)

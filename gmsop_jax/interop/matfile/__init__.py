@@ -1,8 +1,9 @@
-"""MATLAB files as plain Python, in both of their formats: v7 and v7.3 (HDF5).
+"""Reads and writes MATLAB files of version 7 and 7.3 (HDF5).
 
-A struct is a dict, a struct array a list of dicts, a cell array a NumPy array of objects, text a
-`str`, and everything else a NumPy array with MATLAB's axes, at least two; logicals are bool.
-Nothing in a file is executed: functions and class instances are not brought to life.
+A struct is read as a dict, a struct array as a list of dicts, a cell array as a NumPy array of objects, text as a
+`str`, and everything else as a NumPy array with MATLAB's axes, of which there are at least two. Logical arrays have
+dtype bool. Nothing in a file is executed: functions and instances of classes are ignored. The memory that a file can
+claim is bounded.
 """
 
 import pathlib
@@ -13,44 +14,46 @@ import numpy as np
 import scipy.io
 
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.interop import matfile_hdf5, matfile_v7
+from gmsop_jax.interop.matfile import hdf5, v7
+from gmsop_jax.interop.matfile.budget import Budget
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def read(path: str | pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads the variables of these names; those that the file hasn't are left out.
+    """Reads the variables with these names; names that the file does not have are ignored.
 
     Raises:
-      CheckpointError: if there is no such file, it is no MATLAB file, or it is damaged.
+      CheckpointError: if there is no such file, if it is not a MATLAB file, if it is damaged, or if it claims much more
+        memory than its size justifies.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no file {path}")
+        raise CheckpointError(f"there is no file {path}")
     with path.open("rb") as file:
         head = file.read(520)
     is_hdf5 = _HDF5_SIGNATURE in (head[:8], head[512:520])
     if not is_hdf5 and not head.startswith(b"MATLAB 5.0"):
-        raise CheckpointError(f"{path} is no MATLAB file of version 7 or 7.3")
-    reader = matfile_hdf5 if is_hdf5 else matfile_v7
+        raise CheckpointError(f"{path} is not a MATLAB file of version 7 or 7.3")
+    reader = hdf5 if is_hdf5 else v7
     try:
-        return reader.read(path, names)
-    except Exception as error:  # damaged bytes make readers stumble in every way there is
+        return reader.read(path, names, Budget(path.stat().st_size))
+    except Exception as error:  # damaged files make the readers raise exceptions of many types
         detail = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is damaged or cut short; fetch it again ({detail})") from error
+        raise CheckpointError(f"{path} is damaged or truncated ({detail}); download it again") from error
 
 
 def write(path: str | pathlib.Path, variables: Mapping[str, Any], *, v73: bool = False) -> None:
-    """Writes variables so that MATLAB's `load` and `read` give them back.
+    """Writes variables, so that MATLAB's `load` and `read` return them.
 
     Args:
-      path: of the file, which is replaced.
-      variables: as `read` returns them; lists of dicts are rows of structs with the same fields.
-      v73: HDF5 (MATLAB 7.3) instead of version 7.
+      path: the file, which is replaced.
+      variables: values as `read` returns them; a list of dicts with the same keys is a row of structs.
+      v73: write version 7.3 (HDF5) instead of version 7.
     """
     path = pathlib.Path(path)
     if v73:
-        matfile_hdf5.write(path, variables)
+        hdf5.write(path, variables)
         return
     stored = {name: _to_scipy(value) for name, value in variables.items()}
     with path.open("wb") as file:  # given a path, SciPy would append .mat
