@@ -10,8 +10,10 @@ Axes: filters are OIHW there and HWIO here, matrices [out, in] there and [in, ou
 running variance there is σ = √(var + ε) here.
 """
 
+import argparse
 import pathlib
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -31,6 +33,8 @@ STD_RGB = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 IMAGE_SIZE = 224
 _EPSILON = 1e-5  # of PyTorch's batch norm
 _WRAPPERS = ("state_dict", "model")  # under which training scripts keep the weights
+_PREFIXES = re.compile(r"^(module\.|model\.)+")  # of DataParallel, AveragedModel and Lightning
+_COUNTERS = ("num_batches_tracked", "n_averaged")
 
 _MODULES = {
     "stem": "conv1",
@@ -45,18 +49,18 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 
 
 def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays in a file of weights, by name; nothing in the file is executed.
+    """Reads the arrays in a file of weights. No code in the file is executed.
 
     Args:
-      path: `.safetensors`, read with the package of that name; any other ending is a file that
-        `torch.save` wrote, read with `torch.load(…, weights_only=True)`. A dictionary `state_dict` or
-        `model` in it is taken alone.
+      path: a `.safetensors` file, read with the package of that name, or, with any other ending, a file written by
+        `torch.save`, read with `torch.load(…, weights_only=True)`. If the file holds a dictionary `state_dict` or
+        `model`, its arrays are returned. `argparse.Namespace` objects beside the weights are ignored.
 
-    Returns: arrays; half precision comes as float32.
+    Returns: name → array. Floating-point types of less than 32 bits are converted to float32.
 
     Raises:
-      CheckpointError: if the file is missing, damaged or holds anything but arrays, or the package that
-        reads it is not installed.
+      CheckpointError: if the file is missing, damaged or holds something other than dense arrays, or if the package
+        that reads it is not installed.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -65,8 +69,8 @@ def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         return _read_safetensors(path)
     state = _unwrap(_read_torch(path))
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{path} holds no arrays by name; save what the network's state_dict() gives")
-    return {str(name): _tensor(path, name, value) for name, value in state.items()}
+        raise CheckpointError(f"{path} does not map names to arrays; save the network's state_dict()")
+    return {str(name): _to_numpy(f"{path}: {str(name)!r}", value) for name, value in state.items()}
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -76,9 +80,13 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise CheckpointError(f"reading {path} needs safetensors: pip install safetensors") from error
     try:
-        return {name: _widen(array) for name, array in load_file(path).items()}
+        arrays = load_file(path)
+    except AttributeError as error:  # the package looks the type up in NumPy, which has no fp8
+        raise CheckpointError(f"{path} has arrays of a type that NumPy lacks ({error}); save them as float32") from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} can't be read as safetensors ({error}); copy or download it again") from error
+    half = ("float16", "bfloat16")
+    return {name: array.astype(np.float32) if array.dtype.name in half else array for name, array in arrays.items()}
 
 
 def _read_torch(path: pathlib.Path) -> Any:
@@ -89,24 +97,36 @@ def _read_torch(path: pathlib.Path) -> Any:
             f"reading {path} needs PyTorch: pip install torch, or save the weights as .safetensors where PyTorch is"
         ) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files and foreign pickles raise whatever their bytes lead to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # A Namespace only keeps attributes, so creating one runs no code of the file's.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about formats that are refused later
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch raises exceptions of many types on damaged files
+        # PyTorch's own message is long and advises to execute the file's code, so it is not passed on.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"holds an object of type {found[1]}, not only arrays" if found else "is damaged or holds more than arrays"
         raise CheckpointError(
-            f"{path} is damaged or holds more than arrays ({reason}); more would mean to run code from the file, which"
-            " is not done. Save what the network's state_dict() gives, with torch.save or as .safetensors"
+            f"{path} {reason}. Save the network's state_dict() alone, with torch.save or as .safetensors"
         ) from error
 
 
-def _tensor(path: pathlib.Path, name: Any, value: Any) -> np.ndarray:
-    if not hasattr(value, "is_floating_point"):
-        raise CheckpointError(f"{path}: {name!r} is no array; save what the network's state_dict() gives")
-    value = value.detach()
-    return (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
-
-
-def _widen(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind in "fV" else array
+def _to_numpy(name: str, tensor: Any) -> np.ndarray:
+    if not hasattr(tensor, "is_floating_point"):
+        raise CheckpointError(f"{name} is not an array; save the network's state_dict()")
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_meta:
+        raise CheckpointError(f"{name} is on PyTorch's meta device and has no values; save the loaded network")
+    if tensor.is_quantized:
+        raise CheckpointError(f"{name} is quantised ({kind}); save its dequantize()")
+    if str(tensor.layout) != "torch.strided":
+        raise CheckpointError(f"{name} is sparse ({tensor.layout}); save its to_dense()")
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{name} repeats its values by a stride of 0; save its contiguous()")
+    try:
+        narrow = tensor.is_floating_point() and tensor.itemsize < 4
+        return (tensor.float() if narrow else tensor).numpy(force=True)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise CheckpointError(f"{name} is of type {kind}, which NumPy lacks; save it as float32") from error
 
 
 def _unwrap(state: Any) -> Any:
@@ -114,6 +134,22 @@ def _unwrap(state: Any) -> Any:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             return state[name]
     return state
+
+
+def _plain_names(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Removes the prefixes of wrappers, and what counts updates.
+
+    Raises:
+      CheckpointError: if two arrays have the same name then.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in state.items():
+        plain = _PREFIXES.sub("", str(name).replace("_orig_mod.", ""))
+        if plain in arrays:
+            raise CheckpointError(f"two arrays are named {plain!r} once prefixes such as 'module.' are removed")
+        if plain.rpartition(".")[2] not in _COUNTERS:
+            arrays[plain] = np.asarray(value)
+    return arrays
 
 
 def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] = "row") -> tuple[ConfigDict, Tree]:
@@ -139,9 +175,7 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
     """
     if triangle not in ("row", "column"):
         raise ValueError(f"triangle must be 'row' or 'column', got {triangle!r}")
-    # DataParallel puts a prefix before every name
-    arrays = {str(name).removeprefix("module."): np.asarray(value) for name, value in _unwrap(state).items()}
-    arrays = {name: array for name, array in arrays.items() if not name.endswith("num_batches_tracked")}
+    arrays = _plain_names(_unwrap(state))
     config = infer_model(arrays)
     shapes = array_shapes(config)
     names = {path: _torch_name(path) for path in shapes}
@@ -246,13 +280,20 @@ def _shape(arrays: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int,
 
 
 def _check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError for the first array of another shape or dtype, with the number of them."""
-    faults = []
-    for name, shape in shapes.items():
-        array = arrays[name]
-        if array.shape != shape:
-            faults.append(f"array {name!r} has shape {array.shape}; the others' shapes need {shape}")
-        elif array.dtype not in (np.float32, np.float64):
-            faults.append(f"array {name!r} is of type {array.dtype}; float32 or float64 is needed")
+    """Raises CheckpointError for the first array with a wrong shape, dtype or value, and counts the others."""
+    faults = [fault for name, shape in shapes.items() if (fault := _fault(name, arrays[name], shape))]
     if faults:
         raise CheckpointError(faults[0] + (f" (and {len(faults) - 1} more like it)" if faults[1:] else ""))
+
+
+def _fault(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str:
+    if array.shape != shape:
+        return f"array {name!r} has shape {array.shape}; the shapes of the others require {shape}"
+    if array.dtype not in (np.float32, np.float64):
+        return f"array {name!r} is of type {array.dtype}; float32 or float64 is required"
+    # false for NaN too; the bound is float32's, for that is what a working directory stores
+    if wrong := np.count_nonzero(~(np.abs(array) <= np.finfo(np.float32).max)):
+        return f"array {name!r} has {wrong} of {array.size} values that are NaN, infinite or too large for float32"
+    if name.endswith("running_var") and (wrong := np.count_nonzero(array < 0)):
+        return f"array {name!r} has {wrong} of {array.size} variances below 0; the file is damaged"
+    return ""

@@ -1,9 +1,13 @@
 """PyTorch's ResNets against logits that torchvision computed, and files of weights."""
 
+import argparse
+import contextlib
 import importlib.util
+import json
 import pathlib
 import pickle
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +168,38 @@ def test_other_networks_and_types_are_refused(names_and_shapes):
         from_torch(state | {"fc.bias": np.zeros(10, np.int64)})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("fc.bias", np.nan, r"'fc\.bias' has 10 of 10 values that are NaN"),
+        ("bn1.running_mean", -np.inf, r"'bn1\.running_mean' has 64 of 64 values that are NaN, infinite"),
+        ("fc.bias", 1e39, "too large for float32"),
+        ("bn1.running_var", -1e-3, r"'bn1\.running_var' has 64 of 64 variances below 0"),
+        ("bn1.running_var", np.nan, r"'bn1\.running_var' .* NaN"),
+    ],
+)
+def test_import_torch_refuses_nan_weights_and_negative_variances(names_and_shapes, name, value, message):
+    state = names_and_shapes("resnet50")
+    with pytest.raises(CheckpointError, match=message):
+        from_torch(state | {name: np.full(state[name].shape, value)})
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "model.module."])
+def test_import_torch_removes_prefixes(names_and_shapes, prefix):
+    plain = names_and_shapes("resnet50")
+    state = {f"{prefix}{name}": array for name, array in plain.items()} | {"n_averaged": np.array(3)}
+    config, variables = from_torch(state)
+    assert config.to_dict() == from_torch(plain)[0].to_dict()
+    assert flat(variables).keys() == flat(from_torch(plain)[1]).keys()
+    with pytest.raises(CheckpointError, match=r"two arrays are named 'fc\.bias' once prefixes"):
+        from_torch(state | {"fc.bias": plain["fc.bias"]})
+
+
+def test_import_torch_removes_the_prefix_of_a_compiled_part(names_and_shapes):
+    plain = names_and_shapes("resnet50")
+    from_torch({name.replace("layer2.", "layer2._orig_mod."): array for name, array in plain.items()})
+
+
 def test_safetensors_are_read(tmp_path):
     save_file = pytest.importorskip("safetensors.numpy").save_file
     arrays = {"a": np.arange(6, dtype=np.float64).reshape(2, 3), "half": np.array([0.1, -2], np.float16)}
@@ -214,10 +250,90 @@ def test_files_of_torch_are_read_and_never_executed(tmp_path):
     torch.save({"a": Trap()}, tmp_path / "trap.pth")
     (tmp_path / "damaged.pth").write_bytes((tmp_path / "plain.pth").read_bytes()[:300])
     for name in ("pickle.pth", "trap.pth", "damaged.pth"):
-        with pytest.raises(CheckpointError, match=rf"{name} is damaged or holds more than arrays.*state_dict\(\)"):
+        with pytest.raises(CheckpointError, match=rf"{name} (is damaged|holds an object of type).*state_dict\(\)"):
             read_state(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
-    for content, message in ({"a": 3}, "'a' is no array"), ([1], "no arrays by name"), ({}, "no arrays by name"):
+    for content, message in (
+        ({"a": 3}, "'a' is not an array"),
+        ([1], "does not map names to arrays"),
+        ({}, "does not map names to arrays"),
+    ):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(CheckpointError, match=message):
             read_state(tmp_path / "other.pth")
+
+
+def test_import_torch_reads_checkpoints_with_a_namespace(tmp_path):
+    torch = pytest.importorskip("torch")
+    args = argparse.Namespace(lr=0.1, out=None, nested=argparse.Namespace(a=1))
+    torch.save({"model": {"a": torch.ones(2)}, "args": args}, tmp_path / "x.pth")
+    np.testing.assert_array_equal(read_state(tmp_path / "x.pth")["a"], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda torch: torch.empty(2, device="meta"), "meta device and has no values"),
+        (lambda torch: torch.eye(2).to_sparse(), r"is sparse \(torch\.sparse_coo\); save its to_dense"),
+        (lambda torch: torch.eye(2).to_sparse_csr(), r"is sparse \(torch\.sparse_csr\)"),
+        (lambda torch: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), r"is quantised \(qint8\)"),
+        (lambda torch: torch.zeros(1).expand(10**6, 10**6), "repeats its values by a stride of 0"),
+        (lambda torch: torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "is of type float4_e2m1fn_x2"),
+    ],
+    ids=["meta", "sparse", "csr", "quantised", "expanded", "fp4"],
+)
+@pytest.mark.filterwarnings("ignore:.*")  # PyTorch's, about formats that it will drop
+def test_import_torch_names_tensors_that_are_not_dense_arrays(tmp_path, make, message):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": make(torch)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"x\.pth: 'a' .*{message}"):
+        read_state(tmp_path / "x.pth")
+
+
+def test_import_torch_widens_fp8_and_lazy_views(tmp_path):
+    torch = pytest.importorskip("torch")
+    x = torch.tensor([0.5, -2.0])
+    state = {"e4m3": x.to(torch.float8_e4m3fn), "e5m2": x.to(torch.float8_e5m2), "grad": x.clone().requires_grad_()}
+    state["imag"] = torch.complex(-x, -x).conj().imag
+    torch.save(state, tmp_path / "x.pth")
+    read = read_state(tmp_path / "x.pth")
+    assert {array.dtype for array in read.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal([*read.values()], np.tile([0.5, -2], (4, 1)))
+
+
+def test_import_torch_refuses_fp8_in_safetensors(tmp_path):
+    pytest.importorskip("safetensors")
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x38\x38")
+    with pytest.raises(CheckpointError, match="of a type that NumPy lacks .*save them as float32"):
+        read_state(tmp_path / "x.safetensors")
+
+
+class _FakeTorch:
+    """A PyTorch whose `load` fails as the real one does; also where PyTorch is not installed."""
+
+    serialization = types.SimpleNamespace(safe_globals=lambda allowed: contextlib.nullcontext())
+
+    def __init__(self, message):
+        self._message = message
+
+    def load(self, path, *, map_location, weights_only):
+        assert weights_only
+        raise pickle.UnpicklingError(self._message)
+
+
+@pytest.mark.parametrize(
+    ("detail", "reason"),
+    [
+        ("WeightsUnpickler error: Unsupported global: GLOBAL models.Net was not an allowed global", "type models.Net"),
+        ("WeightsUnpickler error: Unsupported operand 149", "is damaged"),
+    ],
+)
+def test_import_torch_never_passes_on_the_advice_to_execute_code(tmp_path, monkeypatch, detail, reason):
+    advice = "Weights only load failed. Re-running with \x1b[1mweights_only=False\x1b[0m will likely succeed."
+    monkeypatch.setitem(sys.modules, "torch", _FakeTorch(f"{advice}\n{detail}"))
+    (tmp_path / "x.pth").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        read_state(tmp_path / "x.pth")
+    assert "weights_only" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
