@@ -1,11 +1,13 @@
-"""dataset.json: what a data set directory holds, and the checks that it still does."""
+"""The manifest of a data set, dataset.json, and checks that the files beside it are those that it describes."""
 
+import collections
 import dataclasses
 import json
+import math
 import os
 import stat
 from collections.abc import Collection, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from gmsop_jax.errors import DataError, FileAccessError
@@ -15,14 +17,16 @@ SCHEMA_VERSION = 1
 FILE_NAME = "dataset.json"
 JOB_DIR = ".convert"  # a conversion's own folder while it is unfinished
 
-_LEAST_RECORD = 20  # bytes: the header
+_MIN_RECORD_BYTES = 20  # the header
+_MAX_SIDE = 2**16 - 1  # of an image, which a record's header limits
+_MAX_NAME = 255  # bytes of a file's name, which file systems limit
 _MAX_BYTES = 2**26  # of dataset.json
 _CONVERT = "make it with `python tools/convert.py SOURCE --output DIR`"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file, relative to the data set's directory."""
+    """One ArrayRecord file; `file` is its name in the data set's directory."""
 
     file: str
     num_records: int
@@ -34,8 +38,11 @@ class Shard:
 class Split:
     """The images of one split.
 
-    `image_size` is (height, width), or None if the images differ; `class_counts` has one count per
-    class.
+    Attributes:
+      num_images: number of images.
+      image_size: height and width, or None if the images differ in size.
+      class_counts: number of images of each class.
+      shards: the files, in order.
     """
 
     num_images: int
@@ -48,9 +55,14 @@ class Split:
 class Manifest:
     """The contents of dataset.json.
 
-    `mean_rgb` [3] and `covariance_rgb` [3, 3] are exact over all pixels of the training split, in
-    0…255 units; `provenance` says how the set was made: source, files with their sums, options,
-    seed, tool version.
+    Attributes:
+      name: name of the data set.
+      classes: names of the classes, in the order of the labels.
+      mean_rgb: exact mean over all pixels of the training split, 0…255, [3].
+      covariance_rgb: exact covariance of the channels over the same pixels, [3, 3].
+      splits: the splits by name.
+      provenance: how the data set was made: source, files with their checksums, options, seed, tool version.
+      schema_version: version of this format.
     """
 
     name: str
@@ -63,17 +75,17 @@ class Manifest:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; labels are 0…num_classes − 1."""
+        """Number of classes; labels are 0…num_classes − 1."""
         return len(self.classes)
 
     def split(self, name: str) -> Split:
-        """The split of that name; DataError names the ones there are."""
+        """Returns the split of that name; a DataError lists the names there are."""
         if name not in self.splits:
             raise DataError(f"data set {self.name!r} has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes dataset.json, whole or not at all."""
+        """Writes dataset.json, completely or not at all."""
         write_json(Path(directory) / FILE_NAME, dataclasses.asdict(self))
 
     @classmethod
@@ -83,37 +95,60 @@ class Manifest:
         verify_checksums: bool = False,
         splits: Collection[str] | None = None,
     ) -> "Manifest":
-        """Reads dataset.json and checks it against the files beside it.
+        """Reads dataset.json and compares the sizes of the shards with it.
 
-        Only the shards of `splits` need be there and are checked; of all splits where it is None.
+        Args:
+          directory: the data set.
+          verify_checksums: also compare the checksums, which reads every byte.
+          splits: names of the splits whose shards are checked; all of them by default.
 
-        Shard sizes are always compared; their sha256 sums (which read every byte) only where
-        `verify_checksums`.
-
-        Raises: DataError if the directory is missing, empty, foreign or half-written, if its
-          schema is another, or if a shard is missing, changed or named outside the directory.
+        Raises:
+          DataError: if the directory isn't a data set or only half of one, if dataset.json is damaged or of another
+            version, or if a shard is missing or differs.
+          FileAccessError: if the system refuses to open one of these files.
         """
         path = Path(directory)
         manifest = _parse(_read(path), path / FILE_NAME)
-        for name in manifest.splits if splits is None else splits:
-            for shard in manifest.split(name).shards:
-                check_shard(path, shard, verify_checksums)
+        for shard in manifest._shards(splits):
+            if (size := shard_size(path, shard)) != shard.bytes:
+                raise DataError(
+                    f"shard {path / shard.file} has {size} bytes instead of {shard.bytes}; convert the data set again"
+                )
+        if verify_checksums:
+            manifest.verify_checksums(path, splits=splits)
         return manifest
 
+    def verify_checksums(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        splits: Collection[str] | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Compares the checksums of the shards, or of one process's share of them, with the manifest.
 
-def check_shard(directory: Path, shard: Shard, verify_checksum: bool) -> None:
-    """Compares a shard's size with the manifest, and on demand its checksum.
+        Args:
+          directory: the data set.
+          splits: names of the splits whose shards are checked; all of them by default.
+          process_index: this process, which checks every `process_count`-th shard.
+          process_count: number of processes that share the work.
 
-    Raises:
-      DataError: if the shard is missing or differs.
-      FileAccessError: if the system refuses to read it.
-    """
-    path = directory / shard.file
-    redo = "convert the data set again"
-    if (size := shard_size(directory, shard)) != shard.bytes:
-        raise DataError(f"shard {path} has {size} bytes instead of {shard.bytes}; {redo}")
-    if verify_checksum and (found := sha256(path)) != shard.sha256:
-        raise DataError(f"shard {path} has sha256 {found} instead of {shard.sha256}: its bytes changed; {redo}")
+        Raises:
+          DataError: if a shard is missing or its bytes changed.
+          FileAccessError: if the system refuses to read one.
+        """
+        for shard in self._shards(splits)[process_index::process_count]:
+            path = Path(directory) / shard.file
+            shard_size(Path(directory), shard)
+            if (found := sha256(path)) != shard.sha256:
+                raise DataError(
+                    f"shard {path} has sha256 {found} instead of {shard.sha256}: its bytes changed; convert the data"
+                    " set again"
+                )
+
+    def _shards(self, splits: Collection[str] | None) -> list[Shard]:
+        return [shard for name in (self.splits if splits is None else splits) for shard in self.split(name).shards]
 
 
 def shard_size(directory: Path, shard: Shard) -> int:
@@ -192,58 +227,76 @@ def _parse(value: Any, file: Path) -> Manifest:
             splits={str(name): _parse_split(split) for name, split in value["splits"].items()},
             provenance=dict(value["provenance"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); convert the data set again") from error
-    _check(manifest, file)
+        _check(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = error if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{file} is damaged ({reason}); convert the data set again") from error
     return manifest
 
 
 def _vector(value: Any) -> tuple[float, float, float]:
-    red, green, blue = value
-    return float(red), float(green), float(blue)
+    red, green, blue = (float(number) for number in value)
+    if not all(map(math.isfinite, (red, green, blue))):
+        raise ValueError(f"{value} is not finite")
+    return red, green, blue
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{str(value)[:40]} is not a count")
+    return value
+
+
+def _size(value: Any) -> tuple[int, int]:
+    height, width = value
+    return _count(height), _count(width)
 
 
 def _parse_split(value: Any) -> Split:
     size = value["image_size"]
     return Split(
-        num_images=int(value["num_images"]),
-        image_size=None if size is None else (int(size[0]), int(size[1])),
-        class_counts=tuple(int(count) for count in value["class_counts"]),
+        num_images=_count(value["num_images"]),
+        image_size=None if size is None else _size(size),
+        class_counts=tuple(_count(count) for count in value["class_counts"]),
         shards=tuple(
-            Shard(
-                str(shard["file"]),
-                int(shard["num_records"]),
-                int(shard["bytes"]),
-                str(shard["sha256"]),
-            )
+            Shard(str(shard["file"]), _count(shard["num_records"]), _count(shard["bytes"]), str(shard["sha256"]))
             for shard in value["shards"]
         ),
     )
 
 
-def _check(manifest: Manifest, file: Path) -> None:
+def _check(manifest: Manifest) -> None:
+    """Refuses values that parse but can't be true, which a hostile file may hold."""
     if not manifest.classes or not manifest.splits:
-        raise DataError(f"{file} names no classes or no splits; convert the data set again")
+        raise DataError("it names no classes or no splits")
+    files = [shard.file for split in manifest.splits.values() for shard in split.shards]
+    if repeated := [file for file, count in collections.Counter(files).items() if count > 1]:
+        raise DataError(f"it names the shard {repeated[0]!r} more than once")
+    for file in files:
+        if not _is_plain_name(file):
+            raise DataError(f"it names a shard outside its folder: {file[:200]!r}; don't trust this data set")
     for name, split in manifest.splits.items():
-        for shard in split.shards:
-            parts = PurePosixPath(shard.file).parts
-            if len(parts) != 1 or parts[0] in ("..", ".", "/") or "\\" in shard.file:
-                raise DataError(f"{file} names a shard outside its folder: {shard.file!r}; don't trust this data set")
-            if not 0 <= shard.num_records * _LEAST_RECORD <= shard.bytes:
-                raise DataError(
-                    f"{file}: {shard.num_records} records don't fit into the {shard.bytes} bytes of {shard.file}; "
-                    "convert the data set again"
-                )
-        records = sum(shard.num_records for shard in split.shards)
-        if len(split.class_counts) != manifest.num_classes:
-            raise DataError(
-                f"{file}: split {name!r} counts {len(split.class_counts)} classes and the data set "
-                "has "
-                f"{manifest.num_classes}: labels would be out of range; convert the data set again"
-            )
-        if split.num_images != records or split.num_images != sum(split.class_counts):
-            raise DataError(
-                f"{file}: split {name!r} says {split.num_images} images, its shards {records}, its "
-                "classes "
-                f"{sum(split.class_counts)}; convert the data set again"
-            )
+        _check_split(name, split, manifest.num_classes)
+
+
+def _is_plain_name(file: str) -> bool:
+    return file not in ("", ".", "..") and not set(file) & set("/\\\0") and len(os.fsencode(file)) <= _MAX_NAME
+
+
+def _check_split(name: str, split: Split, num_classes: int) -> None:
+    if split.image_size and not all(1 <= side <= _MAX_SIDE for side in split.image_size):
+        raise DataError(f"split {name!r} has images of {split.image_size}; sides go from 1 to {_MAX_SIDE}")
+    for shard in split.shards:
+        if shard.num_records * _MIN_RECORD_BYTES > shard.bytes:
+            raise DataError(f"{shard.num_records} records don't fit into the {shard.bytes} bytes of {shard.file}")
+    if len(split.class_counts) != num_classes:
+        raise DataError(
+            f"split {name!r} counts {len(split.class_counts)} classes and the data set has {num_classes}: labels would"
+            " be out of range"
+        )
+    records = sum(shard.num_records for shard in split.shards)
+    if not split.num_images == records == sum(split.class_counts):
+        raise DataError(
+            f"split {name!r} says {split.num_images} images, its shards {records}, its classes"
+            f" {sum(split.class_counts)}"
+        )

@@ -309,7 +309,7 @@ def _open(
     on_corrupt: OnCorrupt,
     padding_rgb: Sequence[float] | None = None,
 ) -> tuple[Split, _Rows]:
-    manifest = Manifest.load(directory, splits=[name] if on_corrupt == "stop" else [])
+    manifest = Manifest.load(directory, splits=())  # damaged shards are found when they are read
     split = manifest.split(name)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size or split.image_size
     if size is None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.data.pipeline import eval_batches, train_batches
 from gmsop_jax.errors import DataError
 
 
@@ -129,13 +130,95 @@ def test_changed_shard(copy: Path):
         Manifest.load(copy, verify_checksums=True)
 
 
-@pytest.mark.parametrize("name", ["../train.arrayrecord", "/etc/passwd", "a/b", "..", "a\\b", ""])
+@pytest.mark.parametrize("name", ["../train.arrayrecord", "/etc/passwd", "a/b", "..", "a\\b", "", "a\0b", "a" * 300])
 def test_paths_that_leave_the_folder(copy: Path, name: str):
     value = json.loads((copy / "dataset.json").read_text())
     value["splits"]["train"]["shards"][0]["file"] = name
     edit(copy, splits=value["splits"])
     with pytest.raises(DataError, match="outside its folder"):
         Manifest.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_images", 10**400),
+        ("num_images", 5000.0),
+        ("num_images", -1),
+        ("num_images", True),
+        ("image_size", [10**9, 10**9]),
+        ("image_size", [0, 28]),
+        ("image_size", [28]),
+        ("class_counts", [5500, -500, 0, 0, 0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_hostile_numbers_of_a_split(copy: Path, field: str, value):
+    splits = json.loads((copy / "dataset.json").read_text())["splits"]
+    splits["train"][field] = value
+    edit(copy, splits=splits)
+    with pytest.raises(DataError, match=r"dataset.json .*(damaged|JSON)"):
+        Manifest.load(copy)
+
+
+@pytest.mark.parametrize("change", [{"num_records": 10**12}, {"num_records": "1666"}, {"bytes": -1}, {"bytes": 1e300}])
+def test_hostile_numbers_of_a_shard(copy: Path, change: dict):
+    splits = json.loads((copy / "dataset.json").read_text())["splits"]
+    splits["train"]["shards"][0] |= change
+    edit(copy, splits=splits)
+    with pytest.raises(DataError, match="is damaged"):
+        Manifest.load(copy)
+
+
+@pytest.mark.parametrize("mean", ["[NaN, 0, 0]", "[Infinity, 0, 0]", "[1e999, 0, 0]", '["a", 0, 0]'])
+def test_a_mean_that_is_not_finite(copy: Path, mean: str):
+    text = json.dumps({**json.loads((copy / "dataset.json").read_text()), "mean_rgb": "MEAN"})
+    (copy / "dataset.json").write_text(text.replace('"MEAN"', mean))
+    with pytest.raises(DataError, match="is damaged"):
+        Manifest.load(copy)
+
+
+@pytest.mark.parametrize("other", ["train", "val"])
+def test_a_shard_that_is_named_twice(copy: Path, other: str):
+    splits = json.loads((copy / "dataset.json").read_text())["splits"]
+    splits["train"]["shards"][0] = splits[other]["shards"][-1]
+    edit(copy, splits=splits)
+    with pytest.raises(DataError, match="more than once"):
+        Manifest.load(copy)
+
+
+def test_deep_nesting(copy: Path):
+    (copy / "dataset.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="can't be read as JSON"):
+        Manifest.load(copy)
+
+
+def test_processes_share_the_checksums(copy: Path):
+    manifest = Manifest.load(copy)
+    shard = copy / "train-00001-of-00003.arrayrecord"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+    def finds_it(index: int, count: int, splits=None) -> bool:
+        try:
+            manifest.verify_checksums(copy, splits=splits, process_index=index, process_count=count)
+        except DataError:
+            return True
+        return False
+
+    assert finds_it(0, 1)
+    assert not finds_it(0, 1, splits=["val"])
+    for count in (2, 3, 4, 9):
+        assert sum(finds_it(index, count) for index in range(count)) == 1
+
+
+def test_batches_do_not_check_the_files_again(fashion: Path, monkeypatch):
+    def fail(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("gmsop_jax.data.manifest.shard_size", fail)
+    assert len(next(train_batches(fashion, batch_size=8, seed=0))["label"]) == 8
+    assert len(next(eval_batches(fashion, "val", batch_size=8))["label"]) == 8
 
 
 def test_counts_that_disagree(copy: Path):
