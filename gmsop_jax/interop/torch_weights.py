@@ -82,7 +82,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         arrays = load_file(path)
     except AttributeError as error:  # the package looks the type up in NumPy, which has no fp8
-        raise CheckpointError(f"{path} has arrays of a type that NumPy lacks ({error}); save them as float32") from error
+        raise CheckpointError(f"{path}: {error}, the type of an array; save it as float32") from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} can't be read as safetensors ({error}); copy or download it again") from error
     half = ("float16", "bfloat16")
@@ -104,7 +104,7 @@ def _read_torch(path: pathlib.Path) -> Any:
     except Exception as error:  # PyTorch raises exceptions of many types on damaged files
         # PyTorch's own message is long and advises to execute the file's code, so it is not passed on.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"holds an object of type {found[1]}, not only arrays" if found else "is damaged or holds more than arrays"
+        reason = f"holds an object of type {found[1]}" if found else "is damaged or holds more than arrays"
         raise CheckpointError(
             f"{path} {reason}. Save the network's state_dict() alone, with torch.save or as .safetensors"
         ) from error
