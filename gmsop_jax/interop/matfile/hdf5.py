@@ -109,7 +109,7 @@ class _Reader:
         return node[()]
 
     def _read_struct(self, node: h5py.Group, depth: int) -> Any:
-        members = {name: _own(node, name) for name in self._field_order.get(node.name) or map(str, node)}
+        members = {name: _own(node, name) for name in self._field_order.get(str(node.name)) or map(str, node)}
         if not members or not all(_is_field_of_array(member) for member in members.values()):
             return {name: self.read(member, depth + 1) for name, member in members.items()}
         columns = {name: self._dereference(self._load(m).T, depth).ravel() for name, m in members.items()}
