@@ -184,32 +184,27 @@ def measure_codecs(directory: Path, count: int) -> None:
 def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = ArgumentParser(description="Benchmarks conversion and reading on synthetic images.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("make", help="write synthetic images")
-    command.add_argument("folder", type=Path)
-    command.add_argument("--images", type=int, default=200_000)
-    command = commands.add_parser("convert", help="measure a conversion of these images")
-    command.add_argument("source", type=Path)
-    command.add_argument("output", type=Path)
-    command.add_argument("--workers", type=int, default=2)
-    command.add_argument("--kills", type=int, default=0)
-    command = commands.add_parser("read", help="measure reading a data set")
-    command.add_argument("directory", type=Path)
-    command.add_argument("--batch-size", type=int, default=256)
-    command.add_argument("--rounds", type=int, default=5)
-    command.add_argument("--seconds", type=float, default=2)
-    command = commands.add_parser("codecs", help="measure the codecs on the images of a data set")
-    command.add_argument("directory", type=Path)
-    command.add_argument("--count", type=int, default=2000)
+    parser.add_argument("command", choices=("make", "convert", "read", "codecs"), help="what to do; see above")
+    parser.add_argument("folder", type=Path, help="the synthetic images (make, convert) or the data set (read, codecs)")
+    parser.add_argument("output", type=Path, nargs="?", help="convert: the folder for the data set")
+    parser.add_argument("--images", type=int, default=200_000, help="make: training images (default: 200,000)")
+    parser.add_argument("--workers", type=int, default=2, help="convert: processes (default: 2)")
+    parser.add_argument("--kills", type=int, default=0, help="convert: kill and resume so often (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=256, help="read: images per batch (default: 256)")
+    parser.add_argument("--rounds", type=int, default=5, help="read: measurements of each method (default: 5)")
+    parser.add_argument("--seconds", type=float, default=2, help="read: duration of a measurement (default: 2)")
+    parser.add_argument("--count", type=int, default=2000, help="codecs: images (default: 2,000)")
     args = parser.parse_args()
+    if (args.command == "convert") != (args.output is not None):
+        parser.error("convert takes two folders, and the other commands take one")
     if args.command == "make":
         make(args.folder, args.images)
     elif args.command == "convert":
-        measure_conversion(args.source, args.output, args.workers, args.kills)
+        measure_conversion(args.folder, args.output, args.workers, args.kills)
     elif args.command == "read":
-        measure_reading(args.directory, args.batch_size, args.rounds, args.seconds)
+        measure_reading(args.folder, args.batch_size, args.rounds, args.seconds)
     else:
-        measure_codecs(args.directory, args.count)
+        measure_codecs(args.folder, args.count)
 
 
 if __name__ == "__main__":

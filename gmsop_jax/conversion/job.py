@@ -285,8 +285,9 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
         provenance=_provenance(job, read_state(output, "sums"), unreadable),
     )
     manifest.save(output)
-    for leftover in output.glob("*.arrayrecord.tmp-*"):
-        leftover.unlink()
+    for leftover in output.glob("*.tmp-*"):
+        if leftover.is_file():
+            leftover.unlink()
     remove_state(output)
     return manifest
 

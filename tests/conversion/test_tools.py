@@ -53,6 +53,19 @@ def test_parts_and_merge(tmp_path: Path):
     assert "train: 5,000 images in 3 shards" in merged.stdout
 
 
+@pytest.mark.slow
+def test_bench_data(tmp_path: Path):
+    made = tool("bench_data.py", "make", "in", "--images", "100", folder=tmp_path)
+    assert (made.returncode, made.stderr) == (0, "")
+    converted = tool("bench_data.py", "convert", "in", "out", "--workers", "1", folder=tmp_path)
+    assert "1 workers: 110 images" in converted.stdout
+    assert "png: " in tool("bench_data.py", "codecs", "out", "--count", "50", folder=tmp_path).stdout
+    read = tool(
+        "bench_data.py", "read", "out", "--batch-size", "8", "--rounds", "1", "--seconds", "0.1", folder=tmp_path
+    )
+    assert "memory copy of a batch" in read.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -62,6 +75,7 @@ def test_parts_and_merge(tmp_path: Path):
         ("inspect_dataset.py", ("none",), "there is no such folder"),
         ("verify_dataset.py", (".",), "the folder is empty"),
         ("merge_manifests.py", (".",), "no unfinished conversion"),
+        ("bench_data.py", ("convert", "in"), "convert takes two folders"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, name: str, arguments: tuple[str, ...], message: str):
