@@ -163,9 +163,11 @@ def main() -> None:
         parser.error("name configurations, or --all")
     rows = []
     for i, path in enumerate(paths, 1):
-        print(f"\r{i}/{len(paths)}", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"\r{i}/{len(paths)}", end="", file=sys.stderr, flush=True)
         rows.append(summarize(path))
-    print("\r", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # clears the line
     if options.write:
         write(rows)
     print(markdown(rows, HEADER) if options.markdown else text(rows), end="")

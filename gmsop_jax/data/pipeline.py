@@ -1,16 +1,17 @@
-"""Shards → batches: Grain over the steps of training, each step read as arrays.
+"""From shards to batches: a Grain dataset of training steps, each of which reads its batch as whole arrays.
 
-A step's batch is a function of (seed, step) alone:
+The batch of a step is a function of the seed and the step alone:
 
-    step → (epoch, row of the epoch) → indices of the global batch in the epoch's permutation
-         → this process's rows → blocks of records → decoded, cropped and flipped as one array each
+    step → epoch, and batch of the epoch → indices of the global batch in the epoch's shuffled order
+         → rows of this process → blocks of records → each block decoded, cropped and flipped as one array
 
-so any step can be made at once, on any number of processes, and the position in the data is one
-number: the step, which is also Grain's iterator state.
+Therefore any step can be computed directly, on any number of processes, and the position in the data is one number:
+the step, which is also the state of Grain's iterator. The image at position p of epoch e is
+`Shuffle(num_images, seed, 0, e)(p)`, and batch b of that epoch holds the positions from b·batch_size on.
 
-Copies of a pixel on its way from the page cache to the batch: into ArrayRecord's buffer, into the
-record's `bytes`, into an array of some 40 records, into the batch; and once more for the half that
-is flipped. The last two find their bytes in the processor's cache, and so do a crop's own copies.
+On its way from the page cache to the batch a pixel is copied into ArrayRecord's buffer, into the `bytes` of its record,
+into an array of some 40 records, and into the batch; in images that are flipped it is copied once more. The later
+copies, and those of a crop, find their bytes in the processor's cache.
 """
 
 import dataclasses
@@ -36,27 +37,29 @@ from gmsop_jax.errors import DataError
 Directory = str | os.PathLike[str]
 Size = int | tuple[int, int] | None
 
-_BLOCK_BYTES = 2**19  # of images read, joined and flipped at a time: they stay in the cache
+_BLOCK_BYTES = 2**19  # bytes of images that are read and flipped at a time, few enough to stay in the cache
 OnCorrupt = Literal["stop", "skip"]
 
-ORDER_VERSION = 2  # changes when a seed comes to mean another order of the images; 1 had other permutations
-_MOST_REPLACEMENTS = 20  # records tried in the place of one that can't be read
-_ORDER, _FLIP, _CROP = range(3)  # what a draw is for: keeps the streams of one seed apart
+ORDER_VERSION = 2  # version of the order in which a seed shuffles the images; 1 used a stored permutation
+_MAX_REPLACEMENTS = 20  # records that are tried in place of one that can't be read
+_ORDER, _FLIP, _CROP = range(3)  # part of the key of each random number, so that the streams of one seed differ
 
 
 def steps_per_epoch(num_images: int, batch_size: int, drop_remainder: bool = True) -> int:
-    """How many batches one epoch has.
+    """Returns the number of batches in an epoch.
 
-    Raises: DataError if that is none.
+    Raises:
+      DataError: if there isn't a single one.
 
-    >>> steps_per_epoch(10, 4), steps_per_epoch(10, 4, drop_remainder=False)
-    (2, 3)
+    Example:
+      >>> steps_per_epoch(10, 4), steps_per_epoch(10, 4, drop_remainder=False)
+      (2, 3)
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be at least 1")
     steps = num_images // batch_size if drop_remainder else -(-num_images // batch_size)
     if steps < 1:
-        raise DataError(f"{num_images} images make no batch of {batch_size}: use a smaller batch_size or more images")
+        raise DataError(f"{num_images} images make no batch of {batch_size}; use a smaller batch_size or more images")
     return steps
 
 
@@ -77,30 +80,34 @@ def train_batches(
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "stop",
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of the training split for ever, shuffled anew each epoch.
+    """Yields batches of the training split for ever, in another order each epoch.
+
+    The sizes of the shards are not compared with the manifest here; `Manifest.load` does that.
 
     Args:
-      directory: a data set's folder.
-      batch_size: of the global batch, over all processes; each gets its contiguous share of the
-        rows.
-      seed: non-negative; with the step it decides everything.
-      start_step: the first step to give: what an uninterrupted run would have seen there.
+      directory: the data set.
+      batch_size: size of the global batch. Each process gets a contiguous share of its rows.
+      seed: non-negative. Seed and step determine the batch.
+      start_step: number of the first step. An uninterrupted run sees the same batch at that step.
       flip: mirror each image left to right with probability ½.
-      crop: take a random part of each image; None takes it whole.
-      padding_rgb: colour of what a crop takes from outside the image; the split's mean by default.
-      image_size: side, or (height, width), to resize to; needed where the split's images differ in
-        size.
-      drop_remainder: leave out an epoch's smaller last batch; otherwise it comes as it is.
-      process_index, process_count: this process among those that share the global batch.
-      num_threads: read ahead in this many threads.
-      num_workers: read in this many processes instead (for slow resizing; close the iterator when
-        done).
-      on_corrupt: at a record that can't be read, `stop` with an error, or `skip` it: training takes
-        another one in its place, evaluation leaves it out; a missing shard is then no error either.
-    Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b]}. Its get_state()
-      is the next step (with
-      workers: their positions since start_step), and set_state goes there.
-    Raises: DataError if the data set is missing or damaged, or the arguments don't fit it.
+      crop: cut a random part out of each image; None uses the whole image.
+      padding_rgb: colour of the parts of a crop that lie outside the image; by default the mean of the training split.
+      image_size: side, or (height, width), to which images are resized. It is required if the images differ in size.
+      drop_remainder: drop the smaller last batch of an epoch; otherwise it is returned as it is.
+      process_index: index of this process among those that share the global batch.
+      process_count: number of these processes.
+      num_threads: number of threads that prepare batches.
+      num_workers: number of processes that prepare batches instead, which helps if resizing is slow. Close the iterator
+        after use.
+      on_corrupt: what to do with a record that is damaged or whose shard is missing: `stop` raises an error; `skip`
+        uses another record in training, and leaves it out in evaluation.
+
+    Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b]}. Its state is the next step or, with
+      workers, their positions since `start_step`.
+
+    Raises:
+      DataError: if the data set is missing or damaged, or if an argument doesn't fit it.
+      FileAccessError: if the system refuses to read a file.
     """
     prepare = crop or Whole()
     split, rows = _open(directory, "train", image_size, prepare, process_index, process_count, on_corrupt, padding_rgb)
@@ -126,14 +133,19 @@ def eval_batches(
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "stop",
 ) -> grain.DatasetIterator[Batch]:
-    """One pass over a split, in its order; the last batch is padded to full size.
+    """Yields the images of a split once, in the order of the shards; the last batch is padded to full size.
 
-    Args: as in `train_batches`, and
-      resize: length to which the shorter side is resized before the centre of `image_size` is cut out; 0 resizes
-        whole images to `image_size`.
-    Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'mask': bool
-      [b]}; the mask is False on padding (black images with label 0).
-    Raises: DataError as `train_batches`.
+    Args:
+      split: name of the split.
+      resize: length to which the shorter side is resized before the centre of `image_size` is cut out; 0 resizes the
+        whole image to `image_size`. The other arguments are those of `train_batches`.
+
+    Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'mask': bool [b]}. The mask is False
+      for padding, which consists of black images with label 0.
+
+    Raises:
+      DataError: as in `train_batches`.
+      FileAccessError: as in `train_batches`.
     """
     images, rows = _open(directory, split, image_size, Centre(resize), process_index, process_count, on_corrupt)
     if 0 < resize < max(rows.size):
@@ -146,7 +158,7 @@ def eval_batches(
 
 @dataclasses.dataclass
 class _Shuffled:
-    """For each step of endless training, the indices of its global batch."""
+    """The indices of the global batch of each step; training has no last step."""
 
     num_images: int
     batch_size: int
@@ -169,7 +181,7 @@ def _shuffle(num_images: int, seed: int, epoch: int) -> Shuffle:
 
 @dataclasses.dataclass
 class _InOrder:
-    """For each step of one pass, the indices of its global batch; −1 is padding."""
+    """The indices of the global batch of each step of one pass; −1 stands for padding."""
 
     num_images: int
     batch_size: int
@@ -184,7 +196,7 @@ class _InOrder:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """This process's rows of a global batch, and how to read them."""
+    """The rows of a global batch that belong to this process, and how they are read."""
 
     reader: ShardReader
     size: tuple[int, int]
@@ -196,12 +208,12 @@ class _Rows:
     on_corrupt: OnCorrupt
 
     def mine(self, values: np.ndarray) -> np.ndarray:
-        """This process's contiguous share of one value per row of the global batch."""
+        """Returns this process's contiguous share of values that belong to the rows of the global batch."""
         start, stop = (len(values) * p // self.process_count for p in (self.process_index, self.process_index + 1))
         return values[start:stop]
 
     def read(self, indices: np.ndarray, flips: np.ndarray, draws: np.ndarray) -> Batch:
-        """The images at `indices` [n], prepared by `draws` [n, k], those with True in `flips` [n] mirrored."""
+        """Reads the images at `indices` [n], prepares them with `draws` [n, k], and mirrors those in `flips` [n]."""
         image = np.empty((len(indices), *self.size, 3), np.uint8)
         label = np.empty(len(indices), np.int32)
         block = max(1, _BLOCK_BYTES * len(image) // max(1, image.nbytes))
@@ -219,15 +231,14 @@ class _Rows:
         return {"image": image, "label": label}
 
     def undrawn(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """For images that are not varied: no flips [n], and draws [n, k] that are all 0."""
+        """Returns flips [n] and draws [n, k] for images that are not augmented: no flips, and zeros."""
         return np.zeros(count, bool), np.zeros((count, self.prepare.num_draws))
 
     def readable(self, indices: np.ndarray) -> np.ndarray:
-        """Whether each of the records at `indices` can be read: bool [n].
+        """Returns whether each of the records at `indices` can be read, bool [n], and logs those that can't once.
 
-        Those that can't are logged, once each.
-
-        Raises: DataError with shard and record unless they are to be skipped.
+        Raises:
+          DataError: naming shard and record, unless such records are to be skipped.
         """
         readable = np.ones(len(indices), bool)
         for row, index in enumerate(indices.tolist()):
@@ -235,26 +246,26 @@ class _Rows:
                 self.read(indices[row : row + 1], *self.undrawn(1))
             except DataError as error:
                 if self.on_corrupt == "stop":
-                    hint = "or go on without it: --config.data.on_corrupt=skip"
+                    hint = "or skip such records with --config.data.on_corrupt=skip"
                     raise DataError(f"{self.reader.where(index)}: {error}; {hint}") from error
                 _log_once(f"leaving out {self.reader.where(index)}: {error}")
                 readable[row] = False
         return readable
 
     def replace_unreadable(self, indices: np.ndarray) -> np.ndarray:
-        """`indices`, with each record that can't be read replaced by another of the split.
+        """Replaces each index whose record can't be read by that of another record.
 
-        Which one is a function of the index alone, so that every run gets the same.
+        The replacement is a function of the index alone, so that every run uses the same.
         """
         replaced, stride = indices.copy(), max(1, round(len(self.reader) * 0.618))
         unreadable = ~self.readable(replaced)
-        for tries in range(1, 1 + _MOST_REPLACEMENTS):
+        for tries in range(1, 1 + _MAX_REPLACEMENTS):
             if not unreadable.any():
                 return replaced
             replaced = np.where(unreadable, (indices + tries * stride) % len(self.reader), replaced)
             unreadable = ~self.readable(replaced)
         raise DataError(
-            f"{self.reader.where(int(indices[unreadable][0]))} and the {_MOST_REPLACEMENTS} tried in its place "
+            f"{self.reader.where(int(indices[unreadable][0]))} and the {_MAX_REPLACEMENTS} tried in its place "
             "can't be read: too much of the data set is damaged; convert it again"
         )
 
@@ -292,7 +303,7 @@ def _eval_batch(step: int, indices: np.ndarray, *, rows: _Rows) -> Batch:
 
 
 def _fill(out: np.ndarray, pixels: Pixels, flips: np.ndarray) -> None:
-    """Copies images into `out` [n, h, w, 3]; NumPy mirrors fastest channel by channel."""
+    """Copies images into `out` [n, h, w, 3] and mirrors some, channel by channel, which is fastest in NumPy."""
     copy_images(out, pixels)
     for row in np.flatnonzero(flips):
         for channel in range(3):
@@ -337,7 +348,7 @@ def _iterate(
     start: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     batches = grain.MapDataset.source(order).map_with_index(read)
-    # As many batches ahead as threads, and as many again so that none waits.
+    # Twice as many batches as threads, so that no thread waits.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     if not num_workers:
         iterator = iter(batches.to_iter_dataset(options))
