@@ -2,8 +2,8 @@
 
     python -m gmsop_jax.main --config configs/imagenet64_gap_512d.py
 
-Published: 49.08 % top-1, 24.25 % top-5 error; 1.3M parameters, 512 dimensions. The recipe is that of the network
-without the convolution.
+Published: 49.08 % top-1, 24.25 % top-5 error; 1.3M parameters, 512 dimensions. It is trained with the recipe
+of the network without the convolution.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

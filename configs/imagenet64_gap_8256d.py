@@ -2,8 +2,8 @@
 
     python -m gmsop_jax.main --config configs/imagenet64_gap_8256d.py
 
-Published: 47.29 % top-1 error; 10.0M parameters, 8256 dimensions. The recipe is that of the network without the
-convolution.
+Published: 47.29 % top-1 error; 10.0M parameters, 8256 dimensions. It is trained with the recipe of the network without
+the convolution.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

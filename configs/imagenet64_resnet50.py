@@ -1,4 +1,4 @@
-"""The authors' "ResNet-50" on 64×64 ImageNet-1K: their ResNet-18 with 6 basic blocks a stage.
+"""The authors' "ResNet-50" on 64×64 ImageNet-1K: their ResNet-18 with 6 basic blocks per stage.
 
     python -m gmsop_jax.main --config configs/imagenet64_resnet50.py:HEAD
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 
 
@@ -134,7 +135,7 @@ _STATUS = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: os.EX_TEMPFAIL, s
 
 def _explain(error: BaseException, stopped_by: list[int]) -> tuple[str, int]:
     """The line to print and the exit status; the line is empty for an error that is not the user's."""
-    if stopped_by:  # first, for the import of a C extension turns the KeyboardInterrupt into an ImportError
+    if stopped_by:  # first, for the KeyboardInterrupt may have been turned into another error
         signum = signal.Signals(stopped_by[0])
         return f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signum.name}", _STATUS[signum]
     if isinstance(error, KeyboardInterrupt):
@@ -151,9 +152,15 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
     """Lets Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, and notes the signal in `caught`.
 
     A signal that is ignored, as SIGHUP is under nohup, stays so. Outside the main thread Python allows no handlers.
+    While a module is imported, the signal waits: an exception can crash the initialization of a C extension.
     """
 
     def stop(signum, frame):
+        if _is_importing(frame):
+            timer = threading.Timer(0.05, os.kill, (os.getpid(), signum))
+            timer.daemon = True
+            timer.start()
+            return
         caught.append(signum)
         raise KeyboardInterrupt
 
@@ -168,3 +175,9 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _is_importing(frame: types.FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None

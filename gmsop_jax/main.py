@@ -2,12 +2,11 @@
 
 import argparse
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Sequence
 
-from gmsop_jax.errors import ArgumentParser, DataError, UserError, run_command
+from gmsop_jax.errors import ArgumentParser, run_command
 
 # The rest is imported late: it takes seconds, in which a mistake in the flags or a signal should have its effect too.
 
@@ -98,6 +97,7 @@ def _steps(text: str) -> range:
 
 def _run(options: argparse.Namespace) -> int:
     from gmsop_jax import config as configs
+    from gmsop_jax.conversion.prepare import prepare_data
     from gmsop_jax.training import parallel
 
     config = _load_config(options)
@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
             output_format=options.format,
             batch_size=config.eval.batch_size,
         )
-    parallel.first_process_does(lambda: _prepare_data(config))
+    parallel.first_process_does(lambda: prepare_data(config.data))
     if options.mode == "evaluate":
         from gmsop_jax.training.evaluation import evaluate_checkpoint
 
@@ -156,27 +156,6 @@ def _load_config(options: argparse.Namespace):
         configs.override(config, item)
     configs.validate(config)
     return config
-
-
-def _prepare_data(config) -> None:
-    """Converts the embedded sample if the configuration asks for it; says how to get data otherwise."""
-    directory = pathlib.Path(config.data.dir)
-    if (directory / "dataset.json").exists():
-        return
-    if config.data.auto_convert:
-        from gmsop_jax.conversion.convert import convert
-
-        try:
-            convert(config.data.source, None, directory)
-        except UserError as error:
-            raise DataError(f"config.data.dir = {str(directory)!r} can't be prepared: {error}") from error
-    elif not directory.exists():
-        raise DataError(
-            f"no data set at {directory.absolute()} (config.data.dir). Make it with\n"
-            f"  python tools/convert.py {config.data.source} --input DOWNLOADS --output {directory}\n"
-            "or name another with --config.data.dir=DIR. Without any data, try\n"
-            "  python -m gmsop_jax.main --config configs/quickstart.py"
-        )
 
 
 def _use_compilation_cache() -> None:

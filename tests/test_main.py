@@ -75,6 +75,7 @@ def test_an_empty_path_is_refused(capsys, flag, text):
         (["--config", QUICKSTART, "--config.data.image_size=100000"], "image_size must be between 0 and 4096"),
         (["--config", QUICKSTART, "--config.seed", "3"], "--config.seed needs a value: --config.seed=…"),
         (["--config", "x" * 300 + ".py"], "File name too long"),
+        (["--config", QUICKSTART, f"--config.data.dir={'x' * 300}"], f"config.data.dir = '{'x' * 300}' can't be read"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, message):
@@ -143,7 +144,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.6, 1.5])
+@pytest.mark.parametrize("delay", [0.3, 0.9])
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_during_start_up_leaves_no_traceback(tmp_path, signum, status, delay):
     """The command line is ready for signals before it imports JAX, which takes seconds."""

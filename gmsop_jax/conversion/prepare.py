@@ -1,0 +1,41 @@
+"""The data set that a configuration names: converted if it is a sample that comes along, or asked for."""
+
+from pathlib import Path
+from typing import Any
+
+from gmsop_jax.data.manifest import FILE_NAME
+from gmsop_jax.errors import DataError, FileAccessError, UserError
+
+
+def prepare_data(data: Any) -> None:
+    """Makes sure that a data set exists, as far as that is possible without downloading one.
+
+    Args:
+      data: the section `data` of a configuration. With `auto_convert`, the embedded sample of `source` is converted
+        into `dir` if there is no data set yet.
+
+    Raises:
+      DataError: if there is no data set; the message explains how to convert one.
+      FileAccessError: if the system refuses to look into `dir`.
+    """
+    directory = Path(data.dir)
+    try:
+        if (directory / FILE_NAME).exists():
+            return
+        exists = directory.exists()
+    except OSError as error:
+        raise FileAccessError.from_os_error(f"config.data.dir = {data.dir!r}", error) from error
+    if data.auto_convert:
+        from gmsop_jax.conversion.convert import convert
+
+        try:
+            convert(data.source, None, directory)
+        except UserError as error:
+            raise DataError(f"config.data.dir = {data.dir!r} can't be prepared: {error}") from error
+    elif not exists:
+        raise DataError(
+            f"no data set at {directory.absolute()} (config.data.dir). Make it with\n"
+            f"  python tools/convert.py {data.source} --input DOWNLOADS --output {directory}\n"
+            "or name another with --config.data.dir=DIR. Without any data, try\n"
+            "  python -m gmsop_jax.main --config configs/quickstart.py"
+        )
