@@ -1,20 +1,30 @@
 import pathlib
 import re
 
-import jax
+import jax.numpy as jnp
+import pytest
+
+from gmsop_jax.ops import newton_schulz_sqrt
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-def test_the_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_examples_run_and_the_stated_errors_are_right():
+    text = README.read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2
     names: dict = {}
     for block in blocks:
         exec(block, names)
-    root, sigma = names["root"], names["sigma"]
     assert names["vector"].shape == (8, 2080)
-    assert jax.numpy.allclose(root @ root, sigma, atol=1e-5)
+    stated = re.search(
+        r"differs from Σ by\s+(\S+) % after 5 iterations, by (\S+) % after 3,\s+and by\s+(\S+) % after\s+10", text
+    )
+    assert stated
+    for num_iters, percent in zip((5, 3, 10), stated.groups(), strict=True):
+        root, sigma = newton_schulz_sqrt(names["sigma"], num_iters=num_iters), names["sigma"]
+        error = 100 * jnp.linalg.norm(root @ root - sigma) / jnp.linalg.norm(sigma)
+        assert float(error) == pytest.approx(float(percent), rel=0.03)
 
 
 def test_the_files_that_it_names_are_there():
