@@ -20,6 +20,8 @@ from gmsop_jax.errors import ArgumentParser, UserError, run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "configuration.md"
+CODE = ROOT / "docs" / "code.md"
+_TREE_MARKS = ("<!-- tree: python tools/make_docs.py -->", "<!-- end of tree -->")
 _INTRODUCTION = """# Configuration
 
 <!-- made by tools/make_docs.py from gmsop_jax/config.py -->
@@ -74,6 +76,28 @@ def configuration_reference() -> str:
             "\n".join([title, "", "| field | default | values | meaning |", "|---|---|---|---|", *rows]) + "\n"
         )
     return "\n".join(parts)
+
+
+def source_tree() -> str:
+    """A list of the package's modules, each with the first line of its docstring."""
+    package = ROOT / "gmsop_jax"
+    lines = []
+    for file in sorted(package.rglob("*.py"), key=lambda file: (file.parent, file.name != "__init__.py", file)):
+        name = file.relative_to(package)
+        folder = file.name == "__init__.py"
+        path = f"{name.parent.as_posix()}/" if folder else name.as_posix()
+        summary = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").split("\n", 1)[0].rstrip(".")
+        indent = "  " * (len(name.parts) - 1 - folder)
+        if name != pathlib.Path("__init__.py"):
+            lines.append(f"{indent}- `{path}`: {summary}")
+    return "\n".join(lines)
+
+
+def write_source_tree() -> None:
+    """Puts `source_tree()` between the marks in docs/code.md."""
+    before, start, rest = CODE.read_text("utf-8").partition(_TREE_MARKS[0])
+    _, end, after = rest.partition(_TREE_MARKS[1])
+    CODE.write_text(f"{before}{start}\n{source_tree()}\n{end}{after}", "utf-8")
 
 
 def check_links(pages: list[pathlib.Path]) -> None:
@@ -132,6 +156,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "build" / "docs", help="folder for the HTML")
     args = parser.parse_args()
     REFERENCE.write_text(configuration_reference(), "utf-8")
+    write_source_tree()
     args.output.mkdir(parents=True, exist_ok=True)
     build(args.output)
     print(f"{args.output / 'index.html'}: {sum(1 for _ in args.output.rglob('*.html'))} pages")

@@ -21,6 +21,11 @@ def test_configuration_reference_is_that_of_the_code():
     assert (ROOT / "docs" / "configuration.md").read_text("utf-8") == make_docs["configuration_reference"]()
 
 
+def test_source_tree_is_that_of_the_code():
+    """After adding a module or changing the first line of its docstring, run tools/make_docs.py."""
+    assert make_docs["source_tree"]() in (ROOT / "docs" / "code.md").read_text("utf-8")
+
+
 def test_reference_has_every_field():
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     assert set(re.findall(r"^\| `([\w.]+)`", text, re.M)) == set(dict(config.flatten(config.default_config())))
