@@ -5,6 +5,7 @@ python tools/make_docs.py --output build/docs
 Any warning is an error: a docstring that can't be read, a field without description, a dead link.
 """
 
+import ast
 import html
 import os
 import pathlib
