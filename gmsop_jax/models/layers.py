@@ -1,6 +1,7 @@
 """Layers that the backbones and heads share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,6 +55,10 @@ class Classifier(CheckedModule):
         return jnp.matmul(x, kernel, preferred_element_type=logits_dtype) + jnp.asarray(bias, logits_dtype)
 
 
+def _all_but_last(x: Array) -> tuple[int, ...]:
+    return tuple(range(x.ndim - 1))
+
+
 class BatchNorm(CheckedModule):
     """Batch normalisation over all axes but the last, with MatConvNet's running moments.
 
@@ -84,29 +89,38 @@ class BatchNorm(CheckedModule):
         bias = self.param("bias", nn.initializers.zeros, (c,))
         running_mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(c, scale.dtype))
         running_sigma = self.variable("batch_stats", "sigma", lambda: jnp.ones(c, scale.dtype))
+        x = jnp.asarray(x)
+        dtype = self.dtype or jnp.result_type(x, scale)
+        x = x.astype(jnp.promote_types(jnp.result_type(x, scale), jnp.float32))
         if train:
-            mean, sigma = self._batch_moments(x)
+            # Moments of x − shift: in those of x itself, E[x²] − E[x]² cancels where |μ| is much larger than σ.
+            shift = self._shift(x)
+            x = x - shift
+            centre, sigma = self._batch_moments(x)
             if not self.is_initializing():
-                self._update(running_mean, mean)
+                self._update(running_mean, shift + centre)
                 self._update(running_sigma, sigma)
         else:
-            mean, sigma = running_mean.value, running_sigma.value
-        dtype = self.dtype or jnp.result_type(x, scale)
-        factor = scale / sigma
-        y = x.astype(factor.dtype) * factor + (bias - mean * factor)
-        return y.astype(dtype)
+            centre, sigma = jnp.asarray(running_mean.value), jnp.asarray(running_sigma.value)
+        return ((x - centre) * (jnp.asarray(scale) / sigma) + jnp.asarray(bias)).astype(dtype)
+
+    def _shift(self, x: Array) -> Array:
+        """The mean of each device's first row, averaged over devices: within √b · σ of μ for a batch of b rows."""
+        shift = jax.lax.stop_gradient(jnp.mean(x[:1], _all_but_last(x)))
+        return self._over_devices(shift)
 
     def _batch_moments(self, x: Array) -> tuple[Array, Array]:
-        axes = tuple(range(x.ndim - 1))
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean, square = jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)
-        if self.axis_name is not None and not self.is_initializing():
-            mean, square = jax.lax.pmean((mean, square), self.axis_name)
-        variance = jnp.maximum(square - jnp.square(mean), 0)
-        return mean, jnp.sqrt(variance + self.epsilon)
+        axes = _all_but_last(x)
+        mean, square = self._over_devices((jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)))
+        return mean, jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
+
+    def _over_devices(self, moments: Any) -> Any:
+        if self.axis_name is None or self.is_initializing():
+            return moments
+        return jax.lax.pmean(moments, self.axis_name)
 
     def _update(self, running: nn.Variable, batch: Array) -> None:
-        old = running.value
+        old = jnp.asarray(running.value)
         running.value = (old + self.running_rate * (batch - old)).astype(old.dtype)
 
 

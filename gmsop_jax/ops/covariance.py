@@ -14,6 +14,7 @@ _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _at_least_float32(x: Array) -> Array:
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -47,6 +48,7 @@ def covariance_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c c"]:
       Array([[1., 2.],
              [2., 4.]], dtype=float32)
     """
+    x = jnp.asarray(x)
     if x.ndim < 2 or x.shape[-2] == 0:
         raise ValueError(f"covariance_pool needs [..., p, c] with p ≥ 1 positions, got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -48,12 +48,14 @@ def apply_candidates(
     Raises:
       ValueError: if `dispatch` is unknown.
     """
+    x, indices = jnp.asarray(x), jnp.asarray(indices)
+    kernels = tuple(jnp.asarray(kernel) for kernel in kernels)
     if dispatch == "auto":
         dispatch = _choose(x, kernels, indices)
     if dispatch == "gather":
-        return _tile(x[:, None], [kernel[indices] for kernel in kernels], pool)
+        return _tile(x[:, None], [_gather(kernel, indices) for kernel in kernels], pool)
     if dispatch == "loop":
-        return _loop(x, tuple(kernels), indices, pool)
+        return _loop(x, kernels, indices, pool)
     raise ValueError(f"dispatch must be 'auto', 'gather' or 'loop', got {dispatch!r}")
 
 
@@ -64,7 +66,7 @@ def apply_all_candidates(
 
     Returns: the pooled vectors, in the bank's order.
     """
-    return _tile(x[:, None], kernels, pool)
+    return _tile(jnp.asarray(x)[:, None], kernels, pool)
 
 
 def mix_candidates(
@@ -82,12 +84,9 @@ def mix_candidates(
     Returns: one vector for each image.
     """
     # A product with one-hot rows rather than take_along_axis, whose gradient is a scatter.
-    selected = jnp.sum(weights[:, None] * _one_hot(indices, weights), axis=-1)
+    weights = jnp.asarray(weights)
+    selected = jnp.sum(weights[:, None] * jax.nn.one_hot(indices, weights.shape[-1], dtype=weights.dtype), axis=-1)
     return jnp.einsum("bk,bkf->bf", selected, pooled, precision=_HIGHEST)
-
-
-def _one_hot(indices: Array, like: Array) -> Array:
-    return jax.nn.one_hot(indices, like.shape[-1], dtype=like.dtype)
 
 
 def _choose(x: Array, kernels: Sequence[Array], indices: Array) -> Dispatch:
@@ -95,6 +94,27 @@ def _choose(x: Array, kernels: Sequence[Array], indices: Array) -> Dispatch:
         return "gather"
     widths = sum(kernel.shape[-1] for kernel in kernels)
     return "loop" if indices.size * x.shape[-2] * widths * x.dtype.itemsize > _CACHE_BYTES else "gather"
+
+
+@jax.custom_vjp
+def _gather(kernel: Array, indices: Array) -> Array:
+    """The weights of each selected pair, [b, k, in, out]."""
+    return kernel[indices]
+
+
+def _gather_forward(kernel, indices):
+    return _gather(kernel, indices), (jnp.arange(kernel.shape[0]), indices)
+
+
+def _gather_backward(residuals, g):
+    # The gradient of indexing is a scatter that adds at repeated indices, in no fixed order on a GPU. A
+    # product with one-hot rows is the same sum in a fixed order; it reads each pair's gradient once.
+    candidates, indices = residuals
+    selected = (indices[..., None] == candidates).astype(g.dtype)
+    return jnp.einsum("bkn,bkio->nio", selected, g, precision=_HIGHEST), np.zeros(indices.shape, jax.dtypes.float0)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _tile(x: Array, weights: Sequence[Array], pool: Pool) -> Array:

@@ -64,6 +64,7 @@ def select_top_k(
     Raises:
       ValueError: if k is out of range.
     """
+    logits = jnp.asarray(logits)
     n = logits.shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and the number of candidates {n}, got {k}")
@@ -103,6 +104,7 @@ def selection_weights(
     """
     if softmax not in ("selected", "all"):
         raise ValueError(f"softmax must be 'selected' or 'all', got {softmax!r}")
+    logits, indices = jnp.asarray(logits), jnp.asarray(indices)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     selected = jnp.any(indices[..., None] == jnp.arange(logits.shape[-1]), axis=-2)
     if softmax == "selected":
@@ -117,20 +119,22 @@ def selection_weights(
     raise ValueError(f"gradient must be 'straight_through' or 'masked', got {gradient!r}")
 
 
-def balance_loss(weights: Float[Array, "b n"], axis_name: str | None = None, ddof: int = 1) -> Float[Array, ""]:
+def balance_loss(importance: Float[Array, "b n"], axis_name: str | None = None, ddof: int = 1) -> Float[Array, ""]:
     """How unevenly a batch uses the candidates: 0 when all carry the same weight.
 
-    L = (std(s)/mean(s))², sᵢ = Σ_batch wᵢ   (GM-SOP, eq. 6, without its factor α)
+    L = (std(s)/mean(s))², sᵢ = Σ_batch importanceᵢ   (GM-SOP, eq. 6, without its factor α)
 
     Args:
-      weights: gate weights; or the softmax over all n, as in V-MoE's importance loss.
+      importance: gate weights, or for V-MoE's importance loss the softmax of the noiseless logits over all n
+        (with ddof=0). Rows may be summed beforehand: only the sum over the batch matters, so gradient
+        accumulation passes the sums of its parts.
       axis_name: pmap or shard_map axis over which the batch is split; s is summed over it first, since
         the loss of the whole batch is not the mean of its parts'.
       ddof: the variance is the sum of squares over n − ddof: 1 as the authors, 0 as Shazeer et al. 2017.
 
     Returns: a scalar; 0 for a single candidate.
     """
-    usage = jnp.sum(weights, axis=0)
+    usage = jnp.sum(importance, axis=0)
     if axis_name is not None:
         usage = jax.lax.psum(usage, axis_name)
     if usage.shape[0] == 1:

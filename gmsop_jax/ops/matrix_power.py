@@ -36,6 +36,7 @@ def matrix_power(sigma: Float[Array, "*b d d"], alpha: float = 0.5) -> Float[Arr
       Array([[2., 0.],
              [0., 3.]], dtype=float32)
     """
+    sigma = jnp.asarray(sigma)
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
     if sigma.ndim < 2 or sigma.shape[-1] != sigma.shape[-2]:

@@ -43,6 +43,7 @@ def newton_schulz_sqrt(sigma: Float[Array, "*b d d"], num_iters: int = 3) -> Flo
       Array([[2., 0.],
              [0., 2.]], dtype=float32)
     """
+    sigma = jnp.asarray(sigma)
     _check(sigma, num_iters)
     return _sqrt(sigma, num_iters)
 

@@ -41,6 +41,7 @@ def triangle_vector(m: Shaped[Array, "*b d d"]) -> Shaped[Array, "*b t"]:
       >>> triangle_vector(jnp.array([[1, 2], [2, 5]]))
       Array([1, 2, 5], dtype=int32)
     """
+    m = jnp.asarray(m)
     if m.ndim < 2 or m.shape[-1] != m.shape[-2]:
         raise ValueError(f"triangle_vector needs square matrices [..., d, d], got shape {m.shape}")
     return _vector(m)
@@ -62,7 +63,7 @@ def triangle_matrix(v: Shaped[Array, "*b t"]) -> Shaped[Array, "*b d d"]:
       Array([[1, 2],
              [2, 5]], dtype=int32)
     """
-    return _matrix(v)
+    return _matrix(jnp.asarray(v))
 
 
 def triangle_side(t: int) -> int:

@@ -92,3 +92,53 @@ def test_dtype_follows_the_input(x64, dtype):
     fresh = norm().init(jax.random.key(0), x, train=False)
     fresh = jax.tree.map(lambda leaf: leaf.astype(dtype), fresh)
     assert norm().apply(fresh, x, train=False).dtype == dtype
+
+
+def pytorch_error(x: np.ndarray, exact: np.ndarray) -> float:
+    """Largest error of two-pass float32 moments and y = x·α + β, which is how PyTorch normalises on a CPU."""
+    flat = x.reshape(-1, x.shape[-1])
+    mean = flat.mean(0, dtype=np.float32)
+    alpha = np.float32(1) / np.sqrt(np.square(flat - mean).mean(0, dtype=np.float32) + np.float32(EPSILON))
+    return float(np.abs(x * alpha - mean * alpha - exact).max())
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("first_image_is_far", [False, True])
+@pytest.mark.parametrize("ratio", [1, 1000, 3000, 10_000, -10_000])
+def test_a_mean_far_above_sigma_costs_no_digits(ratio, first_image_is_far, devices):
+    x = np.random.default_rng(0).normal(ratio, 1, size=(32, 16, 16, 3)).astype(np.float32)
+    if first_image_is_far:
+        x[0] += 5
+    flat = x.astype(np.float64).reshape(-1, 3)
+    exact = ((x - flat.mean(0)) / np.sqrt(flat.var(0) + EPSILON)).astype(np.float64)
+    fresh = norm().init(jax.random.key(0), x, train=False)
+
+    def run(x):
+        return norm(running_rate=1.0, axis_name="batch").apply(fresh, x, train=True, mutable=["batch_stats"])
+
+    y, updates = jax.vmap(run, axis_name="batch")(x.reshape(devices, -1, *x.shape[1:]))
+    bound = max(3 * pytorch_error(x, exact), 1e-5)
+    assert np.abs(np.asarray(y).reshape(x.shape) - exact).max() <= bound
+    moments = jax.tree.map(lambda leaf: leaf[0], updates["batch_stats"])
+    np.testing.assert_allclose(moments["mean"], flat.mean(0), rtol=3e-7, atol=1e-6)
+    np.testing.assert_allclose(moments["sigma"], np.sqrt(flat.var(0) + EPSILON), rtol=1e-5)
+
+
+def test_evaluation_of_a_mean_far_above_sigma_costs_no_digits():
+    x = jnp.array([[10_000.0], [10_001.0]])
+    y = norm().apply(variables(10_000.0, 3.0, 1.0, 0.5), x, train=False)
+    np.testing.assert_allclose(y, [[0.5], [0.5 + 1 / 3]], rtol=1e-6)
+
+
+def test_the_shift_changes_no_gradient(x64):
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, size=(4, 5, 2)))
+
+    def ours(x):
+        fresh = variables()
+        fresh = jax.tree.map(lambda leaf: jnp.tile(leaf.astype(x.dtype), 2), fresh)
+        return jnp.sum(jnp.sin(norm().apply(fresh, x, train=True, mutable=["batch_stats"])[0]))
+
+    def plain(x):
+        return jnp.sum(jnp.sin((x - x.mean((0, 1))) / jnp.sqrt(x.var((0, 1)) + EPSILON)))
+
+    np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), rtol=1e-10, atol=1e-12)

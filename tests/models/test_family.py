@@ -292,3 +292,19 @@ def test_balance_of_weights_and_of_the_softmax(x64):
                 assert (np.asarray(aux["importance"]) > 0).all()
     assert losses["weights", 0] == pytest.approx(losses["weights", 1] * 3 / 4)  # (n − 1)/n
     assert losses["softmax", 1] < losses["weights", 1]
+
+
+def test_v_moe_importance_loss_by_hand():
+    # h without noise is ln (4, 2, 1, 1) for one image and ln (1, 1, 1, 1) for the other, whose softmax are
+    # (4, 2, 1, 1)/8 and (2, 2, 2, 2)/8: importance (6, 4, 3, 3)/8, mean ½, squares of deviations from 4/8:
+    # (4 + 0 + 1 + 1)/64, over n = 4: 6/256; divided by the squared mean ¼: 6/64
+    options: dict[str, Any] = {"gate_noise": "fixed", "balance_on": "softmax", "balance_ddof": 0}
+    gate: Any = Gate(num_candidates=4, num_selected=1, gate_widths=(), gate_order=1, **options)
+    variables = {"params": {"kernel": jnp.log(jnp.array([[4.0, 2.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))}}
+    x = jnp.eye(2)[:, None]
+    noise = jnp.array([[0.0, 0.0, 40.0, 0.0], [0.0, -8.0, 0.0, 9.0]])
+    for given in (None, noise):
+        out = gate.apply(variables, x, train=True, gate_noise=given, rngs={"gating": jax.random.key(0)})
+        np.testing.assert_allclose(out.importance, jnp.array([[4, 2, 1, 1], [2, 2, 2, 2]]) / 8, rtol=1e-6)
+        np.testing.assert_allclose(out.balance_loss, 6 / 64, rtol=1e-5)
+    assert out.indices.tolist() == [[2], [3]]  # the noise, divided by n, still selects
