@@ -1,7 +1,7 @@
-"""Stored images → images of one size: whole, their centre, or a part drawn at random.
+"""Preparation of stored images: the whole image, its centre, or a random part of it, resized to one size.
 
-Each way is a small object that is called with a block of images and a row of random numbers for each of them, and
-keeps nothing: the same numbers give the same pixels, in any thread or process.
+A preparation is called with a block of images and a row of random numbers for each of them. It keeps no state, so the
+same numbers give the same pixels in any thread or process.
 """
 
 import dataclasses
@@ -12,27 +12,28 @@ import numpy as np
 from gmsop_jax.data.resize import resize
 from gmsop_jax.errors import ConfigError
 
-Pixels = np.ndarray | list[np.ndarray]  # uint8 [n, h, w, c], or [h, w, c] each where they differ; c = 1 or 3
+Pixels = np.ndarray | list[np.ndarray]  # uint8 [n, h, w, c], or n of [h, w, c] if they differ in shape; c = 1 or 3
 
-_TRIES = 10  # to find a part inside of the image
-_ASPECTS = 3 / 4, 4 / 3  # of a part, width / height
-_LONGEST = 16  # times the shorter side; of a longer image the middle is taken before it is enlarged
+_TRIES = 10  # attempts to find a part that lies inside the image
+_ASPECTS = 3 / 4, 4 / 3  # smallest and largest width / height of a part
+_LONGEST = 16  # images longer than this many times their shorter side are cut to that before they are resized
 
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """All of an image, resized."""
+    """Resizes the whole image."""
 
     num_draws: ClassVar[int] = 0
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """Images of one size.
+        """Prepares a block of images.
 
         Args:
           pixels: n images.
-          draws: of [0, 1), float64 [n, num_draws].
+          draws: random numbers in [0, 1), float64 [n, num_draws].
           size: height and width of the result.
-          mean_rgb: colour of what lies outside of an image, uint8 [3].
+          mean_rgb: colour that surrounds an image, uint8 [3].
+
         Returns: uint8 [n, *size, c], or n of [*size, c].
         """
         del draws, mean_rgb
@@ -43,13 +44,13 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Centre:
-    """The centre of an image whose shorter side has been resized to `shorter_side`; 0 takes it `Whole`."""
+    """Resizes the shorter side to `shorter_side` and cuts out the centre; 0 resizes the whole image instead."""
 
     shorter_side: int
     num_draws: ClassVar[int] = 0
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """As `Whole`; the size must fit into a square of `shorter_side`."""
+        """Prepares a block of images as `Whole` does; the size must fit into a square of `shorter_side`."""
         if not self.shorter_side:
             return Whole()(pixels, draws, size, mean_rgb)
         return [evaluation_image(image, size, self.shorter_side) for image in pixels]
@@ -57,24 +58,24 @@ class Centre:
 
 @dataclasses.dataclass(frozen=True)
 class PaddedCrop:
-    """A window, at a random place, of the image with `padding` pixels of the mean colour around it.
+    """Surrounds the image with `padding` pixels of the mean colour and cuts a window out at a random place.
 
-    He et al., "Deep Residual Learning for Image Recognition", 2016, §4.2. They pad with zeros after the mean is
-    subtracted, which the mean colour is before.
+    He et al., "Deep Residual Learning for Image Recognition", 2016, §4.2. They pad with zeros after subtracting the
+    mean, which is equivalent.
     """
 
     padding: int = 4
     num_draws: ClassVar[int] = 2  # top, left
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> np.ndarray:
-        """As `Whole`: uint8 [n, *size, 3]."""
+        """Prepares a block of images as `Whole` does; returns uint8 [n, *size, 3]."""
         padded = pad(Whole()(pixels, draws, size, mean_rgb), self.padding, mean_rgb)
         return windows(padded, np.floor(draws * (2 * self.padding + 1)).astype(int), size)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizedCrop:
-    """A random part of the image, between `area`'s shares of it, resized (bicubic).
+    """Cuts out a random part whose share of the image's area lies between the two of `area`, and resizes it.
 
     Szegedy et al., "Going Deeper with Convolutions", 2015, §6.
     """
@@ -83,7 +84,7 @@ class ResizedCrop:
     num_draws: ClassVar[int] = 2 * _TRIES + 2  # areas, aspects, top, left
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """As `Whole`: n of uint8 [*size, c]."""
+        """Prepares a block of images as `Whole` does; returns n of uint8 [*size, c]."""
         del mean_rgb
         parts = random_parts(np.array([image.shape[:2] for image in pixels]), draws, self.area)
         return [
@@ -97,9 +98,10 @@ Preparation = Whole | Centre | Crop
 
 
 def create_crop(kind: str, *, padding: int, area: tuple[float, float]) -> Crop | None:
-    """The crop that `config.data` names: 'padded', 'resized', or 'none'.
+    """Creates the crop that `config.data.crop` names: `padded`, `resized` or `none`.
 
-    Raises: ConfigError if it is none of these.
+    Raises:
+      ConfigError: if there is no such crop.
     """
     if kind == "none":
         return None
@@ -107,16 +109,17 @@ def create_crop(kind: str, *, padding: int, area: tuple[float, float]) -> Crop |
         return PaddedCrop(padding)
     if kind == "resized":
         return ResizedCrop((float(area[0]), float(area[1])))
-    raise ConfigError(f"crop is {kind!r}; it is none, padded or resized")
+    raise ConfigError(f"crop is {kind!r}; it must be none, padded or resized")
 
 
 def evaluation_image(image: np.ndarray, size: tuple[int, int], shorter_side: int) -> np.ndarray:
-    """An image as evaluation takes it: resized with its aspect (bicubic), and the centre cut out.
+    """Prepares an image for evaluation: resizes its shorter side (bicubic) and cuts out the centre.
 
     Args:
       image: uint8 [h, w, c].
       size: height and width of the result, neither more than `shorter_side`.
-      shorter_side: its length after resizing; the other is rounded down. 0 resizes the whole image to `size`.
+      shorter_side: its length after resizing. The longer side is rounded down. 0 resizes the whole image to `size`.
+
     Returns: uint8 [*size, c].
     """
     if not shorter_side:
@@ -129,18 +132,19 @@ def evaluation_image(image: np.ndarray, size: tuple[int, int], shorter_side: int
 
 
 def middle(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The middle [*size, c] of an image [h, w, c] that is no smaller; half a pixel up and left where it must be."""
+    """Returns the middle [*size, c] of an image [h, w, c]; if it can't be centred, it is half a pixel up or left."""
     top, left = (image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2
     return image[top : top + size[0], left : left + size[1]]
 
 
 def pad(pixels: Pixels, padding: int, colour: np.ndarray) -> np.ndarray:
-    """Puts a margin around images of one size.
+    """Adds a margin around images of one size.
 
     Args:
       pixels: n images [h, w, c].
-      padding: pixels on every side.
-      colour: of the margin, uint8 [3].
+      padding: width of the margin on every side, in pixels.
+      colour: colour of the margin, uint8 [3].
+
     Returns: uint8 [n, h + 2·padding, w + 2·padding, 3].
     """
     height, width = pixels[0].shape[:2]
@@ -157,6 +161,7 @@ def windows(pixels: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> n
       pixels: uint8 [n, h, w, c].
       corners: top and left of each window, integers [n, 2].
       size: height and width of the windows.
+
     Returns: uint8 [n, *size, c].
     """
     count, height, _, channels = pixels.shape
@@ -168,14 +173,15 @@ def windows(pixels: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> n
 def random_parts(shapes: np.ndarray, draws: np.ndarray, area: tuple[float, float]) -> np.ndarray:
     """Draws a part of each image, as torchvision's RandomResizedCrop does.
 
-    Ten times a share of the image's area is drawn evenly, and an aspect, evenly in its logarithm, between 3/4 and 4/3;
-    the first part that fits is put at a random place. If none fits it is the centre: the whole image, or the most of it
-    that has an allowed aspect.
+    Up to ten times, a share of the image's area is drawn uniformly, and a ratio of width to height log-uniformly
+    between 3/4 and 4/3. The first part that fits into the image is put at a random place. If none fits, the part is the
+    centre of the image: the whole image, or as much of it as has an allowed ratio.
 
     Args:
       shapes: height and width of each image, integers [n, 2].
-      draws: of [0, 1), float64 [n, 22]: ten shares, ten aspects, top, left.
-      area: least and largest share.
+      draws: random numbers in [0, 1), float64 [n, 22]: ten shares, ten ratios, top, left.
+      area: smallest and largest share.
+
     Returns: top, left, height and width of the parts, int64 [n, 4].
     """
     shares, aspects, places = np.split(draws, (_TRIES, 2 * _TRIES), axis=1)
@@ -192,7 +198,7 @@ def random_parts(shapes: np.ndarray, draws: np.ndarray, area: tuple[float, float
 
 
 def copy_images(out: np.ndarray, pixels: Pixels) -> None:
-    """Copies images of one size into `out` [n, h, w, 3], gray ones into all three channels."""
+    """Copies images of one size into `out` [n, h, w, 3]; gray images are repeated in all three channels."""
     if isinstance(pixels, np.ndarray):
         out[...] = pixels
     else:
@@ -201,7 +207,7 @@ def copy_images(out: np.ndarray, pixels: Pixels) -> None:
 
 
 def _central(shapes: np.ndarray) -> np.ndarray:
-    """Height and width of the most of each image that has an allowed aspect, integers [n, 2]."""
+    """Returns height and width of the largest part of each image that has an allowed ratio, integers [n, 2]."""
     height, width = shapes.T
     low, high = _ASPECTS
     return np.stack(

@@ -1,13 +1,12 @@
-"""The one codec between a labelled image and the bytes of a record.
+"""Conversion of labelled images to the bytes of a record, and back.
 
-A record is a 20-byte header and the pixels:
+A record consists of a header of 20 bytes and the pixels. The header's fields are little-endian:
 
-    magic 'GSOP' | version u8 | codec u8 | channels u8 (1, 3) | 0 | height u16 | width u16 | label
-    i32 | crc32 u32
+    magic 'GSOP' | version u8 | codec u8 | channels u8 (1 or 3) | 0 u8 | height u16 | width u16 | label i32 | crc32 u32
 
-all little-endian; the checksum covers everything but itself. Pixels are row-major [h, w, channels]
-uint8, raw, as a lossless PNG, or as a JPEG of quality 95 with full-size colours. A gray image is stored
-as one channel and repeated to three when read.
+The checksum covers the whole record except itself. Pixels are uint8 [h, w, channels], stored raw in row-major order, as
+a PNG, or as a JPEG of quality 95 without chroma subsampling. A gray image is stored as one channel, which is repeated
+to three when it is read.
 """
 
 import io
@@ -56,15 +55,19 @@ def encode(image: np.ndarray, label: int, *, codec: Codec = "raw") -> bytes:
     """Packs one image and its label.
 
     Args:
-      image: uint8, [h, w] or [h, w, 1] (gray) or [h, w, 3] (RGB); sides from 1 to 65,535.
-      label: 0-based class, 0 to 2³¹ − 1.
-      codec: 'raw' pixels (fastest to read), lossless 'png' (smaller), or 'jpeg' (smallest, for photographs;
-        not the same pixels).
-    Returns: the record's bytes.
-    Raises: DataError if the image or label is none of these.
+      image: uint8, [h, w] or [h, w, 1] (gray) or [h, w, 3] (RGB), with sides from 1 to 65,535.
+      label: class, 0 to 2³¹ − 1.
+      codec: `raw` pixels, which are read fastest; `png`, which is smaller and lossless; or `jpeg`, which is smallest
+        and changes the pixels slightly.
 
-    >>> decode(encode(np.zeros((2, 3), np.uint8), 7))["image"].shape
-    (2, 3, 3)
+    Returns: the bytes of the record.
+
+    Raises:
+      DataError: if the image, label or codec is not of this kind.
+
+    Example:
+      >>> decode(encode(np.zeros((2, 3), np.uint8), 7))["image"].shape
+      (2, 3, 3)
     """
     pixels = np.asarray(image)
     if pixels.ndim == 2:
@@ -83,12 +86,15 @@ def encode(image: np.ndarray, label: int, *, codec: Codec = "raw") -> bytes:
 
 
 def decode(record: bytes) -> Example:
-    """Unpacks one record, checking all of it.
+    """Unpacks one record and verifies its checksum.
 
     Args:
-      record: bytes that `encode` made.
+      record: bytes that `encode` returned.
+
     Returns: {'image': uint8 [h, w, 3], 'label': int}.
-    Raises: DataError if the bytes are truncated, changed or something else.
+
+    Raises:
+      DataError: if the bytes are truncated, changed or not a record.
     """
     header = _header(record)
     if int(header["crc"]) != _checksum(record):
@@ -98,15 +104,18 @@ def decode(record: bytes) -> Example:
 
 
 def decode_batch(records: Sequence[bytes]) -> tuple[np.ndarray | list[np.ndarray], np.ndarray]:
-    """Unpacks many records at once; for raw records of one shape that is a single copy.
+    """Unpacks many records at once, with a single copy if they are raw and of one shape.
 
-    Checksums aren't compared here: the ArrayRecord container has already compared its own.
+    The checksums of the records are not verified, since the ArrayRecord container has already verified its own.
 
     Args:
-      records: at least one.
-    Returns: pixels, uint8 [n, h, w, c] with c = 1 or 3 (a list of [h, w, c] if the shapes differ),
-      and labels int32 [n].
-    Raises: DataError if a record is damaged.
+      records: at least one record.
+
+    Returns: the pixels, uint8 [n, h, w, c] with c = 1 or 3, or a list of [h, w, c] if the shapes differ; and the
+      labels, int32 [n].
+
+    Raises:
+      DataError: if a record is damaged.
     """
     first = _header(records[0])
     size = len(records[0])
@@ -134,7 +143,7 @@ def _check_image(pixels: np.ndarray) -> None:
 
 def _header(record: bytes) -> np.void:
     if len(record) < HEADER.itemsize:
-        raise DataError(f"damaged record: {len(record)} bytes, less than the header's {HEADER.itemsize}")
+        raise DataError(f"damaged record: it has {len(record)} bytes, but its header alone takes {HEADER.itemsize}")
     header = np.frombuffer(record, HEADER, count=1)[0]
     if header["magic"] != b"GSOP":
         raise DataError(f"not a record of this project: it begins with {bytes(record[:4])!r}, not b'GSOP'")

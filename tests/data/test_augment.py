@@ -260,7 +260,7 @@ def test_configured_crops():
     assert create_crop("none", padding=4, area=(0.1, 1)) is None
     assert create_crop("padded", padding=5, area=(0.1, 1)) == PaddedCrop(5)
     assert create_crop("resized", padding=4, area=(0.1, 1)) == ResizedCrop((0.1, 1.0))
-    with pytest.raises(ConfigError, match="'random'; it is none, padded or resized"):
+    with pytest.raises(ConfigError, match="'random'; it must be none, padded or resized"):
         create_crop("random", padding=4, area=(0.1, 1))
 
 
