@@ -96,7 +96,6 @@ def test_the_step_knows_no_files_and_no_configuration(module):
 PRIVATE = {
     "data/test_augment.py": {"_read_one"},
     "inference/test_export.py": {"_flatten"},
-    "inference/test_predict.py": {"_saving", "_step", "_variables"},
     "interop/test_matfile.py": {"_to_scipy"},
     "parallel/eight_devices/cases.py": {"_check_pairs"},
     "parallel/test_cpu_devices.py": {"_split_rows"},

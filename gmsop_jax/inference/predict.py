@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from gmsop_jax.conversion.sources import UnreadableImage
 from gmsop_jax.conversion.sources.images import decode_image
 from gmsop_jax.data.augment import evaluation_image, middle
-from gmsop_jax.errors import DataError
+from gmsop_jax.errors import DataError, FileAccessError
 from gmsop_jax.training import parallel, restore
 from gmsop_jax.training.step import normalize
 
@@ -27,13 +27,13 @@ ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a network says about one image.
+    """A network's outputs for one image.
 
     Attributes:
-      file: as it was named.
+      file: the name of the image file.
       probabilities: [classes], float32; they sum to 1.
-      gate_weights: [n], float32, k of them not 0 (more if `eval.flip_average` takes the mean of two views); [1]
-        in a network without gate.
+      gate_weights: [n], float32, of which k are not 0 (up to 2k with `eval.flip_average`, which averages two views);
+        [1] in a network without gate.
       features: [f], float32: the pooled vector, for retrieval or a linear probe.
     """
 
@@ -45,7 +45,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """An image file that can't be read, and why."""
+    """An image file that can't be read, and the reason."""
 
     file: str
     reason: str
@@ -54,15 +54,15 @@ class Unreadable:
 def make_predict_step(
     model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool = False
 ) -> Callable[[Mapping[str, Any], UInt8[Array, "b h w 3"]], dict[str, Array]]:
-    """The prediction step (variables, images) → outputs, for `jax.jit` and `jax.export`.
+    """Creates the prediction step (variables, images) → outputs, for `jax.jit` and `jax.export`.
 
     Args:
-      model: gives `(logits, aux)`.
-      mean_rgb: [3], mean colour that is subtracted.
-      flip_average: every output but the probabilities, which are the logits' softmax, is the mean of that of
-        each image and of its mirror image.
+      model: a network that returns `(logits, aux)`.
+      mean_rgb: [3], the mean colour, which is subtracted.
+      flip_average: average logits, gate weights and features over each image and its mirror image; the
+        probabilities are the softmax of the averaged logits.
 
-    Returns: a function of images uint8 [b, h, w, 3] (RGB) that gives `logits` and `probabilities`
+    Returns: a function of images, uint8 [b, h, w, 3] (RGB), that returns `logits` and `probabilities`
       [b, classes], `gate_weights` [b, n] and `features` [b, f].
     """
 
@@ -85,23 +85,22 @@ def make_predict_step(
 def read_image(
     file: str | os.PathLike[str], size: tuple[int, int], shorter_side: int = 0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file of any size and kind as a network takes it.
+    """Reads an image file and brings it to the size that a network expects.
 
-    Turned upright by its EXIF data, transparency laid over white, gray repeated to three channels; the
-    largest piece in the middle with the aspect of `size` is resized (bicubic), or a smaller one that
-    `shorter_side` says.
+    The image is rotated as its EXIF data says, transparent pixels are composed over white, and gray is repeated to
+    three channels. Then it is resized (bicubic) and its centre is cut out.
 
     Args:
-      file: in any format that Pillow reads; of an animation the first frame is taken.
+      file: an image in any format that Pillow reads; of an animation the first frame is used.
       size: height and width.
-      shorter_side: `config.eval.resize` of the run: the length to which the shorter side is resized before
-        the centre is cut out, as in evaluation; 0 leaves out as little as possible.
+      shorter_side: `config.eval.resize` of the run: the length to which the shorter side is resized before the
+        centre is cut out, as in evaluation; 0 cuts off as little as possible.
 
     Raises:
-      UnreadableImage: if it is missing or no image.
+      UnreadableImage: if the file is missing, is not a regular file, or is not an image.
     """
     try:
-        data = pathlib.Path(file).read_bytes()
+        data = _read_bytes(pathlib.Path(file))
     except OSError as error:
         raise UnreadableImage(error.strerror or str(error)) from error
     image = decode_image(data, str(file))
@@ -114,21 +113,21 @@ def read_image(
 
 
 def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The image files that some names mean.
+    """Expands folders and lists to the names of image files.
 
     Args:
-      inputs: image files; folders, of which all images are taken, sub-folders' too, in the order of
-        their names; `.txt` files that list one path a line.
+      inputs: image files; folders, in which all images are taken, those in sub-folders included, in the order of
+        their names; `.txt` files with one path on each line. In folders, names that begin with a dot are ignored.
 
     Raises:
-      DataError: if there is none, or a list can't be read.
+      DataError: if there are no images, or a list can't be read.
+      FileAccessError: if a folder can't be read.
     """
     files: list[str] = []
     for name in inputs:
         path = pathlib.Path(name)
         if path.is_dir():
-            found = (file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
-            files += sorted(str(file) for file in found)
+            files += sorted(_walk(path))
         elif path.suffix.lower() == ".txt":
             files += _read_list(path)
         else:
@@ -138,24 +137,51 @@ def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
     return files
 
 
+def _walk(folder: pathlib.Path) -> Iterator[str]:
+    """Yields what is named like an image in a folder and its sub-folders; links are followed, but no folder twice."""
+
+    def refuse(error: OSError) -> None:
+        raise FileAccessError.from_os_error(error.filename or folder, error) from error
+
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if pathlib.Path(name).suffix.lower() in ENDINGS and not name.startswith("."):
+                yield os.path.join(parent, name)
+
+
 def _read_list(path: pathlib.Path) -> list[str]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = _read_bytes(path).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"the list {path} can't be read ({error})") from error
     return [line.strip() for line in lines if line.strip()]
 
 
+def _read_bytes(path: pathlib.Path) -> bytes:
+    """Reads a regular file. Opening anything else, such as a named pipe, could wait forever."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return path.read_bytes()
+
+
 class Predictor:
-    """A trained network, ready for image files.
+    """A trained network that predicts the classes of image files.
 
     Args:
-      path: a working directory or one step's folder in it, as `restore.load` takes it.
+      path: a working directory, or the folder of one step in it, as in `restore.load`.
 
     Attributes:
-      info: of the run: configuration, classes, image size.
+      info: configuration, classes and image size of the run.
 
-    Raises: as `restore.load`.
+    Raises:
+      CheckpointError: if the checkpoint can't be loaded.
 
     Example:
       ```
@@ -174,17 +200,22 @@ class Predictor:
         )
         self._step = jax.jit(step)
 
+    def outputs(self, images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, np.ndarray]:
+        """The outputs of the prediction step for images of the network's size; see `make_predict_step`."""
+        placed = parallel.place_batch({"image": images}, self._mesh)
+        return jax.device_get(self._step(self._variables, placed["image"]))
+
     def predict(
         self, inputs: Iterable[str | os.PathLike[str]], *, batch_size: int = 256
     ) -> Iterator[Prediction | Unreadable]:
-        """Predicts image by image, in batches of one static shape, reading ahead.
+        """Predicts the classes of images, in batches of one static shape, while it reads ahead.
 
         Args:
-          inputs: as `list_files` takes them.
-          batch_size: of the network's runs; the smaller number of files if they are fewer.
+          inputs: files, folders and lists; see `list_files`.
+          batch_size: number of images in a batch; at most the number of files is used.
 
-        Returns: an iterator over the results in the order of the files. Those of a batch come when it
-          is full; unreadable files are told, and skipped.
+        Returns: an iterator over the results, in the order of the files. A file that can't be read gives an
+          `Unreadable`.
 
         Raises:
           DataError: if there are no files.
@@ -208,14 +239,13 @@ class Predictor:
     def _run(
         self, items: Sequence[tuple[str, np.ndarray | Unreadable]], batch_size: int
     ) -> Iterator[Prediction | Unreadable]:
-        """Results of the images and of the unreadable files among them, in their order."""
+        """Yields the results of one batch of images and of the unreadable files between them, in their order."""
         batch = np.zeros((batch_size, *self.info.inputs.image_size, 3), np.uint8)
         images = [image for _, image in items if isinstance(image, np.ndarray)]
         outputs: dict[str, np.ndarray] = {}
         if images:
             batch[: len(images)] = images
-            placed = parallel.place_batch({"image": batch}, self._mesh)
-            outputs = jax.device_get(self._step(self._variables, placed["image"]))
+            outputs = self.outputs(batch)
         row = 0
         for file, image in items:
             if isinstance(image, Unreadable):
@@ -232,5 +262,5 @@ def _read(file: str, *, size: tuple[int, int], shorter_side: int) -> tuple[str, 
         return file, read_image(file, size, shorter_side)
     except UnreadableImage as error:
         if isinstance(error.__cause__, PIL.UnidentifiedImageError):
-            return file, Unreadable(file, "no image, or of no format that Pillow reads")
+            return file, Unreadable(file, "not an image in a format that Pillow reads")
         return file, Unreadable(file, str(error).removeprefix(f"{file}: "))

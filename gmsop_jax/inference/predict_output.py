@@ -1,4 +1,4 @@
-"""Predictions as text (table, JSON, CSV) and as arrays (npz), written while they come."""
+"""The command `--mode predict`: prints predictions as a table, JSON or CSV, and saves features."""
 
 import contextlib
 import csv
@@ -6,16 +6,15 @@ import io
 import json
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
 
 from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.files import replacing
 from gmsop_jax.inference.predict import Prediction, Predictor, Unreadable, list_files
 from gmsop_jax.training.restore import Info
 
@@ -31,55 +30,65 @@ def run(
     output_format: str = "table",
     batch_size: int = 256,
 ) -> int:
-    """Predicts and prints: what `--mode predict` does.
+    """Predicts the classes of images and prints them.
+
+    If the reader of standard output has gone (`| head`), the rest is not printed, but the features are saved.
 
     Args:
-      checkpoint: a working directory or one step's folder in it.
-      inputs: images, folders, lists.
-      top: most probable classes told of each image.
-      features: an .npz file to write.
+      checkpoint: a working directory, or the folder of one step in it.
+      inputs: images, folders, and lists of files; see `list_files`.
+      top: number of most probable classes to print for each image.
+      features: an .npz file for the features; see `FeatureFile`.
       output_format: one of `FORMATS`.
-      batch_size: of the network's runs.
+      batch_size: number of images in a batch.
 
-    Returns: the exit status, 1 if some file was unreadable and 0 otherwise.
+    Returns: the exit status: 1 if a file could not be read, 0 otherwise.
 
     Raises:
-      UserError: if there are no images, the checkpoint can't be read, or the .npz file not be written.
+      UserError: if there are no images, the checkpoint can't be read, or the .npz file can't be written.
     """
     if top < 1:
         raise ConfigError(f"--top must be at least 1, got {top}")
+    if features and not features.endswith(".npz"):
+        raise ConfigError(f"--features {features} must end in .npz")
     files = list_files(inputs)
     predictor = Predictor(checkpoint)
     unreadable: list[Unreadable] = []
-    try:
-        with _saving(features) as save:
-            results = _noting(predictor.predict(files, batch_size=batch_size), unreadable, save)
-            for text in FORMATS[output_format](results, predictor.info, top, files):
-                sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as in `… | head`: whoever reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with FeatureFile(pathlib.Path(features)) if features else contextlib.nullcontext() as feature_file:
+
+        def results() -> Iterator[Prediction | Unreadable]:
+            for result in predictor.predict(files, batch_size=batch_size):
+                if isinstance(result, Unreadable):
+                    unreadable.append(result)
+                elif feature_file:
+                    feature_file.add(result)
+                yield result
+
+        for text in FORMATS[output_format](results(), predictor.info, top, files):
+            if not _print(text) and not features:
+                break
     for item in unreadable:
         print(f"unreadable: {item.file}: {item.reason}", file=sys.stderr)
     return 1 if unreadable else 0
 
 
-def _noting(results: Results, unreadable: list[Unreadable], save: Callable[[Prediction], None]) -> Results:
-    for result in results:
-        if isinstance(result, Unreadable):
-            unreadable.append(result)
-        else:
-            save(result)
-        yield result
+def _print(text: str) -> bool:
+    """Prints text as it is, at once; file names that are not UTF-8 are escaped. Returns whether anybody reads it."""
+    try:
+        print(text.encode("utf-8", "backslashreplace").decode(), end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _best(prediction: Prediction, top: int) -> np.ndarray:
-    """The most probable classes' numbers, the best first."""
+    """The labels of the most probable classes, in order of decreasing probability."""
     return np.argsort(-prediction.probabilities, kind="stable")[:top]
 
 
 def _table(results: Results, info: Info, top: int, files: Sequence[str]) -> Iterator[str]:
-    """Columns for the eye; an image has a line for each class, its gate weights stand on the first."""
+    """Aligned columns, with a line for each class; the gate weights are on the first line of an image."""
     classes = info.inputs.classes
     name_width = max(len("file"), *(len(file) for file in files))
     class_width = max(len("class"), *(len(name) for name in classes))
@@ -98,21 +107,18 @@ def _table(results: Results, info: Info, top: int, files: Sequence[str]) -> Iter
 
 
 def _json(results: Results, info: Info, top: int, files: Sequence[str]) -> Iterator[str]:
-    """One array with an object for each file, a line each."""
-    del files
+    """One array, with an object for each file on a line of its own."""
     separator = "[\n"
     for result in results:
+        value: dict[str, Any] = {"file": result.file}
         if isinstance(result, Unreadable):
-            value: dict[str, Any] = {"file": result.file, "error": result.reason}
+            value["error"] = result.reason
         else:
-            value = {
-                "file": result.file,
-                "classes": [
-                    {"name": info.inputs.classes[i], "label": int(i), "probability": float(result.probabilities[i])}
-                    for i in _best(result, top)
-                ],
-                "gate_weights": [float(weight) for weight in result.gate_weights],
-            }
+            value["classes"] = [
+                {"name": info.inputs.classes[i], "label": int(i), "probability": float(result.probabilities[i])}
+                for i in _best(result, top)
+            ]
+            value["gate_weights"] = result.gate_weights.tolist()
         yield separator + json.dumps(value, ensure_ascii=False)
         separator = ",\n"
     yield "\n]\n"
@@ -120,25 +126,25 @@ def _json(results: Results, info: Info, top: int, files: Sequence[str]) -> Itera
 
 def _csv(results: Results, info: Info, top: int, files: Sequence[str]) -> Iterator[str]:
     """A header, and a row for each file."""
-    del files
     ranks = range(1, min(top, len(info.inputs.classes)) + 1)
     header = ["file", "error", *(f"{key}_{rank}" for rank in ranks for key in ("class", "probability"))]
     header += [f"gate_{i}" for i in range(info.num_candidates)]
-    yield _csv_line(header)
-    for result in results:
-        if isinstance(result, Unreadable):
-            yield _csv_line([result.file, result.reason, *[""] * (len(header) - 2)])
-            continue
-        row = [result.file, ""]
-        for label in _best(result, top):
-            row += [info.inputs.classes[label], f"{result.probabilities[label]:.6g}"]
-        yield _csv_line(row + [f"{weight:.6g}" for weight in result.gate_weights])
-
-
-def _csv_line(row: Sequence[str]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(row)
-    return buffer.getvalue()
+    writer = csv.DictWriter(buffer, header, lineterminator="\n")
+    writer.writeheader()
+    for result in results:
+        row: dict[str, Any] = {"file": result.file}
+        if isinstance(result, Unreadable):
+            row["error"] = result.reason
+        else:
+            for rank, label in enumerate(_best(result, top), 1):
+                row[f"class_{rank}"] = info.inputs.classes[label]
+                row[f"probability_{rank}"] = f"{result.probabilities[label]:.6g}"
+            row |= {f"gate_{i}": f"{weight:.6g}" for i, weight in enumerate(result.gate_weights)}
+        writer.writerow(row)
+        yield buffer.getvalue()
+        buffer.seek(0)
+        buffer.truncate()
 
 
 FORMATS: dict[str, Callable[[Results, Info, int, Sequence[str]], Iterator[str]]] = {
@@ -148,62 +154,58 @@ FORMATS: dict[str, Callable[[Results, Info, int, Sequence[str]], Iterator[str]]]
 }
 
 
-class _Features:
-    """Collects predictions for an .npz file; the features wait on disk, for they may be many.
+class FeatureFile:
+    """A context manager that collects predictions and, on leaving, writes them to an .npz file.
 
-    The file has `files` [m], `features` [m, f], `gate_weights` [m, n] and `labels` [m] (the most
-    probable class), for the m readable images.
+    The file has the arrays `files` [m], `features` [m, f], `gate_weights` [m, n] and `labels` [m] (the most
+    probable class) of the m images that could be read. Until then the features are kept on disk, because all of
+    them may not fit into memory.
+
+    Raises:
+      DataError: if the file can't be written.
     """
 
-    def __init__(self, path: pathlib.Path, scratch: IO[bytes]):
-        self._path, self._scratch = path, scratch
+    def __init__(self, path: pathlib.Path):
+        self._path = path
         self._files: list[str] = []
         self._labels: list[int] = []
         self._gate_weights: list[np.ndarray] = []
-        self._width = 0
+
+    def __enter__(self) -> "FeatureFile":
+        with self._errors():
+            self._scratch: IO[bytes] = tempfile.TemporaryFile(dir=self._path.parent)
+        return self
+
+    def __exit__(self, kind: object, *details: object) -> None:
+        with self._errors(), self._scratch:
+            if kind is None:
+                self._write()
 
     def add(self, prediction: Prediction) -> None:
-        """One more row."""
-        row = prediction.features.astype("<f4")
-        self._width = row.size
-        self._scratch.write(row.tobytes())
+        """Adds one row."""
+        with self._errors():
+            self._scratch.write(prediction.features.astype(np.float32).tobytes())
         self._files.append(prediction.file)
         self._labels.append(int(np.argmax(prediction.probabilities)))
         self._gate_weights.append(prediction.gate_weights)
 
-    def write(self) -> None:
-        """Writes the file."""
-        self._scratch.seek(0)
-        header = {"descr": "<f4", "fortran_order": False, "shape": (len(self._files), self._width)}
-        small = {
-            "files": np.array(self._files, dtype=str),
-            "labels": np.array(self._labels, np.int32),
-            "gate_weights": np.array(self._gate_weights, np.float32),
-        }
-        with zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open("features.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                shutil.copyfileobj(self._scratch, member)
-            for name, array in small.items():
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
+    def _write(self) -> None:
+        rows = len(self._files)
+        self._scratch.flush()
+        features = np.memmap(self._scratch, np.float32, "r").reshape(rows, -1) if rows else np.zeros((0, 0), np.float32)
+        with replacing(self._path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                files=np.array(self._files, dtype=str),
+                features=features,
+                gate_weights=np.array(self._gate_weights, np.float32),
+                labels=np.array(self._labels, np.int32),
+            )
 
-
-@contextlib.contextmanager
-def _saving(path: str | None) -> Iterator[Callable[[Prediction], None]]:
-    """Gives what is called with each prediction; on leaving, the .npz file (if any) is written."""
-    if path is None:
-        yield lambda prediction: None
-        return
-    target = pathlib.Path(path)
-    if target.suffix != ".npz":
-        raise ConfigError(f"--features {path} must end in .npz")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent) as scratch:
-            features = _Features(target, scratch)
-            yield features.add
-            features.write()
-    except BrokenPipeError:  # of the table's reader
-        raise
-    except OSError as error:
-        raise DataError(f"the features can't be written to {path} ({error.strerror or error})") from error
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"the features can't be written to {self._path} ({reason})") from error

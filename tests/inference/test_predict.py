@@ -1,7 +1,9 @@
 import csv
 import io
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import tracemalloc
@@ -18,8 +20,8 @@ from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.sources import UnreadableImage
 from gmsop_jax.data.pipeline import eval_batches
 from gmsop_jax.errors import DataError
-from gmsop_jax.inference import predict_output
 from gmsop_jax.inference.predict import Prediction, Predictor, Unreadable, list_files, read_image
+from gmsop_jax.inference.predict_output import FeatureFile
 from gmsop_jax.training.step import normalize
 
 
@@ -103,7 +105,7 @@ def test_a_prediction_is_of_the_centre_that_evaluation_takes(trained_run, folder
     convert("image-folder", tmp_path / "files", tmp_path / "set", workers=1, progress=False)
     batch = next(eval_batches(tmp_path / "set", "val", batch_size=1, image_size=28, resize=info.config.eval.resize))
     predictor = Predictor(tmp_path / "run")
-    outputs = predictor._step(predictor._variables, batch["image"])
+    outputs = predictor.outputs(batch["image"])
     [result] = predictor.predict([folder / "large.webp"])
     [other] = Predictor(trained_run).predict([folder / "large.webp"])
     assert isinstance(result, Prediction)
@@ -158,6 +160,36 @@ def test_lists_and_folders_are_expanded(folder, tmp_path):
         list_files([tmp_path / "empty"])
     with pytest.raises(DataError, match=r"the list .*none\.txt can't be read"):
         list_files([tmp_path / "none.txt"])
+
+
+def test_predict_does_not_wait_for_a_fifo_or_socket(trained_run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "list.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.png"))
+        (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+        names = list_files([tmp_path])
+        assert [os.path.basename(name) for name in names] == ["gone.png", "pipe.png", "socket.png"]
+        for name in (*names[1:], "/dev/zero", tmp_path):
+            with pytest.raises(UnreadableImage, match="not a regular file"):
+                read_image(name, (8, 8))
+        results = list(Predictor(trained_run).predict([tmp_path]))
+    reasons = [result.reason for result in results if isinstance(result, Unreadable)]
+    assert reasons == ["No such file or directory", "not a regular file", "not a regular file"]
+    with pytest.raises(DataError, match=r"the list .*list\.txt can't be read \(not a regular file"):
+        list_files([tmp_path / "list.txt"])
+
+
+def test_predict_follows_links_without_loops_and_ignores_hidden_files(folder):
+    expected = list_files([folder])
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / ".git").mkdir()
+    for name in (".git/x.png", "._rgb.png"):
+        shutil.copy(folder / "rgb.png", folder / name)
+    assert list_files([folder]) == expected
+    (folder.parent / "linked").mkdir()
+    (folder.parent / "linked" / "images").symlink_to(folder)
+    assert len(list_files([folder.parent / "linked"])) == len(expected)
 
 
 def _main(trained_run, capsys, *arguments):
@@ -230,19 +262,40 @@ def test_predict_needs_input(trained_run, capsys):
     assert "--mode predict needs --input" in errors
 
 
-def test_features_wait_on_disk(tmp_path):
-    """Ten thousand rows, 80 MB, are never in memory at once."""
+def test_features_are_kept_on_disk(tmp_path):
+    """Ten thousand rows, 80 MB, are never in memory at once; NumPy writes them in blocks of 16 MB."""
     row = np.zeros(2000, np.float32)
     tracemalloc.start()
-    with predict_output._saving(str(tmp_path / "f.npz")) as save:
+    with FeatureFile(tmp_path / "f.npz") as file:
         for i in range(10_000):
-            save(Prediction("x", np.full(2, 0.5), np.ones(1, np.float32), row + i))
+            file.add(Prediction("x", np.full(2, 0.5), np.ones(1, np.float32), row + i))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 10e6
+    assert peak < 50e6
     with np.load(tmp_path / "f.npz") as saved:
         assert saved["features"].shape == (10_000, 2000)
         assert (saved["features"][9_999] == 9_999).all()
+
+
+def test_names_that_are_not_utf_8_are_printed_escaped(trained_run, folder, capsys):
+    name = os.fsdecode(os.fsencode(folder) + b"/\xff.png")
+    shutil.copy(folder / "rgb.png", name)
+    for output_format in ("table", "json", "csv"):
+        status, out, _ = _main(trained_run, capsys, "--input", name, "--format", output_format)
+        assert status == 0
+        assert r"\udcff.png" in out
+
+
+@pytest.mark.parametrize("closing", ["| head -n 1", ">&-"])
+def test_features_are_saved_if_nobody_reads_the_output(trained_run, folder, tmp_path, closing):
+    command = ["-m", "gmsop_jax.main", "--mode", "predict", "--checkpoint", trained_run, "--input", folder]
+    command += ["--features", tmp_path / "f.npz", "--config.eval.batch_size=1"]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {closing}', "", sys.executable, *command], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    with np.load(tmp_path / "f.npz") as saved:
+        assert len(saved["files"]) == 8
 
 
 def test_a_reader_who_has_enough_is_no_error(trained_run, folder):
