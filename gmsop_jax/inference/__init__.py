@@ -1,1 +1,1 @@
-"""Trained networks at work: load, predict, export."""
+"""Uses trained networks: prediction and export."""

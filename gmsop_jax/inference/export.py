@@ -1,4 +1,4 @@
-"""Trained networks to take along: StableHLO that runs without this package, and safetensors.
+"""Exports trained networks: StableHLO that runs without this package, and safetensors.
 
 Each artefact is read back after writing and run beside the original on random images.
 """

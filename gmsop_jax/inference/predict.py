@@ -1,4 +1,4 @@
-"""Prediction: image files → classes, gate weights and features."""
+"""Predicts the classes of image files, with gate weights and features."""
 
 import dataclasses
 import functools

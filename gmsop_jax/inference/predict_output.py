@@ -1,4 +1,4 @@
-"""The command `--mode predict`: prints predictions as a table, JSON or CSV, and saves features."""
+"""Predicts the classes of images and prints them as a table, JSON or CSV; saves features."""
 
 import contextlib
 import csv
