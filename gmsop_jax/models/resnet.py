@@ -173,7 +173,7 @@ class BottleneckResNet(CheckedModule):
         stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
         if self.stem == "large":
             x = stem(images, 64, 7, 2, use_bias=False, train=train)
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+            x = _max_pool(x)
         else:
             x = stem(images, 64, 3, 1, use_bias=False, train=train)
         check_stages(self, len(_BOTTLENECK_WIDTHS), "blocks_per_stage", "stage_strides")
@@ -210,3 +210,14 @@ def _stem(images, width, size, stride, *, use_bias, pixel_scale, norm, dtype, tr
         name="stem",
     )(images)
     return jax.nn.relu(norm(dtype=dtype, name="stem_bn")(x, train=train))
+
+
+def _max_pool(x: Array) -> Array:
+    """Maximum over 3×3 windows at stride 2, with padding 1 on each side.
+
+    A maximum of nine slices: the gradient of `nn.max_pool` adds in no fixed order on a GPU.
+    """
+    height, width = ((side - 1) // 2 + 1 for side in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)), constant_values=-jnp.inf)
+    windows = [x[:, i : i + 2 * height : 2, j : j + 2 * width : 2] for i in range(3) for j in range(3)]
+    return functools.reduce(jnp.maximum, windows)

@@ -92,5 +92,10 @@ def second_order_pool(x: Float[Array, "*b p c"], num_iters: int = 3) -> Float[Ar
     Returns: vectors in the order of `numpy.triu_indices`, float32 or float64.
 
     Raises: as `covariance_pool` and `newton_schulz_sqrt`.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (2, 64, 8))
+      >>> second_order_pool(x).shape
+      (2, 36)
     """
     return triangle_vector(newton_schulz_sqrt(covariance_pool(x), num_iters))

@@ -28,6 +28,16 @@ def newton_schulz_sqrt(sigma: Float[Array, "*b d d"], num_iters: int = 3) -> Flo
     `sigma` alone. The backward pass can itself be differentiated in reverse
     mode; forward mode (`jax.jvp`, `jax.jacfwd`) is refused by JAX.
 
+    With few steps the result is far from the square root, by design: small eigenvalues converge slowly, and
+    the method benefits from not amplifying them. Relative error in the Frobenius norm for covariances of 256
+    normally distributed positions:
+
+    | channels | n = 1 | n = 3 | n = 5 | n = 7 | n = 9 |
+    |---|---|---|---|---|---|
+    | 8 | 49 % | 13 % | 0.1 % | 0 | 0 |
+    | 64 | 80 % | 57 % | 24 % | 3 % | 0 |
+    | 128 | 84 % | 67 % | 36 % | 11 % | 1 % |
+
     Args:
       sigma: symmetric PSD matrices, float32 or float64.
       num_iters: n ≥ 1; GM-SOP uses 3, iSQRT-COV 5.

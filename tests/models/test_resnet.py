@@ -1,11 +1,12 @@
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.models import ResNet
+from gmsop_jax.models import BottleneckResNet, ResNet
 
 TINY = {"blocks_per_stage": 1, "stage_widths": (4, 8), "stage_strides": (1, 2), "stem_width": 4}
 
@@ -89,3 +90,26 @@ def test_stride_two_pads_both_sides():
 def test_integer_images_are_refused(dtype):
     with pytest.raises(TypeError, match=r"mean subtracted, got u?int.*astype\(jnp.float32\) - mean_rgb"):
         ResNet(**TINY).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), dtype), train=False)
+
+
+@pytest.mark.parametrize("size", [16, 18, 33])
+def test_the_large_stem_pools_as_flax_does_without_a_scatter(size):
+    network: Any = BottleneckResNet((1, 1, 1, 1))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, size, size, 3)).astype(np.float32))
+    variables = network.init(jax.random.key(0), x)
+
+    def first_block_input(variables, x):
+        _, state = network.apply(
+            variables, x, capture_intermediates=lambda module, _: module.name in names, mutable=True
+        )
+        return state["intermediates"]
+
+    names = {"stem_bn", "conv1"}
+    captured = first_block_input(variables, x)
+    stem = jax.nn.relu(captured["stem_bn"]["__call__"][0])
+    pooled = nn.max_pool(stem, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+    expected = pooled @ variables["params"]["stage1_block1"]["conv1"]["kernel"][0, 0]
+    np.testing.assert_allclose(captured["stage1_block1"]["conv1"]["__call__"][0], expected, rtol=1e-4, atol=1e-4)
+
+    slope = jax.grad(lambda params: jnp.sum(network.apply({**variables, "params": params}, x)))
+    assert "scatter" not in jax.jit(slope).lower(variables["params"]).as_text()

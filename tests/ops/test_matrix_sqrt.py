@@ -199,3 +199,14 @@ def test_other_than_square_is_refused(shape):
 def test_forward_mode_is_refused_and_not_wrong():
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(newton_schulz_sqrt, (jnp.eye(3),), (jnp.eye(3),))
+
+
+@pytest.mark.parametrize(("num_iters", "error"), [(1, 0.80), (3, 0.57), (5, 0.24), (7, 0.03), (9, 0.0)])
+def test_error_by_number_of_steps(num_iters, error):
+    # of the docstring's table, 64 channels
+    x = np.random.default_rng(0).normal(size=(256, 64))
+    sigma = np.cov(x.T, bias=True)
+    values, vectors = np.linalg.eigh(sigma)
+    root = vectors * np.sqrt(values) @ vectors.T
+    got = newton_schulz_sqrt(jnp.asarray(sigma, jnp.float32), num_iters)
+    assert abs(np.linalg.norm(got - root) / np.linalg.norm(root) - error) < 0.006
