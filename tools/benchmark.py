@@ -199,11 +199,14 @@ class JaxTrainer:
         config = default_config()
         config.compute_dtype = compute_dtype
         config.model.num_classes, config.model.num_candidates = 1000, num_candidates
-        model, optimizer = create_model(config.model), create_optimizer(lambda _: 0.1)
+        model, optimizer = (
+            create_model(config.model),
+            create_optimizer(config.train, lambda _: 0.1, config.model.pixel_scale),
+        )
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
         self.batch = {"image": images(batch), "label": np.arange(batch, dtype=np.int32)}
         self.state = create_state(variables, optimizer)
-        step = make_train_step(model, optimizer, mean_rgb=(120.0, 120.0, 120.0))
+        step = make_train_step(model, optimizer, mean_rgb=(120.0, 120.0, 120.0), seed=0, balance_weight=100.0)
         program = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
         self.program = program.lower(self.state, self.batch).compile()
 

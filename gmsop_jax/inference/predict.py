@@ -240,7 +240,8 @@ class Predictor:
         self, items: Sequence[tuple[str, np.ndarray | Unreadable]], batch_size: int
     ) -> Iterator[Prediction | Unreadable]:
         """Yields the results of one batch of images and of the unreadable files between them, in their order."""
-        batch = np.zeros((batch_size, *self.info.inputs.image_size, 3), np.uint8)
+        rows = -(-batch_size // self._mesh.size) * self._mesh.size  # split evenly over the devices
+        batch = np.zeros((rows, *self.info.inputs.image_size, 3), np.uint8)
         images = [image for _, image in items if isinstance(image, np.ndarray)]
         outputs: dict[str, np.ndarray] = {}
         if images:

@@ -16,7 +16,7 @@ from gmsop_jax.interop.torch_weights import IMAGE_SIZE, MEAN_RGB, array_shapes, 
 from gmsop_jax.interop.workdir import without_checkpoints, write_workdir
 from gmsop_jax.models import count_parameters
 from gmsop_jax.training.inputs import Inputs
-from gmsop_jax.training.optimizer import from_config
+from gmsop_jax.training.optimizer import create_optimizer, create_schedule
 from gmsop_jax.training.step import create_state
 
 _RESIZE = 256  # shorter side before the centre of IMAGE_SIZE is cut out, as the networks are evaluated there
@@ -70,7 +70,8 @@ def import_weights(
         configs.override(config, item)
     configs.validate(config)
     _check_network(config, variables)
-    optimizer, _ = from_config(config, 1)  # its state before the first step is the same for any number
+    schedule = create_schedule(config.train, 1)  # the initial state is the same for any number of steps
+    optimizer = create_optimizer(config.train, schedule, config.model.pixel_scale)
     variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
     state = create_state(variables, optimizer, averaged=config.train.ema_decay > 0)
     side = config.data.image_size or IMAGE_SIZE

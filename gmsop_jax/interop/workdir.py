@@ -20,7 +20,7 @@ from gmsop_jax.files import write_atomic
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint
 from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress, steps_on_disk
 from gmsop_jax.training.inputs import Inputs
-from gmsop_jax.training.optimizer import from_config
+from gmsop_jax.training.optimizer import create_optimizer, create_schedule
 from gmsop_jax.training.step import TrainState, create_state
 from gmsop_jax.training.workdir import Workdir
 
@@ -163,7 +163,8 @@ def _num_images(checkpoint: Checkpoint, manifest: Manifest | None) -> int:
 
 
 def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState:
-    optimizer, _ = from_config(config, steps)
+    schedule = create_schedule(config.train, steps)
+    optimizer = create_optimizer(config.train, schedule, config.model.pixel_scale)
     variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.variables)
     state = create_state(variables, optimizer, averaged=config.train.ema_decay > 0)
     step = jnp.asarray(checkpoint.epoch * steps, jnp.int32)

@@ -39,12 +39,14 @@ class Progress:
       epoch: whole epochs done.
       wall_seconds: spent so far, over all starts of the run.
       skipped: steps whose update was left out, as their loss was not finite.
+      pending: totals of the training metrics since the last record (`metrics.add_up`).
     """
 
     step: int
     epoch: int
     wall_seconds: float
     skipped: tuple[int, ...] = ()
+    pending: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _error(metrics: Mapping[str, float]) -> float:
@@ -257,7 +259,10 @@ class Checkpoints:
     def _progress(self, stored: Any, step: int) -> Progress:
         try:
             skipped = tuple(int(at) for at in stored.get("skipped", ()))
-            progress = Progress(int(stored["step"]), int(stored["epoch"]), float(stored["wall_seconds"]), skipped)
+            pending = {str(name): float(value) for name, value in stored.get("pending", {}).items()}
+            progress = Progress(
+                int(stored["step"]), int(stored["epoch"]), float(stored["wall_seconds"]), skipped, pending
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint {self.directory / str(step)} has no progress ({error})") from error
         if progress.step != step:

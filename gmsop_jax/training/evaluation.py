@@ -1,4 +1,4 @@
-"""Evaluation: a whole split through the network."""
+"""Evaluation of a network on a whole split."""
 
 import contextlib
 import pathlib
@@ -21,16 +21,27 @@ from gmsop_jax.training.restore import restore_variables
 from gmsop_jax.training.step import make_eval_step
 
 
+def create_eval_step(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Callable:
+    """Creates the evaluation step of a network: (variables, placed batch) → metrics."""
+    step = make_eval_step(
+        create_model(config.model, axis_name=parallel.AXIS),
+        mean_rgb=inputs.mean_rgb,
+        flip_average=config.eval.flip_average,
+        axis_name=parallel.AXIS,
+    )
+    return parallel.compile_eval_step(step, mesh)
+
+
 def evaluate_split(
     eval_step: Callable, variables: Mapping[str, Any], config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-    """Loss and errors on all images of `config.eval.split`.
+    """Measures loss and errors on all images of `config.eval.split`.
 
     Args:
-      eval_step: compiled, from `train_step.make_eval_step`.
-      variables: parameters and moments, averaged if the run averages.
-      config: its `data` and `eval` parts.
-      mesh: where the batches go.
+      eval_step: from `parallel.compile_eval_step`.
+      variables: parameters and moments (or their averages), on all devices of the mesh.
+      config: the configuration, of which the sections `data` and `eval` are used.
+      mesh: the devices.
 
     Returns: `loss` (nats), `top1_error`, `top5_error` (percent), `candidate_use` (mean gate weights).
     """
@@ -52,24 +63,24 @@ def evaluate_split(
 
 
 def resolve(config: ConfigDict, manifest: Manifest) -> ConfigDict:
-    """A copy of the configuration with the data set's number of classes filled in.
+    """Returns a copy of the configuration with the data set's number of classes filled in.
 
     Raises:
-      ConfigError: if the configuration names another number.
+      ConfigError: if the configuration has another number of classes.
     """
     config = ConfigDict(config.to_dict())
     given = config.model.num_classes
     if given not in (0, manifest.num_classes):
         raise ConfigError(
             f"config.model.num_classes = {given}, but the data set {config.data.dir} has"
-            f" {manifest.num_classes} classes; 0 takes the data set's number"
+            f" {manifest.num_classes} classes; set --config.model.num_classes=0 to use that number"
         )
     config.model.num_classes = manifest.num_classes
     return config
 
 
 def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
-    """Height, width and channels of the images that the network gets."""
+    """Height, width and channels of the images that the network is given."""
     if config.data.image_size:
         return config.data.image_size, config.data.image_size, 3
     size = manifest.split(config.eval.split).image_size
@@ -79,15 +90,15 @@ def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
 
 
 def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, Any]:
-    """Evaluates a checkpoint on `config.eval.split` and writes `evaluation-<split>.json` beside it.
+    """Evaluates a checkpoint on `config.eval.split` and writes `evaluation-<split>.json` into its working directory.
 
-    The training split's shards need not be there. The mean colour subtracted is that of the images which
-    the network was trained on (`inputs.json`).
+    The shards of the training split need not exist. The mean colour of the images that the network was
+    trained on (`inputs.json`) is subtracted.
 
     Args:
-      config: of the run; its model must fit the checkpoint.
-      path: a working directory (its best checkpoint is taken, or the last if none was evaluated), or
-        one step's folder in it.
+      config: the configuration; its model must fit the checkpoint.
+      path: a working directory, or the directory of one step in it. In a working directory, the best
+        checkpoint is evaluated, or the last if none has been evaluated yet.
 
     Returns: `step`, and what `evaluate_split` returns.
 
@@ -102,12 +113,9 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     config = resolve(config, manifest)
     mesh = parallel.create_mesh()
     parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
-    model = create_model(config.model)
     shape = image_shape(config, manifest)
-    variables, step, _ = restore_variables(model, shape, path, parallel.replicated(mesh))
-    trained_on = Inputs.load(folder.parent)
-    step_function = make_eval_step(model, mean_rgb=trained_on.mean_rgb, flip_average=config.eval.flip_average)
-    eval_step = parallel.jit_eval_step(step_function, mesh)
+    variables, step, _ = restore_variables(create_model(config.model), shape, path, parallel.replicated(mesh))
+    eval_step = create_eval_step(config, Inputs.load(folder.parent), mesh)
     result = {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
     if jax.process_index() == 0:
         file = folder.parent / f"evaluation-{split}.json"

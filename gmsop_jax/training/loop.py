@@ -1,94 +1,82 @@
 """The training loop."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.errors import CheckpointError, UserError
+from gmsop_jax.errors import ConfigError
 from gmsop_jax.files import write_atomic
-from gmsop_jax.models import count_parameters
-from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress, locate, steps_on_disk
-from gmsop_jax.training.evaluation import evaluate_split, image_shape, resolve
-from gmsop_jax.training.inputs import Inputs, fingerprint
+from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
-from gmsop_jax.training.metrics import summarize
-from gmsop_jax.training.parallel import create_mesh, first_process_does, replicated
-from gmsop_jax.training.profiling import StepProfiler
+from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError, check_finite, summarize
+from gmsop_jax.training.parallel import first_process_does
 from gmsop_jax.training.setup import Run, prepare
 from gmsop_jax.training.step import TrainState
-from gmsop_jax.training.transfer import Source, read_source
 from gmsop_jax.training.workdir import Workdir
 from gmsop_jax.training.writer import Writer, plot_curves
 
-_MOST_SKIPPED = 10  # steps in a row that may be left out before the run gives up
-
-
-class NonFiniteError(UserError):
-    """The loss or its gradient became infinite or not a number.
-
-    Attributes:
-      step: the first where it did, counted from 1.
-    """
-
-    def __init__(self, message: str, step: int):
-        super().__init__(message)
-        self.step = step
+_MAX_SKIPPED = 10  # a rollback that would skip more steps in a row than this ends the run
+_DIVERGED = 1e4  # nats per image; guessing among a million classes costs 14
 
 
 def train_and_evaluate(
     config: ConfigDict, workdir: str | os.PathLike[str], *, profile: range = range(0)
 ) -> dict[str, Any]:
-    """Trains, evaluates after every epoch, and leaves the results in a folder.
+    """Trains a network, evaluates it after every epoch, and writes the results into a working directory.
 
-    A working directory that holds checkpoints is gone on with, in this order:
-      1. the data set's manifest is read;
-      2. the folder is locked, and the configuration compared with its `config.json`;
-      3. the shards' checksums are compared;
-      4. checkpoints that are damaged are set aside;
-      5. parameters, batch norm's moments, their averages and the optimiser's state are the last
-         checkpoint's;
-      6. data order, augmentation, gate noise, dropout and mixup go on, being functions of seed and step.
+    If the working directory already contains checkpoints, training resumes from the latest one:
+      1. The data set's manifest is read, and the run is set up (`setup.prepare`).
+      2. The directory is locked, and the configuration is compared with its `config.json`.
+      3. The checksums of the shards are verified.
+      4. Damaged checkpoints are moved out of the way.
+      5. Parameters, batch norm's moments, their averages and the optimiser's state are restored.
+      6. The data order, augmentation, gate noise, dropout and mixup continue where they were, since they are
+         functions of the seed and the step.
 
-    One without starts anew, or from the network that `config.train.init_from` names.
+    Otherwise it starts from random parameters, or from the network that `config.train.init_from` names.
+
+    A resumed run computes the same numbers as an uninterrupted one, bit for bit, on the same machine with the
+    same software and the same number of devices. On GPUs this relies on XLA's deterministic kernels, which
+    `parallel.compiler_options` asks for (not in mode `pmap`, where XLA_FLAGS has to).
 
     Args:
       config: a validated configuration.
-      workdir: made if missing. In the end it holds `config.json`, `inputs.json`, `checkpoints/`,
-        `metrics.jsonl`, TensorBoard events, `curves.png` and `result.json`.
-      profile: steps, counted from 1, that are traced for TensorBoard's profiler.
+      workdir: created if it doesn't exist. In the end it contains `config.json`, `inputs.json`,
+        `checkpoints/`, `metrics.jsonl`, TensorBoard events, `curves.png` and `result.json`.
+      profile: the steps to trace for TensorBoard's profiler, counted from 1.
 
-    Returns: what `result.json` holds: errors in percent of the best and the last epoch, number of
-      parameters, feature dimension, seconds.
+    Returns: the contents of `result.json`: errors of the best and the last epoch in percent, number of
+      parameters, feature dimension and seconds.
 
     Raises:
-      UserError: for what the user can mend, before anything slow happens; later if the folder can't be
-        written to any more, or data is damaged.
-      NonFiniteError: if the loss is no longer finite, and `config.train.on_nonfinite` says stop.
+      UserError: if something the user gave is wrong, before anything slow happens; or later, if the
+        directory can no longer be written to or data turns out to be damaged.
+      NonFiniteError: if the loss is no longer finite and `config.train.on_nonfinite` is `stop`, or rolling
+        back does not help.
       Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
     """
     started = time.monotonic()
-    checked = None if config.data.on_corrupt == "stop" else ()  # splits whose shards must be whole
-    manifest = Manifest.load(config.data.dir, splits=checked)
-    config = resolve(config, manifest)
-    source = _source(config, pathlib.Path(workdir))
-    inputs = _inputs(config, manifest, pathlib.Path(workdir), source)
-    run = prepare(config, manifest, inputs.mean_rgb, source)
-    with Workdir(workdir, config) as folder, folder.explaining_errors():
+    run = prepare(config, pathlib.Path(workdir))
+    with Workdir(workdir, run.config) as folder, folder.explaining_errors():
         if config.data.verify:
-            Manifest.load(config.data.dir, verify_checksums=True, splits=checked)
-        first_process_does(lambda: inputs.save(folder.path))
+            splits = None if config.data.on_corrupt == "stop" else ()
+            Manifest.load(config.data.dir, verify_checksums=True, splits=splits)
+        first_process_does(lambda: run.inputs.save(folder.path))
         with Checkpoints(folder.path / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
-            progress = _train(run, folder, checkpoints, started, profile)
+            progress = _train(run, folder, checkpoints, profile, started)
             checkpoints.wait()
             result = _result(run, checkpoints, progress)
         if jax.process_index() == 0:
@@ -97,197 +85,229 @@ def train_and_evaluate(
     return result
 
 
-def _source(config: ConfigDict, workdir: pathlib.Path) -> Source | None:
-    """The network that a new run starts from; None for a run that goes on."""
-    if not config.train.init_from or steps_on_disk(workdir / DIRECTORY):
-        return None
-    return read_source(config, replicated(create_mesh()))
-
-
-def _inputs(config: ConfigDict, manifest: Manifest, workdir: pathlib.Path, source: Source | None) -> Inputs:
-    """The data set's; but a network that was trained before knows pixels less the mean colour of then."""
-    height, width, _ = image_shape(config, manifest)
-    inputs = Inputs(manifest.name, manifest.classes, manifest.mean_rgb, (height, width), fingerprint(manifest))
-    if source:
-        return dataclasses.replace(inputs, mean_rgb=source.inputs.mean_rgb)
-    if not steps_on_disk(workdir / DIRECTORY):
-        return inputs
-    try:
-        known = Inputs.load(workdir)
-    except CheckpointError:
-        if not config.train.init_from:
-            return inputs
-        known = Inputs.load(locate(config.train.init_from)[0].parent)
-    return dataclasses.replace(inputs, mean_rgb=known.mean_rgb)
-
-
-def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, started: float, profile: range) -> Progress:
-    """Trains from the last checkpoint to the end, and again after each rollback."""
+def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, profile: range, started: float) -> Progress:
+    """Trains from the last checkpoint to the end, resuming from the last checkpoint after each rollback."""
+    _say(*checkpoints.set_aside)
     skipped: set[int] = set()
-    for line in checkpoints.set_aside:
-        print(line, file=sys.stderr)
-    while True:
-        state, progress = _last_state(run, checkpoints)
-        skipped |= set(progress.skipped)
-        progress = dataclasses.replace(progress, skipped=tuple(sorted(skipped)))
-        if progress.step >= run.total_steps:
-            return progress
-        try:
-            return _loop(run, state, progress, workdir, checkpoints, started, profile)
-        except NonFiniteError as error:
-            before = range(error.step - _MOST_SKIPPED, error.step)
-            if run.config.train.on_nonfinite == "stop" or skipped.issuperset(before):
-                raise
-            skipped.add(error.step)
-            started = time.monotonic()
+    with SignalCatcher() as signals:
+        while True:
+            state, progress = _restore(run, workdir, checkpoints)
+            skipped |= set(progress.skipped)
+            if progress.step == run.total_steps:
+                _say(f"the run in {workdir.path} is finished: step {progress.step} of {run.total_steps} was reached")
+                return progress
+            started -= progress.wall_seconds
+            progress = dataclasses.replace(progress, skipped=tuple(sorted(skipped)))
+            try:
+                return _loop(run, state, progress, workdir, checkpoints, signals, profile, started)
+            except NonFiniteError as error:
+                checkpoints.wait()
+                step = _step_to_skip(run, error, skipped, checkpoints.latest_step or 0)
+                if step is None:
+                    raise NonFiniteError(_explain(run, error, checkpoints.latest_step), error.step) from error
+                _say(f"{error}; rolling back to step {checkpoints.latest_step or 0} to skip the update of step {step}")
+                skipped.add(step)
+                started = time.monotonic()
 
 
-def _last_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
-    if checkpoints.latest_step is None:
-        if run.origin and jax.process_index() == 0:
-            print(run.origin, file=sys.stderr)
+def _restore(run: Run, workdir: Workdir, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
+    """The state of the last checkpoint, or the initial state if there is none."""
+    step = checkpoints.latest_step
+    if step is None:
+        _say(*filter(None, [run.origin]))
         return run.initial_state(), Progress(0, 0, 0.0)
-    return checkpoints.restore(run.abstract_state, checkpoints.latest_step)
+    if step > run.total_steps:
+        raise ConfigError(
+            f"config.train.num_epochs = {run.config.train.num_epochs} ends at step {run.total_steps}, but"
+            f" {workdir.path} already holds a checkpoint of step {step}. Set --config.train.num_epochs="
+            f"{-(-step // run.steps_per_epoch)} or more, or choose another --workdir"
+        )
+    return checkpoints.restore(run.abstract_state, step)
 
 
 def _loop(
     run: Run,
     state: TrainState,
-    progress: Progress,
+    start: Progress,
     workdir: Workdir,
     checkpoints: Checkpoints,
-    started: float,
+    signals: SignalCatcher,
     profile: range,
+    started: float,
 ) -> Progress:
-    config = run.config
-    told = _Told(run, checkpoints)
+    """Trains from `start` to the last step."""
+    train, every_steps = run.config.train, run.config.checkpoint.every_steps
+    buffer, trained = MetricsBuffer(start.pending), None
 
-    def where(step: int) -> Progress:
-        seconds = progress.wall_seconds + time.monotonic() - started
-        return Progress(step, step // run.steps_per_epoch, seconds, progress.skipped)
+    def progress(step: int) -> Progress:
+        seconds = time.monotonic() - started
+        return Progress(step, step // run.steps_per_epoch, seconds, start.skipped, buffer.total)
 
-    writer = Writer(
-        workdir.path, total_steps=run.total_steps, start_step=progress.step, enabled=jax.process_index() == 0
-    )
-    with writer, SignalCatcher() as signals, StepProfiler(workdir.path, profile) as profiler:
-        writer.describe(configs.to_json(config))
-        _announce(writer, progress, workdir.path)
-        for step, batch in enumerate(run.batches(progress.step), progress.step + 1):
-            if step in progress.skipped:
+    enabled = jax.process_index() == 0
+    writer = Writer(workdir.path, total_steps=run.total_steps, start_step=start.step, enabled=enabled)
+    with writer, profile_steps(workdir.path, profile) as profiled:
+        writer.describe(configs.to_json(run.config))
+        _announce(writer, start, workdir.path)
+        for step, batch in enumerate(run.batches(start.step), start.step + 1):
+            if step in start.skipped:
                 state = state.replace(step=state.step + 1)
             else:
-                state, metrics = profiler.run(step, run.train_step, state, batch, run.batch_size(step))
-                told.add(step, metrics)
-            if step == progress.step + 1:
+                with profiled(step):
+                    state, metrics = run.train_step(state, batch)
+                buffer.add(step, metrics)
+                trained = step, batch
+            if step == start.step + 1:
                 jax.block_until_ready(state)
-                told.restart_clock()
-                writer.say(f"first step after {time.monotonic() - started:.1f} s")
+                buffer.drain()
+                writer.say(f"first step after {time.monotonic() - started - start.wall_seconds:.1f} s")
             writer.advance()
+
+            epoch_ends, epoch = step % run.steps_per_epoch == 0, step / run.steps_per_epoch
             signal = signals.caught(step)
-            epoch_ends = step % run.steps_per_epoch == 0
-            save = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-            if (epoch_ends or save or signal or step % config.train.log_every_steps == 0) and told.anything:
-                values = told.collect()
-                writer.record("train", step, step / run.steps_per_epoch, values)
+            save = epoch_ends or signal or (every_steps and step % every_steps == 0)
+            record = epoch_ends or step % train.log_every_steps == 0
+            speed = buffer.drain() if save or record else 0.0
+            if save and trained:
+                _check_good(run, state, *trained)
+            if record and (values := buffer.summarize()):
+                values |= {"learning_rate": float(run.schedule(step - 1)), "images_per_second": speed}
+                writer.record("train", step, epoch, values)
                 writer.show(values)
             evaluation = None
             if epoch_ends:
-                evaluation = evaluate_split(run.eval_step, state.evaluated, config, run.mesh)
-                writer.record("eval", step, step / run.steps_per_epoch, evaluation)
-                writer.say(_epoch_line(step // run.steps_per_epoch, config, evaluation))
-            if epoch_ends or save or signal:
+                evaluation = _evaluate(run, state, step)
+                writer.record("eval", step, epoch, evaluation)
+                writer.say(_epoch_line(run.config, round(epoch), evaluation))
+            if save:
                 workdir.check()
-                checkpoints.save(state, where(step), evaluation)
-                told.restart_clock()
+                checkpoints.save(state, progress(step), evaluation)
+                buffer.restart_clock()
             if signal and step < run.total_steps:
                 checkpoints.wait()
                 raise Interrupted(signal, step)
             if step == run.total_steps:
                 break
-    return where(run.total_steps)
+    return progress(run.total_steps)
 
 
-def _announce(writer: Writer, progress: Progress, workdir: pathlib.Path) -> None:
-    if progress.step:
-        writer.say(f"going on from step {progress.step} in {workdir}")
-    if progress.skipped:
-        steps = ", ".join(map(str, progress.skipped))
-        writer.say(f"leaving out the update of steps whose loss was not finite: {steps}")
+def _check_good(run: Run, state: TrainState, step: int, batch: Any) -> None:
+    """Checks that a state is worth saving, before it replaces a good checkpoint.
+
+    An update may have ruined the parameters without making them infinite, which only the next loss would
+    show. So the last batch is run once more, with the new parameters; the result is discarded.
+
+    Args:
+      run: the run.
+      state: the state to save.
+      step: the last step that was trained.
+      batch: the batch of that step.
+
+    Raises:
+      NonFiniteError: if the state, its loss or its gradient is not finite, or the loss is absurdly large.
+    """
+    if not _all_finite(state):
+        raise NonFiniteError(f"parameters, moments or optimiser state not finite after step {step}", step)
+    copy = jax.tree.map(jnp.copy, state.replace(step=state.step * 0 + step - 1))
+    metrics = jax.device_get(run.train_step(copy, batch)[1])
+    check_finite(step, metrics)
+    if (loss := summarize([metrics])["loss"]) > _DIVERGED:
+        raise NonFiniteError(f"loss diverged to {loss:.3g}, and soon not finite at step {step}", step)
 
 
-class _Told:
-    """Metrics of the steps since they were last told; they stay on the device until then."""
-
-    _AHEAD = 2  # steps that the host may be ahead of the device
-
-    def __init__(self, run: Run, checkpoints: Checkpoints):
-        self._run, self._checkpoints = run, checkpoints
-        self._steps: list[int] = []
-        self._metrics: list[dict[str, jax.Array]] = []
-        self._timed_from = (time.monotonic(), 0)
-
-    def restart_clock(self) -> None:
-        """Leaves what happened until now out of the speed."""
-        self._timed_from = (time.monotonic(), len(self._metrics))
-
-    @property
-    def anything(self) -> bool:
-        """Whether there is a step that was not told."""
-        return bool(self._steps)
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self._steps.append(step)
-        self._metrics.append(metrics)
-        if len(self._metrics) > self._AHEAD:
-            jax.block_until_ready(self._metrics[-1 - self._AHEAD])
-
-    def collect(self) -> dict[str, float]:
-        """Ratios over the steps since the last call, with learning rate and images per second."""
-        steps, sums = self._steps, jax.device_get(self._metrics)
-        for step, values in zip(steps, sums, strict=True):
-            self._check_finite(step, values)
-        start, done_before = self._timed_from
-        seconds = max(time.monotonic() - start, 1e-9)
-        images = sum(int(values["count"]) for values in sums[done_before:])
-        self._steps, self._metrics = [], []
-        self.restart_clock()
-        return summarize(sums) | {
-            "learning_rate": float(self._run.schedule(steps[-1] - 1)),
-            "images_per_second": images / seconds,
-        }
-
-    def _check_finite(self, step: int, values: dict[str, np.ndarray]) -> None:
-        bad = [name for name in ("loss_sum", "balance_loss", "grad_norm") if not np.isfinite(values[name])]
-        if not bad:
-            return
-        self._checkpoints.wait()
-        last = self._checkpoints.latest_step
-        good = f"the last good checkpoint is step {last}" if last is not None else "none was saved yet"
-        rate = float(self._run.schedule(step - 1))
-        raise NonFiniteError(
-            f"{' and '.join(bad)} not finite at step {step} ({good}). Likely causes: a learning rate too"
-            f" high for this network (now {rate:g}), float16-sized numbers under"
-            f" config.compute_dtype={self._run.config.compute_dtype!r}, or damaged images; lower"
-            " config.train.learning_rates and start in a new --workdir, or go on without that step's batch with"
-            " --config.train.on_nonfinite=rollback",
-            step,
-        )
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
 
 
-def _epoch_line(epoch: int, config: ConfigDict, evaluation: dict[str, float]) -> str:
+def _evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
+    evaluation = run.evaluate(state.evaluated)
+    if not math.isfinite(evaluation["loss"]):
+        raise NonFiniteError(f"evaluation loss not finite after step {step}", step)
+    return evaluation
+
+
+def _step_to_skip(run: Run, error: NonFiniteError, skipped: set[int], last_saved: int) -> int | None:
+    """The step whose update to leave out after a rollback; None if the run should end with the error."""
+    if run.config.train.on_nonfinite == "stop":
+        return None
+    step = max((step for step in range(last_saved + 1, error.step + 1) if step not in skipped), default=None)
+    if step is None or skipped.issuperset(range(step - _MAX_SKIPPED, step)):
+        return None
+    return step
+
+
+def _explain(run: Run, error: NonFiniteError, last_saved: int | None) -> str:
+    """The message of a run that ends because its numbers are not finite."""
+    train, compute_dtype = run.config.train, run.config.compute_dtype
+    saved = "no checkpoint was saved before" if last_saved is None else f"the last good checkpoint is step {last_saved}"
+    causes = f"a learning rate too high for this network (now {float(run.schedule(error.step - 1)):g})"
+    if compute_dtype:
+        causes += f", the range of config.compute_dtype = {compute_dtype!r}"
+    advice = "Lower config.train.learning_rates and start in a new --workdir"
+    if train.on_nonfinite == "stop":
+        advice += ", or skip that step's batch with --config.train.on_nonfinite=rollback"
+    else:
+        advice = f"Rolling back and skipping steps did not help. {advice}"
+    return f"{error} ({saved}). Likely causes: {causes}, or damaged images. {advice}"
+
+
+@contextlib.contextmanager
+def profile_steps(
+    directory: pathlib.Path, steps: range
+) -> Iterator[Callable[[int], contextlib.AbstractContextManager]]:
+    """Yields step → context in which the step is traced for TensorBoard, if it is one of `steps`."""
+    with contextlib.ExitStack() as trace:
+
+        @contextlib.contextmanager
+        def profiled(step: int) -> Iterator[None]:
+            if step not in steps:
+                yield
+                return
+            if not tracing:
+                tracing.append(step)
+                trace.enter_context(jax.profiler.trace(str(directory)))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                yield
+            if step == steps[-1]:
+                jax.block_until_ready(jax.live_arrays())
+                trace.close()
+
+        tracing: list[int] = []
+        yield profiled
+
+
+def _say(*lines: str) -> None:
+    """Prints lines to the standard error of the first process."""
+    if jax.process_index() == 0:
+        for line in lines:
+            print(line, file=sys.stderr)
+
+
+def _announce(writer: Writer, start: Progress, workdir: pathlib.Path) -> None:
+    if start.step:
+        writer.say(f"resuming from step {start.step} in {workdir}")
+    if start.skipped:
+        steps = ", ".join(map(str, start.skipped))
+        writer.say(f"skipping the updates of steps whose loss was not finite: {steps}")
+    writer.say("XLA is compiling the training step, which takes minutes for large networks")
+
+
+def _epoch_line(config: ConfigDict, epoch: int, evaluation: dict[str, Any]) -> str:
+    epochs = config.train.num_epochs
     return (
-        f"epoch {epoch:{len(str(config.train.num_epochs))}}/{config.train.num_epochs}:"
-        f" {config.eval.split} top-1 error {evaluation['top1_error']:.2f} %,"
+        f"epoch {epoch:{len(str(epochs))}}/{epochs}: {config.eval.split} top-1 error {evaluation['top1_error']:.2f} %,"
         f" top-5 {evaluation['top5_error']:.2f} %, loss {evaluation['loss']:.4f}"
     )
 
 
 def _result(run: Run, checkpoints: Checkpoints, progress: Progress) -> dict[str, Any]:
+    """The contents of `result.json`."""
     best_step = checkpoints.best_step
     best = checkpoints.metrics(best_step) if best_step is not None else None
     last = checkpoints.metrics(progress.step)
-    assert best  # the last epoch was evaluated
-    assert last  # and kept
+    assert best  # a finished run was evaluated at the end of its last epoch
+    assert last
     return {
         "top1_error": best["top1_error"],
         "top5_error": best["top5_error"],
@@ -295,7 +315,7 @@ def _result(run: Run, checkpoints: Checkpoints, progress: Progress) -> dict[str,
         "last_top1_error": last["top1_error"],
         "last_top5_error": last["top5_error"],
         "step": progress.step,
-        "parameters": count_parameters(run.abstract_state.params),
+        "parameters": run.parameters,
         "feature_dimension": run.feature_dimension,
         "wall_seconds": round(progress.wall_seconds, 1),
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",

@@ -1,11 +1,27 @@
-"""Metrics as sums and counts, which add up over steps and devices; ratios are made on the host."""
+"""Metrics as sums and counts, which add up over steps and devices; the host turns them into ratios."""
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from gmsop_jax.errors import UserError
+
+
+class NonFiniteError(UserError):
+    """The loss, its gradient or the state became infinite, NaN or absurdly large.
+
+    Attributes:
+      step: the first step where this was seen, counted from 1.
+    """
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 def count_errors(
@@ -13,18 +29,18 @@ def count_errors(
     labels: Int[Array, "b"],
     mask: Bool[Array, "b"] | None = None,
 ) -> dict[str, Int[Array, ""]]:
-    """How many images of a batch have their label outside the first and the first five guesses.
+    """Counts the images whose label is not the first guess, or not among the first five.
 
-    Of equal logits the lower class goes first; with fewer than five classes all are among the guesses.
+    Of equal logits, the lower class ranks first. With fewer than five classes, the label is always among
+    the first five. A row with an infinite or NaN logit counts as an error.
 
-    Returns: `top1_errors`, `top5_errors`, `count`, leaving out what `mask` says is padding.
+    Returns: `top1_errors`, `top5_errors` and `count`, leaving out the rows that `mask` marks as padding.
 
     Example:
       >>> count_errors(jnp.array([[0.0, 1.0], [0.0, 1.0]]), jnp.array([1, 0]))["top1_errors"]
       Array(1, dtype=int32)
     """
     mask = jnp.ones(labels.shape, bool) if mask is None else mask
-    # the label's rank by comparisons: XLA would gather a split batch for its top-k
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     lower = jnp.arange(logits.shape[-1]) < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & lower), axis=-1)
@@ -36,27 +52,97 @@ def count_errors(
     }
 
 
-def summarize(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """Ratios from the sums of some steps.
+def add_up(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Adds the metrics of several steps, one after the other in float64.
+
+    A total may itself be added to later steps, with the same result as adding all steps at once.
+
+    Returns: the sum of each metric as floats (or lists of floats), and the number of `steps`.
+    """
+    total: dict[str, np.ndarray] = {}
+    for step in sums:
+        for name, value in {"steps": 1, **step}.items():
+            total[name] = total.get(name, np.float64(0)) + np.asarray(value, np.float64)
+    return {name: value.tolist() for name, value in total.items()}
+
+
+def summarize(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Computes ratios from the sums of some steps.
 
     Args:
-      sums: of each step: `loss_sum`, `top1_errors`, `top5_errors`, `count`, perhaps `gate_weight_sum`
-        [n]; anything else is averaged over the steps.
+      sums: `loss_sum`, `top1_errors`, `top5_errors`, `count` and optionally `gate_weight_sum` [n] of each
+        step or total of steps (`add_up`); any other metric is averaged over the steps.
 
     Returns: `loss` (nats per image), `top1_error` and `top5_error` (percent), `candidate_use` (list of
-      n: mean gate weights), and the averages.
+      n mean gate weights), and the averages.
 
     Raises:
-      ValueError: if there is no step or no image.
+      ValueError: if there are no images.
     """
-    steps = list(sums)
-    total = {key: np.sum([step[key] for step in steps], axis=0).tolist() for key in (steps[0] if steps else ())}
-    if not total.get("count"):
-        raise ValueError("there are no images to make ratios of")
-    count = total.pop("count")
+    total = add_up(sums)
+    count, steps = total.pop("count", 0), total.pop("steps", 0)
+    if not count:
+        raise ValueError("there are no images to compute ratios of")
     ratios: dict[str, Any] = {"loss": total.pop("loss_sum") / count}
     ratios["top1_error"] = 100 * total.pop("top1_errors") / count
     ratios["top5_error"] = 100 * total.pop("top5_errors") / count
     if "gate_weight_sum" in total:
         ratios["candidate_use"] = [weight / count for weight in total.pop("gate_weight_sum")]
-    return ratios | {key: value / len(steps) for key, value in total.items()}
+    return ratios | {name: value / steps for name, value in total.items()}
+
+
+def check_finite(step: int, metrics: Mapping[str, np.ndarray]) -> None:
+    """Raises NonFiniteError unless the loss and the gradient of a step are finite."""
+    bad = [name for name in ("loss_sum", "balance_loss", "grad_norm") if not np.isfinite(metrics[name])]
+    if bad:
+        raise NonFiniteError(f"{' and '.join(bad)} not finite at step {step}", step)
+
+
+class MetricsBuffer:
+    """Training metrics since the last record.
+
+    The metrics of a step stay on the device until `drain`, so that the host does not wait for each step.
+    It runs at most `MAX_STEPS_AHEAD` steps ahead of the device.
+
+    Attributes:
+      total: `add_up` of the steps that were drained since the last record.
+    """
+
+    MAX_STEPS_AHEAD = 2
+
+    def __init__(self, total: Mapping[str, Any]):
+        self.total = dict(total)
+        self._steps: list[tuple[int, dict[str, Array]]] = []
+        self._clock = time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, Array]) -> None:
+        """Keeps the metrics of a step, which may still be running."""
+        self._steps.append((step, metrics))
+        if len(self._steps) > self.MAX_STEPS_AHEAD:
+            jax.block_until_ready(self._steps[-1 - self.MAX_STEPS_AHEAD])
+
+    def restart_clock(self) -> None:
+        """Leaves the time until now out of the speed; call it only when the buffer is drained."""
+        self._clock = time.monotonic()
+
+    def drain(self) -> float:
+        """Adds all steps to `total`; returns the images per second since the last call.
+
+        Raises:
+          NonFiniteError: if the loss or the gradient of a step is not finite.
+        """
+        steps = jax.device_get(self._steps)
+        for step, metrics in steps:
+            check_finite(step, metrics)
+        done = [metrics for _, metrics in steps]
+        images = sum(int(metrics["count"]) for metrics in done)
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        self.total = add_up([self.total, *done] if self.total else done)
+        self._steps = []
+        self.restart_clock()
+        return images / seconds
+
+    def summarize(self) -> dict[str, Any]:
+        """Ratios over the drained steps, which are then dropped; {} if there are none."""
+        total, self.total = self.total, {}
+        return summarize([total]) if total else {}

@@ -12,139 +12,105 @@ from gmsop_jax.errors import ConfigError, did_you_mean
 RateFactors = Sequence[tuple[str, float]]
 
 
-def piecewise_schedule(learning_rates: Sequence[tuple[float, int]], steps_per_epoch: int) -> optax.Schedule:
-    """Constant rates, each for its number of epochs; the last goes on after its end.
+def create_schedule(train: Any, steps_per_epoch: int) -> optax.Schedule:
+    """Creates the learning rate as a function of the step, counted from 0.
+
+    `steps`: each rate of `learning_rates` holds for its number of epochs, the last one for ever.
+    `cosine`: rate · (1 + cos(π t/T))/2 at step t of T = epochs · steps_per_epoch, and 0 from T on.
+    Either is multiplied by min(1, (t + 1)/w) during a warm-up of w = warmup_epochs · steps_per_epoch steps,
+    rounded to a whole number.
 
     Args:
-      learning_rates: pairs (rate, epochs).
+      train: `config.train`, of which `schedule`, `learning_rates` and `warmup_epochs` are used.
       steps_per_epoch: optimiser steps in an epoch.
-
-    Returns: step → learning rate.
-    """
-    rates, epochs = zip(*learning_rates, strict=True)
-    boundaries = [sum(epochs[: i + 1]) * steps_per_epoch for i in range(len(epochs) - 1)]
-    return optax.join_schedules([optax.constant_schedule(rate) for rate in rates], boundaries)
-
-
-def create_schedule(
-    learning_rates: Sequence[tuple[float, int]],
-    steps_per_epoch: int,
-    *,
-    kind: str = "steps",
-    warmup_epochs: float = 0.0,
-) -> optax.Schedule:
-    """Learning rates in steps or along half a cosine, perhaps after a linear rise.
-
-    cosine: rate · (1 + cos(π t/T))/2 at step t, counted from 0, of T = epochs · steps_per_epoch; 0 from T on.
-    Warm-up over w = warmup_epochs · steps_per_epoch steps, rounded, multiplies this by min(1, (t + 1)/w).
-
-    Args:
-      learning_rates: pairs (rate, epochs); one for cosine.
-      steps_per_epoch: optimiser steps in an epoch.
-      kind: steps, as `piecewise_schedule`, or cosine.
-      warmup_epochs: of the rise, which are among the others; 0: none.
 
     Returns: step → learning rate.
 
     Raises:
-      ValueError: if a cosine has several pairs, or `kind` is none of these.
+      ValueError: if the schedule is unknown, or cosine is given several rates.
     """
-    if kind == "steps":
-        schedule = piecewise_schedule(learning_rates, steps_per_epoch)
-    elif kind == "cosine":
-        ((rate, epochs),) = learning_rates
+    if train.schedule == "steps":
+        rates, epochs = zip(*train.learning_rates, strict=True)
+        boundaries = [sum(epochs[: i + 1]) * steps_per_epoch for i in range(len(epochs) - 1)]
+        schedule = optax.join_schedules([optax.constant_schedule(rate) for rate in rates], boundaries)
+    elif train.schedule == "cosine":
+        ((rate, epochs),) = train.learning_rates
         schedule = optax.cosine_decay_schedule(rate, epochs * steps_per_epoch)
     else:
-        raise ValueError(f"the schedule must be steps or cosine, got {kind!r}")
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
+        raise ValueError(f"the schedule must be steps or cosine, got {train.schedule!r}")
+    warmup_steps = round(train.warmup_epochs * steps_per_epoch)
     if warmup_steps <= 1:
         return schedule
     rise = optax.linear_schedule(1 / warmup_steps, 1.0, warmup_steps - 1)
     return lambda step: rise(step) * schedule(step)
 
 
-def create_optimizer(
-    schedule: optax.Schedule,
-    *,
-    kind: str = "sgd",
-    momentum: float = 0.9,
-    beta2: float = 0.999,
-    nesterov: bool = False,
-    weight_decay: float = 1e-4,
-    pixel_scale: float = 60.0,
-    rate_factors: RateFactors = (),
-) -> optax.GradientTransformation:
-    """SGD with momentum, or AdamW; weight decay on every parameter.
+def create_optimizer(train: Any, schedule: optax.Schedule, pixel_scale: float) -> optax.GradientTransformationExtraArgs:
+    """Creates SGD with momentum, or AdamW; weight decay applies to every parameter.
 
-    sgd:    g ← ∂ + λ·p;  m ← μ·m + g;  u = m;  p ← p − lr·f·u    (u = g + μ·m with Nesterov's momentum)
+    sgd:    g ← ∂ + λ·p;  m ← μ·m + g;  u = m;  p ← p − lr·f·u    (u = g + μ·m with Nesterov momentum)
     adamw:  m ← μ·m + (1 − μ)·∂;  v ← β₂·v + (1 − β₂)·∂²;  u = m̂/(√v̂ + 10⁻⁸) + λ·p;  p ← p − lr·f·u,
             where m̂ = m/(1 − μᵗ) and v̂ = v/(1 − β₂ᵗ) at step t, counted from 1
 
     The authors' m has the opposite sign.
 
-    The stem's kernel, which meets pixels of size `pixel_scale` and is that much smaller than a usual one,
-    moves as if the pixels were divided by it and the kernel multiplied. Of SGD's step that takes
-    1/pixel_scale²: once for the gradient, once for the kernel (the weight decay is then 1/pixel_scale² of
-    the others', as the authors'). Adam's step doesn't depend on the gradient's scale, so there m̂/(√v̂ + 10⁻⁸)
-    is divided by pixel_scale once, and the decay is that of the others.
+    The kernel of the stem sees pixels of magnitude `pixel_scale`, and its entries are smaller than usual by
+    that factor. It is updated as if the pixels were divided by pixel_scale and the kernel multiplied by it.
+    For SGD this multiplies the update by 1/pixel_scale²: one factor for the gradient, one for the kernel. (Its
+    weight decay is then 1/pixel_scale² of the others', as in the authors' code.) The step of Adam does not
+    depend on the scale of the gradient, so m̂/(√v̂ + 10⁻⁸) is divided by pixel_scale once, and the decay is
+    unchanged.
 
     Args:
+      train: `config.train`, of which `optimizer`, `momentum` (μ), `beta2` (β₂), `nesterov`, `weight_decay`
+        (λ) and `rate_factors` (f, see `rate_factor_tree`) are used.
       schedule: step → learning rate.
-      kind: sgd or adamw.
-      momentum: μ.
-      beta2: β₂ of AdamW.
-      nesterov: Nesterov's momentum, of SGD.
-      weight_decay: λ.
-      pixel_scale: of the backbone; 1 treats the stem as any other parameter.
-      rate_factors: pairs (part, f): see `rate_factor_tree`.
+      pixel_scale: `config.model.pixel_scale`; 1 treats the stem like any other parameter.
 
-    Returns: a transformation whose updates are added to the parameters. Its `init` raises ConfigError if a
-      part of `rate_factors` is none of the parameters'.
+    Returns: a transformation whose updates are added to the parameters. Its `update` takes the training
+      `step`, counted from 0, which then decides the learning rate and Adam's bias correction; without it the
+      optimiser counts its own updates. Its `init` raises ConfigError if `rate_factors` names a part that the
+      parameters do not have.
 
     Raises:
-      ValueError: if `kind` is none of these.
+      ValueError: if the optimiser is unknown.
     """
-    decay = optax.add_decayed_weights(weight_decay)
-    if kind == "sgd":
-        parts = [decay, optax.trace(momentum, nesterov), _scale_stem(1 / pixel_scale**2)]
-    elif kind == "adamw":
-        parts = [optax.scale_by_adam(momentum, beta2), _scale_stem(1 / pixel_scale), decay]
+    decay = optax.add_decayed_weights(train.weight_decay)
+    if train.optimizer == "sgd":
+        parts = [decay, optax.trace(train.momentum, train.nesterov), _scale_stem(1 / pixel_scale**2)]
+    elif train.optimizer == "adamw":
+        parts = [optax.scale_by_adam(train.momentum, train.beta2), _scale_stem(1 / pixel_scale), decay]
     else:
-        raise ValueError(f"the optimiser must be sgd or adamw, got {kind!r}")
-    if rate_factors:
-        parts.append(_scale_parts(rate_factors))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+        raise ValueError(f"the optimiser must be sgd or adamw, got {train.optimizer!r}")
+    if train.rate_factors:
+        parts.append(_scale_parts(train.rate_factors))
+    return _follow_step(optax.chain(*parts, optax.scale_by_learning_rate(schedule)))
 
 
-def from_config(config: Any, steps_per_epoch: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser that `config.train` describes, and its schedule."""
-    t = config.train
-    schedule = create_schedule(t.learning_rates, steps_per_epoch, kind=t.schedule, warmup_epochs=t.warmup_epochs)
-    optimizer = create_optimizer(
-        schedule,
-        kind=t.optimizer,
-        momentum=t.momentum,
-        beta2=t.beta2,
-        nesterov=t.nesterov,
-        weight_decay=t.weight_decay,
-        pixel_scale=config.model.pixel_scale,
-        rate_factors=t.rate_factors,
-    )
-    return optimizer, schedule
+def _follow_step(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Sets the optimiser's counts to the training step, so that a skipped step doesn't shift later ones."""
+
+    def update(updates, state, params=None, *, step=None, **_):
+        if step is not None:
+            state = optax.tree.set(state, count=step)
+        return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def rate_factor_tree(params: Any, rate_factors: RateFactors) -> Any:
-    """The factor of each parameter's learning rate.
+    """Finds the factor of each parameter's learning rate.
 
     Args:
       params: nested dictionaries.
-      rate_factors: pairs (part, factor); a part is the start of a parameter's path, whole names joined by
-        `/`, like `backbone` or `backbone/stage1_block1`. Of pairs that match, the last one holds.
+      rate_factors: pairs (part, factor). A part is the beginning of a parameter's path, made of whole names
+        joined by `/`, such as `backbone` or `backbone/stage1_block1`. If several pairs match a parameter, the
+        last one applies.
 
-    Returns: the same tree, of numbers; 1 where none matches.
+    Returns: the same tree with a factor for each parameter; 1 where no pair matches.
 
     Raises:
-      ConfigError: if a part matches no parameter.
+      ConfigError: if no parameter is in one of the parts.
 
     Example:
       >>> rate_factor_tree({"backbone": {"a": 0, "b": 0}, "head": 0}, [("backbone", 0.1), ("backbone/b", 0)])
@@ -170,7 +136,7 @@ def rate_factor_tree(params: Any, rate_factors: RateFactors) -> Any:
 
 
 def _scale_parts(rate_factors: RateFactors) -> optax.GradientTransformation:
-    """Updates times their factor; exactly 0 for a factor of 0, whatever the gradient is."""
+    """Multiplies each update by its factor. A factor of 0 gives exactly 0, even for an infinite gradient."""
 
     def init(params):
         rate_factor_tree(params, rate_factors)

@@ -1,12 +1,10 @@
-"""One mesh over all devices of all processes: the batch is split over them, the state is on each.
+"""One mesh over all devices of all processes: the batch is split over them, and each holds the whole state.
 
-Two ways to run a training step there, with the same results: `jit`, where XLA splits one program for
-the whole batch, and `pmap`, where each device runs the program of its part and the parts meet in
-collectives that are written out.
+A step is written for one device's part of the batch, with collectives over the axis `AXIS`. There are two
+ways to run it on the mesh, with the same results: `jit` of `shard_map`, and `pmap`.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -20,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gmsop_jax.errors import ConfigError, UserError
 
-AXIS = "batch"  # of the mesh, and of pmap and shard_map
+AXIS = "batch"  # the axis of the mesh, and of pmap and shard_map
 
 HostBatch = Mapping[str, np.ndarray]
 
@@ -101,206 +99,112 @@ def first_process_does(action: Callable[[], None]) -> None:
 
 
 def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the one axis `batch`, over all devices of all processes unless some are named."""
+    """Creates a mesh with one axis, `AXIS`, over all devices of all processes or over the given ones."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def check_batch_size(field: str, batch_size: int, mesh: Mesh, sub_batches: int = 1) -> None:
-    """Refuses a global batch that doesn't split evenly over devices and sub-batches.
+    """Checks that a global batch splits evenly over devices and sub-batches.
 
     Raises:
-      ConfigError: naming `field`.
+      ConfigError: if it doesn't; the message names `field`.
     """
     parts = mesh.size * sub_batches
     if batch_size % parts:
         over = f"{mesh.size} devices" + (f" × {sub_batches} sub-batches" if sub_batches > 1 else "")
-        raise ConfigError(
-            f"config.{field} = {batch_size} doesn't split over {over}; {max(batch_size // parts, 1) * parts} does"
-        )
+        nearest = max(batch_size // parts, 1) * parts
+        raise ConfigError(f"config.{field} = {batch_size} doesn't split evenly over {over}; use {nearest}, for example")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on each device."""
+    """The sharding of an array that each device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(
-    state: Any, mesh: Mesh, *, optimizer: bool = False, classifier: bool = False, least: int = 2**16
-) -> Any:
-    """Where each array of a training state lies: on every device, or split over them.
-
-    An array that is split is so along its largest axis that the devices divide; one without such an
-    axis is on every device.
-
-    Args:
-      state: a `TrainState` of arrays or their shapes.
-      mesh: the devices.
-      optimizer: split the optimiser's state.
-      classifier: split the classifier, and its optimiser's state.
-      least: numbers that an array must have to be split.
-
-    Returns: the same tree, of shardings.
-    """
-
-    def place(path, leaf) -> NamedSharding:
-        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-        split = (optimizer and names[0] == "opt_state") or (classifier and "classifier" in names)
-        axes = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
-        if not (split and axes) or leaf.size < least:
-            return replicated(mesh)
-        largest = max(axes, key=lambda i: leaf.shape[i])
-        return NamedSharding(mesh, PartitionSpec(*[None] * largest, AXIS))
-
-    return jax.tree_util.tree_map_with_path(place, state)
-
-
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts a tree on each device."""
+    """Copies a tree of arrays onto each device."""
     return jax.device_put(tree, replicated(mesh))
 
 
-def place_batch(batch: HostBatch, mesh: Mesh, size: int | None = None) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on its devices; the result is the global batch.
-
-    A batch that doesn't split over the devices (the last of an epoch may not) is put on each, whole.
+def place_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Copies this process's rows of a batch onto its devices.
 
     Args:
-      batch: this process's contiguous rows.
-      mesh: the devices.
-      size: rows of the global batch; by default as many from each process as from this one.
+      batch: this process's contiguous rows, the same number in each process.
+      mesh: the devices, which must divide the number of rows.
+
+    Returns: the global batch, split over the devices.
     """
-    if size is None:
-        size = len(next(iter(batch.values()))) * jax.process_count()
-    if size % mesh.size == 0:
-        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-    else:
-        sharding, batch = replicated(mesh), _all_rows(batch, size)
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
-
-
-def _all_rows(batch: HostBatch, size: int) -> HostBatch:
-    """The rows of all processes, whose numbers may differ by one."""
-    count = jax.process_count()
-    if count == 1:
-        return batch
-    most = -(-size // count)
-    padded = {name: np.pad(x, [(0, most - len(x))] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
-    gathered = multihost_utils.process_allgather(padded)
-    cuts = [size * process // count for process in range(count + 1)]
-    return {name: np.concatenate([x[p, : cuts[p + 1] - cuts[p]] for p in range(count)]) for name, x in gathered.items()}
 
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """XLA options for a training step; none but on a CPU.
+    """The XLA options that training steps are compiled with, if this jaxlib knows them.
 
-    There reductions (batch norm's, above all) go to XLA's library of fused loops, which uses all cores. Of
-    its other kinds, products gain nothing here, and elementwise ones copy what a loop updates in place. A
-    jaxlib without the option goes on as it is, and so does a user who sets it in XLA_FLAGS.
+    On CPUs, reductions (above all those of batch norm) go to XLA's library of fused loops, which uses all
+    cores. The library's other fusion types don't help: products gain nothing, and elementwise ones copy what
+    a loop updates in place. On GPUs, only deterministic kernels are allowed, so that a resumed run repeats
+    the bits of an uninterrupted one. An option that the user sets in XLA_FLAGS is left alone.
     """
-    name = "xla_cpu_experimental_ynn_fusion_type"
-    if jax.default_backend() != "cpu" or name in os.environ.get("XLA_FLAGS", ""):
-        return {}
-    options = {name: "LIBRARY_FUSION_TYPE_REDUCE"}
+    options = {
+        "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+        "gpu": {"xla_gpu_deterministic_ops": True},
+    }
+    flags = os.environ.get("XLA_FLAGS", "")
+    chosen = {name: value for name, value in options.get(jax.default_backend(), {}).items() if name not in flags}
     try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=chosen).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return {}
-    return options
+    return chosen
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainStep:
-    """A training step compiled for a mesh: (state, this process's rows, rows of the global batch) → (state, metrics).
-
-    The old state's memory is given to the new one. A batch that doesn't split evenly over devices and
-    sub-batches (the last of an epoch may not) is computed whole by each device.
-
-    Attributes:
-      mesh: the devices.
-      sub_batches: of the step.
-      one_program: for the whole batch, which XLA splits.
-      split_program: for one device's part of it; None to leave the splitting to XLA.
-      place_parts: puts a batch where `split_program` wants it.
-    """
-
-    mesh: Mesh
-    sub_batches: int
-    one_program: Any
-    split_program: Any
-    place_parts: Callable[[HostBatch], Any]
-
-    def __call__(self, state: Any, batch: HostBatch, size: int) -> tuple[Any, dict[str, jax.Array]]:
-        """Trains on a batch."""
-        program, placed = self._choose(batch, size)
-        state, metrics = program(state, placed)
-        if jax.process_count() > 1:
-            state = jax.tree.map(self._on_all_devices, state)
-        return state, metrics
-
-    def _on_all_devices(self, array: jax.Array) -> jax.Array:
-        """An array as one over the whole mesh: pmap gives each process one over its own devices."""
-        if array.sharding.device_set == set(self.mesh.devices.flat):
-            return array
-        copies = [shard.data for shard in array.addressable_shards]
-        return jax.make_array_from_single_device_arrays(array.shape, replicated(self.mesh), copies)
-
-    def lower(self, state: Any, batch: HostBatch, size: int) -> Any:
-        """The program for such a batch, as `jax.jit(…).lower` gives it."""
-        program, placed = self._choose(batch, size)
-        return program.lower(state, placed)
-
-    def _choose(self, batch: HostBatch, size: int) -> tuple[Any, Any]:
-        if self.split_program is not None and size % (self.mesh.size * self.sub_batches) == 0:
-            return self.split_program, self.place_parts(batch)
-        return self.one_program, place_batch(batch, self.mesh, size)
-
-
-def compile_train_step(
-    make_step: Callable[[str | None], Callable],
-    mesh: Mesh,
-    shardings: Any,
-    *,
-    mode: str = "jit",
-    per_device_bn: bool = False,
-    sub_batches: int = 1,
-) -> TrainStep:
-    """Compiles a training step for a mesh, with its first call.
+def compile_train_step(step: Callable, mesh: Mesh, mode: str) -> tuple[Any, Callable]:
+    """Prepares a training step for a mesh; XLA compiles it when it is first called.
 
     Args:
-      make_step: axis name → step (state, batch) → (state, metrics): for one part of a batch that is
-        split over that axis, or, with None, for all of it.
+      step: (state, part of a batch) → (state, metrics), with collectives over `AXIS`.
       mesh: the devices.
-      shardings: of the state (`state_shardings`).
       mode: `jit` or `pmap`.
-      per_device_bn: whether the model that `make_step` makes for an axis normalises by each device's own
-        moments; in mode `jit` it then runs under shard_map.
-      sub_batches: of the step.
+
+    Returns: (program, place): `place` puts this process's rows of a batch on its devices, and the program
+      maps the state and a placed batch to the new state and metrics. It donates the old state's memory.
     """
-    out_shardings = (shardings, replicated(mesh))
-    one_program = jax.jit(
-        make_step(None), donate_argnums=0, out_shardings=out_shardings, compiler_options=compiler_options()
-    )
-    split_program, place_parts = None, functools.partial(place_batch, mesh=mesh)
-    if mode == "pmap":
-        devices = list(mesh.devices.flat)
-        split_program = jax.pmap(
-            make_step(AXIS), AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
-        )
-        local = sum(device.process_index == jax.process_index() for device in devices)
-        place_parts = functools.partial(_split_rows, parts=local)
-    elif per_device_bn:
-        parts, whole = PartitionSpec(AXIS), PartitionSpec()
-        mapped = jax.shard_map(make_step(AXIS), mesh=mesh, in_specs=(whole, parts), out_specs=whole, check_vma=False)
-        split_program = jax.jit(mapped, donate_argnums=0, out_shardings=out_shardings)
-    return TrainStep(mesh, sub_batches, one_program, split_program, place_parts)
+    if mode == "jit":
+        part, whole = PartitionSpec(AXIS), PartitionSpec()
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, part), out_specs=whole, check_vma=False)
+        program = jax.jit(mapped, donate_argnums=0, compiler_options=compiler_options())
+        return program, functools.partial(place_batch, mesh=mesh)
+    devices = list(mesh.devices.flat)
+    program = jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)  # pyright: ignore[reportArgumentType]
+
+    def run(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        state, metrics = program(state, batch)
+        return jax.tree.map(functools.partial(_span_mesh, mesh=mesh), state), metrics
+
+    local = sum(device.process_index == jax.process_index() for device in devices)
+    return (run if jax.process_count() > 1 else program), functools.partial(_split_rows, parts=local)
+
+
+def _span_mesh(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """Turns an array that pmap replicated over this process's devices into one over the whole mesh."""
+    copies = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, replicated(mesh), copies)
 
 
 def _split_rows(batch: HostBatch, parts: int) -> dict[str, np.ndarray]:
     return {name: x.reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
-def jit_eval_step(step: Callable, mesh: Mesh) -> Callable:
-    """Compiles an evaluation step."""
-    return jax.jit(step, out_shardings=replicated(mesh))
+def compile_eval_step(step: Callable, mesh: Mesh) -> Callable:
+    """Prepares an evaluation step for a mesh: (variables, placed batch) → metrics.
+
+    Args:
+      step: the same for one device's part of a batch, with collectives over `AXIS`.
+      mesh: the devices.
+    """
+    part, whole = PartitionSpec(AXIS), PartitionSpec()
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, part), out_specs=whole, check_vma=False))

@@ -1,6 +1,5 @@
 """Pure training and evaluation steps: arrays in, arrays out."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,24 +13,22 @@ from jaxtyping import Array, Float, UInt8
 from numpy.typing import ArrayLike
 
 from gmsop_jax.ops import balance_loss
-from gmsop_jax.training.averaging import update_average
-from gmsop_jax.training.losses import cross_entropy
+from gmsop_jax.training.losses import cross_entropy, draw_share, mix_batch
 from gmsop_jax.training.metrics import count_errors
-from gmsop_jax.training.mixup import draw_share, mix_batch
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a run carries from step to step.
+    """The arrays that training carries from step to step.
 
     Attributes:
-      step: optimiser steps done, int32 scalar.
+      step: number of optimiser steps done, an int32 scalar.
       params: parameters.
-      batch_stats: batch norm's running moments; {} in a network without.
-      opt_state: of the optimiser.
-      ema: averages of `params` and `batch_stats` over the steps; None in a run without.
+      batch_stats: running moments of batch norm; {} for a network without.
+      opt_state: state of the optimiser.
+      ema: moving averages of `params` and `batch_stats`; None in a run that keeps none.
     """
 
     step: Array
@@ -42,98 +39,64 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """For `model.apply` in training."""
+        """Variables for `model.apply` in training."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """For `model.apply` in evaluation: the averages where there are any."""
+        """Variables for `model.apply` in evaluation: the averages, if there are any."""
         return self.variables if self.ema is None else self.ema
 
 
 def create_state(
     variables: Mapping[str, Any], optimizer: optax.GradientTransformation, *, averaged: bool = False
 ) -> TrainState:
-    """The state before the first step, from what `model.init` gave; `averaged` adds the averages."""
+    """Creates the state before the first step.
+
+    Args:
+      variables: from `model.init`.
+      optimizer: from `create_optimizer`, or any optax optimiser.
+      averaged: whether to keep moving averages.
+    """
     params = variables["params"]
     batch_stats = variables.get("batch_stats", {})
     state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
-    # copies: the step gives every array's memory away, which it can do but once
+    # Copy the arrays: a train step donates its input buffers, so parameters and averages must not share memory.
     return state.replace(ema=jax.tree.map(jnp.copy, state.variables)) if averaged else state
 
 
 def normalize(
     images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mean_rgb: ArrayLike
 ) -> Float[Array, "b h w 3"]:
-    """Float32 pixels with the training set's mean colour (0–255) subtracted."""
+    """Subtracts the training set's mean colour (0–255) from the images, in float32."""
     return images.astype(jnp.float32) - jnp.asarray(mean_rgb, jnp.float32)
 
 
 def step_rngs(seed: int, step: Array) -> dict[str, Array]:
-    """Keys of the RNG streams, a function of seed and step alone."""
+    """The keys of the RNG streams `gating` and `dropout`, which depend on the seed and the step alone."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     gating, dropout = jax.random.split(key)
     return {"gating": gating, "dropout": dropout}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Forward:
-    """The forward pass of training: (params, state, batch) → (sums, balance loss, new moments)."""
+def update_average(average: Any, new: Any, step: Array, decay: float) -> Any:
+    """Updates an exponential moving average of a tree of arrays.
 
-    model: nn.Module
-    mean_rgb: ArrayLike
-    seed: int
-    axis_name: str | None
-    label_smoothing: float
-    mixup_alpha: float
-    balance_ddof: int
+    a ← d·a + (1 − d)·new,  d = min(decay, (1 + t)/(10 + t))
 
-    def __call__(self, params: Any, state: TrainState, batch: Batch, parts: int) -> tuple[Metrics, Array, Any]:
-        if self.mixup_alpha:
-            batch = mix_batch(batch, self._share(state))
-        return self.whole(params, state, batch) if parts == 1 else self.in_parts(params, state, batch, parts)
+    The average starts at the initial values. The smaller d of the first steps forgets them quickly: after
+    ten steps their share is 10⁻⁵, whereas a constant decay of 0.999 would still leave 99 %.
 
-    def whole(self, params: Any, state: TrainState, batch: Batch) -> tuple[Metrics, Array, Any]:
-        sums, aux, batch_stats = self._apply(params, state, batch, step_rngs(self.seed, state.step))
-        return sums, aux["balance_loss"], batch_stats
+    Args:
+      average: a.
+      new: the same tree after the step.
+      step: t, the number of steps before this one.
+      decay: the largest d.
 
-    def in_parts(self, params: Any, state: TrainState, batch: Batch, parts: int) -> tuple[Metrics, Array, Any]:
-        def one(_, indexed):
-            index, part = indexed
-            rngs = {name: jax.random.fold_in(key, index) for name, key in step_rngs(self.seed, state.step).items()}
-            sums, aux, batch_stats = self._apply(params, state, part, rngs)
-            usage = jnp.sum(aux.get("importance", aux["gate_weights"]), axis=0)
-            return None, (sums, usage, batch_stats)
-
-        rows = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
-        one = jax.checkpoint(one, prevent_cse=False)
-        _, (sums, usage, batch_stats) = jax.lax.scan(one, None, (jnp.arange(parts), rows))
-        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-        batch_stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), batch_stats)
-        return sums, balance_loss(usage, self.axis_name, self.balance_ddof), batch_stats
-
-    def _apply(self, params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array]):
-        (logits, aux), updates = self.model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            normalize(batch["image"], self.mean_rgb),
-            train=True,
-            gate_noise=batch.get("gate_noise"),
-            mutable=["batch_stats"],
-            rngs=rngs,
-        )
-        sums = count_errors(logits, batch["label"]) | {"loss_sum": self._loss(logits, state, batch)}
-        return sums, aux, updates.get("batch_stats", {})
-
-    def _loss(self, logits: Array, state: TrainState, batch: Batch) -> Array:
-        loss = cross_entropy(logits, batch["label"], smoothing=self.label_smoothing)
-        if not self.mixup_alpha:
-            return loss
-        other = cross_entropy(logits, batch["other_label"], smoothing=self.label_smoothing)
-        share = self._share(state)
-        return share * loss + (1 - share) * other
-
-    def _share(self, state: TrainState) -> Array:
-        return draw_share(self.seed, state.step, self.mixup_alpha)
+    Returns: the new average.
+    """
+    d = jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(new, average, 1 - d)
 
 
 def make_train_step(
@@ -141,87 +104,124 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     mean_rgb: ArrayLike,
-    balance_weight: float = 100.0,
+    seed: int,
+    balance_weight: float,
     balance_ddof: int = 1,
-    seed: int = 0,
     label_smoothing: float = 0.0,
     mixup_alpha: float = 0.0,
     ema_decay: float = 0.0,
     sub_batches: int = 1,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step (state, batch) → (state, metrics).
+    """Makes the training step (state, batch) → (state, metrics).
 
-    Loss: (Σ cross entropy + α · balance loss)/B, for B the size of the batch   (GM-SOP, eq. 7)
+    loss = (Σ cross entropy + α · balance loss)/B for a batch of B images   (GM-SOP, eq. 7)
 
-    With `sub_batches` n the batch goes through the network in n parts, one after the other, and only
-    one part's activations are in memory; each part is computed once more in the backward pass. Sums,
-    balance loss and gradients are the whole batch's, so the step is the same but for two things: batch
-    norm sees one part at a time (its running moments move by the parts' mean), and each part draws its
-    own gate noise and dropout.
+    With `sub_batches` = n, the batch passes through the network in n parts, one after the other. Only one
+    part's activations are in memory at a time, and each part's forward pass is computed twice. The sums, the
+    balance loss and the gradient are those of the whole batch. Two things differ: batch norm normalises each
+    part by itself (the running moments move by the mean over the parts), and each part draws its own gate
+    noise and dropout.
 
     Args:
-      model: gives `(logits, aux)`.
-      optimizer: from `create_optimizer`, or any of optax.
+      model: returns `(logits, aux)`.
+      optimizer: from `create_optimizer`, or any optax optimiser. It receives the state's `step`.
       mean_rgb: [3], mean colour of the training set.
+      seed: seed of the gate noise, dropout and mixup.
       balance_weight: α.
-      balance_ddof: the gate's `balance_ddof`; of use with sub_batches.
-      seed: of gate noise, dropout and mixup.
+      balance_ddof: the gate's `balance_ddof`; only used with sub_batches > 1.
       label_smoothing: ε of `losses.cross_entropy`.
-      mixup_alpha: α of mixup, 0 for none: the batch's neighbouring rows are mixed before it is cut into
-        parts, and the cross entropy is λ · that of the own label + (1 − λ) · that of the neighbour's; errors
-        are counted against the own label, whose λ is at least a half.
-      ema_decay: of the averages in a state that has them (`averaging.update_average`).
-      sub_batches: n; part j has the rows j, j + n, j + 2n, … A batch that n doesn't divide is cut into
+      mixup_alpha: α of mixup, or 0 for no mixup. Neighbouring rows of the batch are mixed before it is cut
+        into parts. The loss is λ · the cross entropy of a row's own label + (1 − λ) · that of its
+        neighbour's. Errors are counted against the own label, whose λ is at least ½.
+      ema_decay: decay of the averages in a state that has them (`update_average`).
+      sub_batches: n; part j consists of rows j, j + n, j + 2n, …. A batch that n does not divide is cut into
         as many parts as divide both.
-      axis_name: pmap or shard_map axis over which the batch is split, the model's too; the new state
-        and the metrics are the whole batch's, the same on every device.
+      axis_name: pmap or shard_map axis over which the batch is split, for this step and the model. The new
+        state and the metrics are those of the whole batch, equal on all devices. None if one program has the
+        whole batch, as in a plain `jax.jit`.
 
-    Returns: a function for `jax.jit`, or for `jax.pmap` with `axis_name`. `batch` has `image` uint8
-      [b, h, w, 3] and `label` int32 [b], and may have `gate_noise` [b] to replace the draw; metrics are
-      `loss_sum` (cross entropy), `top1_errors`, `top5_errors`, `count`, `balance_loss` and `grad_norm`.
+    Returns: a function of the state and a batch with `image` uint8 [b, h, w, 3], `label` int32 [b] and
+      optionally `gate_noise` [b], which replaces the draw. Its metrics are `loss_sum` (cross entropy),
+      `top1_errors`, `top5_errors`, `count`, `balance_loss` and `grad_norm`.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    forward = _Forward(model, mean_rgb, seed, axis_name, label_smoothing, mixup_alpha, balance_ddof)
+    def forward(params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array]):
+        (logits, aux), updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            normalize(batch["image"], mean_rgb),
+            train=True,
+            gate_noise=batch.get("gate_noise"),
+            mutable=["batch_stats"],
+            rngs=rngs,
+        )
+        loss = cross_entropy(logits, batch["label"], smoothing=label_smoothing)
+        if mixup_alpha:
+            share = draw_share(seed, state.step, mixup_alpha)
+            loss = share * loss + (1 - share) * cross_entropy(logits, batch["other_label"], smoothing=label_smoothing)
+        sums = {"loss_sum": loss, **count_errors(logits, batch["label"])}
+        return sums, aux, updates.get("batch_stats", {})
+
+    def forward_in_parts(params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array], parts: int):
+        def one(indexed: tuple[Array, Batch]):
+            index, part = indexed
+            part_rngs = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
+            sums, aux, batch_stats = forward(params, state, part, part_rngs)
+            return sums, batch_stats, jnp.sum(aux.get("importance", aux["gate_weights"]), axis=0)
+
+        rows = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+        one = jax.checkpoint(one, prevent_cse=False)
+        sums, batch_stats, usage = jax.lax.map(one, (jnp.arange(parts), rows))
+        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+        batch_stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), batch_stats)
+        return sums, {"balance_loss": balance_loss(usage, axis_name, balance_ddof)}, batch_stats
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rngs = step_rngs(seed, state.step)
         rows = batch["image"].shape[0]
         parts = math.gcd(rows, sub_batches)
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        if mixup_alpha:
+            batch = mix_batch(batch, draw_share(seed, state.step, mixup_alpha))
 
-        def loss_function(params):
-            sums, balance, batch_stats = forward(params, state, batch, parts)
-            # the devices' losses add up to the batch's, so each takes a part of the balance loss that all know
-            loss = (sums["loss_sum"] + balance_weight * balance / devices) / (rows * devices)
-            return loss, (sums, balance, batch_stats)
+        def loss_function(params: Any):
+            if parts == 1:
+                sums, aux, batch_stats = forward(params, state, batch, rngs)
+            else:
+                sums, aux, batch_stats = forward_in_parts(params, state, batch, rngs, parts)
+            # The losses of the devices add up to that of the batch, so each takes its share of the balance loss,
+            # which is the same on all of them.
+            loss = (sums["loss_sum"] + balance_weight * aux["balance_loss"] / devices) / (rows * devices)
+            return loss, (sums, aux["balance_loss"], batch_stats)
 
         grads, (sums, balance, batch_stats) = jax.grad(loss_function, has_aux=True)(state.params)
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
             batch_stats = jax.lax.pmean(batch_stats, axis_name)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
-        metrics = sums | {"balance_loss": balance, "grad_norm": optax.tree.norm(grads)}
         new = TrainState(state.step + 1, params, batch_stats, opt_state)
         if state.ema is not None:
             new = new.replace(ema=update_average(state.ema, new.variables, state.step, ema_decay))
-        return new, metrics
+        return new, {**sums, "balance_loss": balance, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
 
 def make_eval_step(
-    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool = False
+    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool = False, axis_name: str | None = None
 ) -> Callable[[Mapping[str, Any], Batch], Metrics]:
-    """The evaluation step (variables, batch) → metrics.
+    """Makes the evaluation step (variables, batch) → metrics.
 
     Args:
-      model: gives `(logits, aux)`.
-      mean_rgb: [3], mean colour that is subtracted.
-      flip_average: take the mean of the logits, and of the gate weights, of each image and its mirror image.
+      model: returns `(logits, aux)`.
+      mean_rgb: [3], mean colour of the training set.
+      flip_average: whether to average the logits and the gate weights over each image and its mirror image.
+      axis_name: pmap or shard_map axis over which the batch is split, for this step and the model.
 
-    Returns: a function for `jax.jit`. `batch` has `image`, `label` and `mask` (False for padding);
-      metrics are `loss_sum`, `top1_errors`, `top5_errors`, `count`, and `gate_weight_sum` [n].
+    Returns: a function of the variables and a batch with `image`, `label` and `mask` (False for padding).
+      Its metrics are `loss_sum`, `top1_errors`, `top5_errors`, `count` and `gate_weight_sum` [n].
     """
 
     def apply(variables: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
@@ -233,9 +233,10 @@ def make_eval_step(
         if flip_average:
             mirrored = apply(variables, batch["image"][:, :, ::-1])
             logits, weights = (logits + mirrored[0]) / 2, (weights + mirrored[1]) / 2
-        return count_errors(logits, batch["label"], batch["mask"]) | {
+        sums = count_errors(logits, batch["label"], batch["mask"]) | {
             "loss_sum": cross_entropy(logits, batch["label"], batch["mask"]),
             "gate_weight_sum": jnp.sum(weights, axis=0, where=batch["mask"][:, None]),
         }
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
     return eval_step

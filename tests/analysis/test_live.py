@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from gmsop_jax import main
-from gmsop_jax.training.profiling import StepProfiler
+from gmsop_jax.training.loop import profile_steps
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,12 @@ def test_a_profile_of_the_steps_asked_for(trained_run):
 
 def test_a_profile_ends_with_the_run(tmp_path):
     """Steps beyond the run's end leave a whole profile of those that were done."""
-    with StepProfiler(tmp_path, range(2, 100)) as profiler:
-        assert profiler.run(1, lambda x: x + 1, 1) == 2
+    with profile_steps(tmp_path, range(2, 100)) as profiled:
+        with profiled(1):
+            pass
         assert not list(tmp_path.iterdir())
-        assert profiler.run(2, lambda x: x + 1, 2) == 3
+        with profiled(2):
+            pass
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 

@@ -24,7 +24,7 @@ from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import ConfigError, DataError
 from gmsop_jax.inference.predict import read_image
 from gmsop_jax.training import parallel
-from gmsop_jax.training.evaluation import evaluate_split, resolve
+from gmsop_jax.training.evaluation import evaluate_split
 from gmsop_jax.training.setup import prepare
 
 MEAN = np.array([7, 80, 200], np.uint8)
@@ -264,13 +264,12 @@ def test_configured_crops():
         create_crop("random", padding=4, area=(0.1, 1))
 
 
-def test_a_run_trains_on_the_crops_configured(fashion: Path):
+def test_a_run_trains_on_the_crops_configured(fashion: Path, tmp_path: Path):
     c = default_config()
     c.data.dir, c.seed, c.train.batch_size = str(fashion), 4, 24
     for kind, crop in (("none", None), ("padded", PaddedCrop(2)), ("resized", ResizedCrop((0.3, 0.5)))):
         c.data.crop, c.data.crop_padding, c.data.crop_area = kind, 2, (0.3, 0.5)
-        manifest = Manifest.load(fashion)
-        found = next(iter(prepare(resolve(c, manifest), manifest).batches(3)))
+        found = next(prepare(c, tmp_path).batches(3))
         expected = next(train_batches(fashion, batch_size=24, seed=4, start_step=3, crop=crop))
         np.testing.assert_array_equal(found["image"], expected["image"])
 

@@ -22,10 +22,10 @@ from gmsop_jax.conversion.convert import convert
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import CheckpointError, DataError
-from gmsop_jax.training import loop as train
-from gmsop_jax.training import parallel
+from gmsop_jax.training import parallel, setup
 from gmsop_jax.training.checkpoint import Checkpoints
-from gmsop_jax.training.loop import NonFiniteError, train_and_evaluate
+from gmsop_jax.training.loop import train_and_evaluate
+from gmsop_jax.training.metrics import NonFiniteError
 from gmsop_jax.training.restore import load
 from gmsop_jax.training.workdir import Workdir
 from gmsop_jax.training.writer import read_metrics
@@ -156,8 +156,8 @@ def test_vanished_workdir(config, tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "run")
         return evaluate(*arguments)
 
-    evaluate = train.evaluate_split
-    monkeypatch.setattr(train, "evaluate_split", vanish)
+    evaluate = setup.evaluate_split
+    monkeypatch.setattr(setup, "evaluate_split", vanish)
     with pytest.raises(CheckpointError, match=r"the folder has vanished.*no checkpoint is there"):
         train_and_evaluate(config, tmp_path / "run")
 
@@ -248,14 +248,14 @@ def poisoned(monkeypatch) -> Callable[[set[int]], None]:
         compile_step = parallel.compile_train_step
 
         def compile_poisoned(*arguments, **options):
-            step = compile_step(*arguments, **options)
+            step, place = compile_step(*arguments, **options)
 
-            def run(state, batch, size):
+            def run(state, batch):
                 if int(state.step) + 1 in steps:
                     state = state.replace(params=jax.tree.map(lambda x: x * np.inf, state.params))
-                return step(state, batch, size)
+                return step(state, batch)
 
-            return run
+            return run, place
 
         monkeypatch.setattr(parallel, "compile_train_step", compile_poisoned)
 
@@ -349,7 +349,7 @@ def test_dead_reader_process(config, tmp_path, monkeypatch):
     step = parallel.compile_train_step
 
     def compile_and_kill(*arguments, **options):
-        compiled, done = step(*arguments, **options), []
+        (compiled, place), done = step(*arguments, **options), []
 
         def run(*arguments):
             done.append(1)
@@ -358,7 +358,7 @@ def test_dead_reader_process(config, tmp_path, monkeypatch):
                     os.kill(child, signal.SIGKILL)
             return compiled(*arguments)
 
-        return run
+        return run, place
 
     monkeypatch.setattr(parallel, "compile_train_step", compile_and_kill)
     with pytest.raises(DataError, match=r"a process that reads the data died.*resume from the last checkpoint"):

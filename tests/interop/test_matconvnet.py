@@ -9,6 +9,7 @@ import optax
 import pytest
 import scipy.io
 
+from gmsop_jax.config import default_config
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matconvnet import Checkpoint, load, load_checkpoint, save
@@ -155,7 +156,7 @@ def test_a_step_goes_on_from_imported_momentum(checkpoint_path, x64):
     checkpoint = load_checkpoint(checkpoint_path)
     config = checkpoint.model_config
     variables, momentum = jax.tree.map(jnp.float64, (checkpoint.variables, checkpoint.momentum))
-    inner = create_optimizer(optax.constant_schedule(0.002), pixel_scale=config.pixel_scale)
+    inner = create_optimizer(default_config().train, optax.constant_schedule(0.002), config.pixel_scale)
     optimizer = optax.chain(optax.trace(0.0), inner)  # the first keeps the gradient
     state = create_state(variables, optimizer)
     opt_state: Any = state.opt_state
@@ -163,7 +164,8 @@ def test_a_step_goes_on_from_imported_momentum(checkpoint_path, x64):
     state = state.replace(opt_state=(gradient, optax.tree.set(inner_state, trace=momentum)))
     with np.load(checkpoint_path.parent / "eval.npz") as values:
         batch = {"image": jnp.asarray(values["images"][:4]), "label": jnp.arange(4)}
-    step = make_train_step(create_model(config), optimizer, mean_rgb=np.asarray(checkpoint.mean_rgb))
+    mean_rgb = np.asarray(checkpoint.mean_rgb)
+    step = make_train_step(create_model(config), optimizer, mean_rgb=mean_rgb, seed=0, balance_weight=100.0)
     after, _ = jax.jit(step)(state, batch)
 
     stored = matfile.read(checkpoint_path, ("net", "state"))

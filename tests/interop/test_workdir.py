@@ -90,7 +90,7 @@ def test_state_and_files(checkpoint_path, tmp_path, assert_same):
 
     images = jnp.zeros((1, 64, 64, 3))
     variables = jax.jit(create_model(run.config.model).init)(jax.random.key(0), images)
-    like = create_state(variables, create_optimizer(optax.linear_schedule(1.0, 0.0, 9)))
+    like = create_state(variables, create_optimizer(run.config.train, optax.linear_schedule(1.0, 0.0, 9), 60.0))
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         state, progress = checkpoints.restore(like, 5)
     assert (progress.step, progress.epoch) == (5, 5)
@@ -103,7 +103,9 @@ def test_another_optimiser_starts_without_the_files_momentum(checkpoint_path, tm
     overrides = ["train.optimizer=adamw", "train.ema_decay=0.9"]
     run = import_checkpoint(checkpoint_path, tmp_path, overrides)
     variables = jax.tree.map(jnp.asarray, run.checkpoint.variables)
-    like = create_state(variables, create_optimizer(optax.linear_schedule(1.0, 0.0, 9), kind="adamw"), averaged=True)
+    like = create_state(
+        variables, create_optimizer(run.config.train, optax.linear_schedule(1.0, 0.0, 9), 60.0), averaged=True
+    )
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         state, _ = checkpoints.restore(like, 5)
     assert_same(jax.device_get(state.evaluated), run.checkpoint.variables)

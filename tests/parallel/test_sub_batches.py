@@ -1,12 +1,16 @@
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gmsop_jax.ops import average_pool, balance_loss, second_order_pool, top_k_gate
-from gmsop_jax.training.optimizer import create_optimizer, piecewise_schedule
 from gmsop_jax.training.step import create_state, make_train_step
+
+STEP: dict[str, Any] = {"mean_rgb": [9, 9, 9], "seed": 0, "balance_weight": 100.0}
 
 
 class Plain(nn.Module):
@@ -24,8 +28,8 @@ class Plain(nn.Module):
 @pytest.fixture(scope="module")
 def steps():
     model = Plain()
-    optimizer = create_optimizer(piecewise_schedule([(0.1, 1)], 1))
-    made = {n: jax.jit(make_train_step(model, optimizer, mean_rgb=[9, 9, 9], sub_batches=n)) for n in (1, 2, 4)}
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    made = {n: jax.jit(make_train_step(model, optimizer, **STEP, sub_batches=n)) for n in (1, 2, 4)}
     variables = model.init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
     return made, create_state(variables, optimizer)
 
@@ -39,8 +43,8 @@ def batch(rows: int) -> dict[str, np.ndarray]:
 def mixing_steps():
     """As `steps`, with mixup, label smoothing and averages."""
     model = Plain()
-    optimizer = create_optimizer(piecewise_schedule([(0.1, 1)], 1))
-    options = {"label_smoothing": 0.1, "mixup_alpha": 0.3, "ema_decay": 0.5, "mean_rgb": [9, 9, 9]}
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    options = {"label_smoothing": 0.1, "mixup_alpha": 0.3, "ema_decay": 0.5, **STEP}
     made = {n: jax.jit(make_train_step(model, optimizer, sub_batches=n, **options)) for n in (1, 2)}
     variables = model.init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
     return made, create_state(variables, optimizer, averaged=True)
@@ -74,11 +78,11 @@ def test_parts_balance_what_the_whole_does():
             aux = {"gate_weights": top_k_gate(logits, 2)[0], "importance": importance, "balance_loss": loss}
             return logits, aux
 
-    optimizer = create_optimizer(piecewise_schedule([(0.1, 1)], 1))
+    optimizer = optax.sgd(0.1, momentum=0.9)
     variables = Soft().init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
     state = create_state(variables, optimizer)
     whole, parts = (
-        jax.jit(make_train_step(Soft(), optimizer, mean_rgb=[9, 9, 9], sub_batches=n, balance_ddof=0))(state, batch(12))
+        jax.jit(make_train_step(Soft(), optimizer, **STEP, sub_batches=n, balance_ddof=0))(state, batch(12))
         for n in (1, 3)
     )
     assert whole[1]["balance_loss"] > 1e-4

@@ -9,6 +9,7 @@ import optax
 import pytest
 from reference import SINGLE, assert_close, cases, load
 
+from gmsop_jax.config import default_config
 from gmsop_jax.models import Gate
 from gmsop_jax.ops import (
     apply_candidates,
@@ -180,7 +181,9 @@ def test_steps_with_candidates_that_are_not_selected():
     """
     values = load(cases("layers/stale_gradient.npz")[0])
     rate, decay, mu = (float(values[k]) for k in ("lr", "weight_decay", "momentum"))
-    optimizer = create_optimizer(optax.constant_schedule(rate), momentum=mu, weight_decay=decay, pixel_scale=1.0)
+    train = default_config().train
+    train.momentum, train.weight_decay = mu, decay
+    optimizer = create_optimizer(train, optax.constant_schedule(rate), 1.0)
     params: Any = {name: jnp.asarray(values[name], jnp.float64) for name in _LEARNED}
     state = optimizer.init(params)
     momentum = np.zeros_like(values["step1_mom_F"])

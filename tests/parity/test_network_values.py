@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import ArrayLike
 from reference import DOUBLE, SINGLE, STORED_SINGLE, assert_close, cases, load, to_ours
 
+from gmsop_jax.config import default_config
 from gmsop_jax.interop.matconvnet import from_params, to_params
 from gmsop_jax.interop.parameters import to_trained
 from gmsop_jax.models import create_model
@@ -212,13 +213,11 @@ def test_parameters_after_one_and_three_steps(path):
     values = net.values
     config = net.config.copy_and_resolve_references()
     config.dropout_rate = 0.0
-    optimizer = create_optimizer(
-        optax.constant_schedule(float(values["train/lr"])),
-        momentum=float(values["train/momentum"]),
-        weight_decay=float(values["train/weight_decay"]),
-        pixel_scale=config.pixel_scale,
-    )
-    step = jax.jit(make_train_step(create_model(config), optimizer, mean_rgb=values["rgb_mean"], balance_weight=ALPHA))
+    train = default_config().train
+    train.momentum, train.weight_decay = float(values["train/momentum"]), float(values["train/weight_decay"])
+    optimizer = create_optimizer(train, optax.constant_schedule(float(values["train/lr"])), config.pixel_scale)
+    options = {"mean_rgb": values["rgb_mean"], "seed": 0, "balance_weight": ALPHA}
+    step = jax.jit(make_train_step(create_model(config), optimizer, **options))
     state = create_state(doubled(net.variables), optimizer)
     for i in range(3):
         batch = {

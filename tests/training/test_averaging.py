@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.training.averaging import update_average
+from gmsop_jax.training.step import update_average
 
 
 def test_three_steps_by_hand():

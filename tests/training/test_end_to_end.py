@@ -193,12 +193,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     """Raises SIGINT as the n-th training batch is placed, counted over all starts."""
     place, seen = parallel.place_batch, [0]
 
-    def place_and_raise(batch, mesh, *size):
+    def place_and_raise(batch, mesh):
         if "mask" not in batch:
             seen[0] += 1
             if seen[0] in calls:
                 signal.raise_signal(signal.SIGINT)
-        return place(batch, mesh, *size)
+        return place(batch, mesh)
 
     monkeypatch.setattr(parallel, "place_batch", place_and_raise)
 
@@ -232,11 +232,11 @@ def test_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monkeyp
 def test_killed_run_goes_on_from_its_last_checkpoint(finished, tiny, tmp_path, monkeypatch):
     place, seen = parallel.place_batch, [0]
 
-    def place_or_die(batch, mesh, *size):
+    def place_or_die(batch, mesh):
         seen[0] += "mask" not in batch
         if seen[0] == 7:
             raise KeyboardInterrupt  # as a second Ctrl-C: nothing is saved
-        return place(batch, mesh, *size)
+        return place(batch, mesh)
 
     monkeypatch.setattr(parallel, "place_batch", place_or_die)
     with pytest.raises(KeyboardInterrupt):

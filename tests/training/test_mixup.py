@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.training.mixup import draw_share, mix_batch, swap_neighbours
+from gmsop_jax.training.losses import MIXUP_STREAM, draw_share, mix_batch, swap_neighbours
 from gmsop_jax.training.step import step_rngs
 
 
@@ -31,9 +31,7 @@ def test_share_is_a_function_of_seed_and_step():
 
 
 def test_its_stream_is_none_of_the_networks():
-    from gmsop_jax.training import mixup
-
-    own = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 5), mixup._STREAM)
+    own = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 5), MIXUP_STREAM)
     others = step_rngs(3, jnp.int32(5)).values()
     keys = [tuple(jax.random.key_data(key).tolist()) for key in (own, *others)]
     assert len(set(keys)) == 3

@@ -6,20 +6,36 @@ import numpy as np
 import optax
 import pytest
 
+from gmsop_jax.config import ConfigDict, default_config
 from gmsop_jax.errors import ConfigError
-from gmsop_jax.training.optimizer import create_optimizer, create_schedule, piecewise_schedule, rate_factor_tree
+from gmsop_jax.training.optimizer import create_optimizer, create_schedule, rate_factor_tree
+
+
+def section(**fields: Any) -> ConfigDict:
+    """`config.train` with some fields changed."""
+    train = default_config().train
+    train.update(fields)
+    return train
+
+
+def schedule_of(rates, steps_per_epoch: int, kind: str = "steps", warmup_epochs: float = 0.0) -> optax.Schedule:
+    return create_schedule(section(learning_rates=rates, schedule=kind, warmup_epochs=warmup_epochs), steps_per_epoch)
+
+
+def optimizer_of(schedule: optax.Schedule, pixel_scale: float = 60.0, **fields: Any):
+    return create_optimizer(section(**fields), schedule, pixel_scale)
 
 
 def test_schedule_boundaries():
     # 3 steps an epoch: 0.1 for steps 0…5 (two epochs), 0.01 for 6…8, then 0.001 for ever
-    schedule = piecewise_schedule(((0.1, 2), (0.01, 1), (0.001, 1)), 3)
+    schedule = schedule_of(((0.1, 2), (0.01, 1), (0.001, 1)), 3)
     expected = [0.1] * 6 + [0.01] * 3 + [0.001] * 3 + [0.001] * 5
     np.testing.assert_allclose(np.array([schedule(step) for step in range(17)]), expected, rtol=1e-6)
     np.testing.assert_allclose(jax.jit(schedule)(6), 0.01, rtol=1e-6)
 
 
 def test_a_single_rate():
-    assert piecewise_schedule(((0.1, 2),), 3)(100) == 0.1
+    assert schedule_of(((0.1, 2),), 3)(100) == 0.1
 
 
 def rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
@@ -28,7 +44,7 @@ def rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
 
 def test_cosine_by_hand():
     # 8 steps from 0.4: at an eighth, a quarter, a half of π …, then 0
-    schedule = create_schedule(((0.4, 2),), 4, kind="cosine")
+    schedule = schedule_of(((0.4, 2),), 4, kind="cosine")
     expected = [0.2 * (1 + np.cos(np.pi * t / 8)) for t in range(8)] + [0, 0, 0]
     assert expected[4] == pytest.approx(0.2)
     np.testing.assert_allclose(rates(schedule, 11), expected, rtol=1e-5)
@@ -37,23 +53,18 @@ def test_cosine_by_hand():
 
 def test_warm_up_rises_to_what_the_schedule_says():
     # 2 epochs of 3 steps: sixths of 0.6 to the end of its epoch, then of 0.06, then the schedule itself
-    schedule = create_schedule(((0.6, 1), (0.06, 2)), 3, warmup_epochs=2.0)
+    schedule = schedule_of(((0.6, 1), (0.06, 2)), 3, warmup_epochs=2.0)
     np.testing.assert_allclose(rates(schedule, 8), [0.1, 0.2, 0.3, 0.04, 0.05, 0.06, 0.06, 0.06], rtol=1e-6)
-    cosine = rates(create_schedule(((0.4, 2),), 4, kind="cosine"), 9)
-    warm = rates(create_schedule(((0.4, 2),), 4, kind="cosine", warmup_epochs=0.5), 9)
+    cosine = rates(schedule_of(((0.4, 2),), 4, kind="cosine"), 9)
+    warm = rates(schedule_of(((0.4, 2),), 4, kind="cosine", warmup_epochs=0.5), 9)
     np.testing.assert_allclose(warm, [cosine[0] / 2, *cosine[1:]], rtol=1e-6)
-
-
-def test_the_schedule_by_default_is_that_of_the_pairs():
-    pairs = ((0.1, 2), (0.01, 1))
-    np.testing.assert_array_equal(rates(create_schedule(pairs, 3), 12), rates(piecewise_schedule(pairs, 3), 12))
 
 
 def test_kinds_that_there_are_not():
     with pytest.raises(ValueError, match="must be steps or cosine, got 'linear'"):
-        create_schedule(((0.1, 1),), 3, kind="linear")
+        schedule_of(((0.1, 1),), 3, kind="linear")
     with pytest.raises(ValueError, match="must be sgd or adamw, got 'lion'"):
-        create_optimizer(lambda _: 0.1, kind="lion")
+        optimizer_of(lambda _: 0.1, optimizer="lion")
 
 
 def params():
@@ -64,7 +75,7 @@ def params():
 
 
 def test_two_steps_by_hand():
-    optimizer = create_optimizer(lambda _: 0.1, momentum=0.9, weight_decay=0.5, pixel_scale=10.0)
+    optimizer = optimizer_of(lambda _: 0.1, momentum=0.9, weight_decay=0.5, pixel_scale=10.0)
     p = params()
     state = optimizer.init(p)
     # first:  g = 1 + 0.5 · 2 = 2,      m = 2,               p = 2 − 0.1 · 2 = 1.8
@@ -80,14 +91,14 @@ def test_two_steps_by_hand():
 
 
 def test_the_stem_is_as_any_other_at_pixel_scale_one():
-    optimizer = create_optimizer(lambda _: 0.1, pixel_scale=1.0)
+    optimizer = optimizer_of(lambda _: 0.1, pixel_scale=1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params()), optimizer.init(params()), params())
     assert len({float(leaf[0]) for leaf in jax.tree.leaves(updates)}) == 1
 
 
 def test_published_stem_rate():
     # lr/3600 for pixels that are mean-subtracted but not scaled
-    optimizer = create_optimizer(lambda _: 0.1, weight_decay=0.0)
+    optimizer = optimizer_of(lambda _: 0.1, weight_decay=0.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params()), optimizer.init(params()), params())
     np.testing.assert_allclose(updates["backbone"]["stem"]["kernel"], [-0.1 / 3600], rtol=1e-6)  # pyright: ignore
     np.testing.assert_allclose(updates["backbone"]["stem"]["bias"], [-0.1], rtol=1e-6)  # pyright: ignore
@@ -95,8 +106,8 @@ def test_published_stem_rate():
 
 def test_the_stem_moves_as_with_scaled_pixels():
     # y = k · x at x = 60 u is the plain y = (60 k) · u: with no decay, k at lr/3600 is 60 k at lr, over 60
-    optimizer = create_optimizer(lambda _: 0.1, weight_decay=0.0)
-    plain = create_optimizer(lambda _: 0.1, weight_decay=0.0, pixel_scale=1.0)
+    optimizer = optimizer_of(lambda _: 0.1, weight_decay=0.0)
+    plain = optimizer_of(lambda _: 0.1, weight_decay=0.0, pixel_scale=1.0)
     u = 0.7
 
     def tree(value):
@@ -132,8 +143,8 @@ SLOPES = [0.3, -2.0, 0.7, 0.1]
 
 @pytest.mark.parametrize("pixel_scale", [1.0, 60.0])
 def test_adamw_against_numpy(x64, pixel_scale):
-    optimizer = create_optimizer(
-        lambda step: 0.01 / (1 + step), kind="adamw", momentum=0.8, beta2=0.99, weight_decay=0.05,
+    optimizer = optimizer_of(
+        lambda step: 0.01 / (1 + step), optimizer="adamw", momentum=0.8, beta2=0.99, weight_decay=0.05,
         pixel_scale=pixel_scale,
     )  # fmt: skip
     start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params())
@@ -150,15 +161,15 @@ def test_adamw_against_numpy(x64, pixel_scale):
 def test_adamw_moves_the_stem_as_with_scaled_pixels(x64):
     # as above for SGD, with decay too: k that meets 60 u is K = 60 k that meets u
     raw, scaled = ({"backbone": {"stem": {"kernel": jnp.array([k])}}} for k in (0.05, 60 * 0.05))
-    options: dict[str, Any] = {"kind": "adamw", "weight_decay": 0.1}
-    optimizer, plain = (create_optimizer(lambda _: 0.1, pixel_scale=s, **options) for s in (60.0, 1.0))
+    options: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.1}
+    optimizer, plain = (optimizer_of(lambda _: 0.1, pixel_scale=s, **options) for s in (60.0, 1.0))
     a = train(optimizer, raw, [60 * s for s in SLOPES])["backbone"]["stem"]["kernel"]
     b = train(plain, scaled, SLOPES)["backbone"]["stem"]["kernel"]
     np.testing.assert_allclose(60 * a, b, rtol=1e-7)  # but for Adam's 10⁻⁸
 
 
 def test_nesterov_against_numpy(x64):
-    optimizer = create_optimizer(lambda _: 0.1, momentum=0.9, nesterov=True, weight_decay=0.5, pixel_scale=1.0)
+    optimizer = optimizer_of(lambda _: 0.1, momentum=0.9, nesterov=True, weight_decay=0.5, pixel_scale=1.0)
     got = train(optimizer, {"w": jnp.array([2.0])}, SLOPES)
     p, m = 2.0, 0.0
     for slope in SLOPES:
@@ -175,7 +186,7 @@ def test_the_default_keeps_the_state_of_older_checkpoints():
         optax.masked(optax.scale(1.0), lambda tree: jax.tree.map(lambda _: False, tree)),
         optax.scale_by_learning_rate(lambda _: 0.1),
     )
-    now = create_optimizer(lambda _: 0.1)
+    now = optimizer_of(lambda _: 0.1)
     assert jax.tree.structure(now.init(params())) == jax.tree.structure(before.init(params()))
 
 
@@ -185,7 +196,7 @@ def test_the_default_keeps_the_state_of_older_checkpoints():
 def test_rate_factors():
     factors = (("backbone", 0.5), ("backbone/stem", 0), ("head/stem/kernel", 2.0), ("backbone/stem/bias", 0.25))
     plain, scaled = (
-        train(create_optimizer(lambda _: 0.1, pixel_scale=1.0, weight_decay=0.3, rate_factors=f), params(), [0.7])
+        train(optimizer_of(lambda _: 0.1, pixel_scale=1.0, weight_decay=0.3, rate_factors=f), params(), [0.7])
         for f in ((), factors)
     )
     moved = jax.tree.map(lambda a, b: float((b - 2)[0] / (a - 2)[0]), plain, scaled)
@@ -198,7 +209,7 @@ def test_rate_factors():
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_frozen_part_keeps_its_bits(kind):
-    optimizer = create_optimizer(lambda _: 0.1, kind=kind, rate_factors=[("backbone", 0)])
+    optimizer = optimizer_of(lambda _: 0.1, optimizer=kind, rate_factors=[("backbone", 0)])
     got = train(optimizer, params(), [*SLOPES, np.inf])
     jax.tree.map(np.testing.assert_array_equal, got["backbone"], params()["backbone"])
     assert not np.array_equal(got["head"]["stem"]["kernel"], [2.0])
@@ -221,6 +232,6 @@ def test_the_last_of_the_pairs_that_match_holds():
     ],
 )
 def test_a_part_that_is_none(part, hint):
-    optimizer = create_optimizer(lambda _: 0.1, rate_factors=[("backbone", 0.1), (part, 0.1)])
+    optimizer = optimizer_of(lambda _: 0.1, rate_factors=[("backbone", 0.1), (part, 0.1)])
     with pytest.raises(ConfigError, match=f"config.train.rate_factors names '{part}', .*; {hint}"):
         optimizer.init(params())

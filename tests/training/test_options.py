@@ -14,11 +14,10 @@ import pytest
 from gmsop_jax import load
 from gmsop_jax.config import ConfigDict, override, validate
 from gmsop_jax.config import load as load_config
-from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
-from gmsop_jax.training.evaluation import evaluate_checkpoint, resolve
+from gmsop_jax.training.evaluation import evaluate_checkpoint
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.interrupt import Interrupted
 from gmsop_jax.training.loop import train_and_evaluate
@@ -70,25 +69,23 @@ def test_rates_are_those_of_the_schedule(finished):
     assert told == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_frozen_part_is_as_it_was(finished, tiny):
+def test_a_frozen_part_is_as_it_was(finished, tiny, tmp_path):
     params = saved(finished, 8, "params")
-    manifest = Manifest.load(tiny.data.dir)
-    fresh = prepare(resolve(with_options(tiny), manifest), manifest).initial_state().params
+    fresh = prepare(with_options(tiny), tmp_path).initial_state().params
     for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
         name = jax.tree_util.keystr(path)
         same = np.array_equal(params[name], leaf)
         assert same == name.startswith("['backbone']['stem']["), name
 
 
-def test_the_step_is_the_configured_one(tiny):
-    manifest = Manifest.load(tiny.data.dir)
-    config = resolve(with_options(tiny), manifest)
-    run = prepare(config, manifest, mean_rgb=(1.0, 2.0, 3.0))
+def test_the_step_is_the_configured_one(tiny, tmp_path):
+    run = prepare(with_options(tiny), tmp_path)
     state, batch = run.initial_state(), next(run.batches(0))
-    options = {"mean_rgb": (1.0, 2.0, 3.0), "label_smoothing": 0.1, "mixup_alpha": 0.4, "sub_batches": 2}
-    by_hand = jax.jit(make_train_step(create_model(config.model), optax.sgd(0.1), **options))
+    options = {"label_smoothing": 0.1, "mixup_alpha": 0.4, "sub_batches": 2, "seed": 0, "balance_weight": 100.0}
+    model = create_model(run.config.model)
+    by_hand = jax.jit(make_train_step(model, optax.sgd(0.1), mean_rgb=run.inputs.mean_rgb, **options))
     _, expected = by_hand(state.replace(opt_state=optax.sgd(0.1).init(state.params)), batch)
-    _, told = run.train_step(state, batch, len(batch["label"]))
+    _, told = run.train_step(state, batch)
     for name in ("loss_sum", "top1_errors", "grad_norm"):
         np.testing.assert_allclose(told[name], expected[name], rtol=1e-5, err_msg=name)
 
@@ -112,12 +109,12 @@ def test_averages_are_evaluated_and_loaded(finished, tiny):
 def test_an_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monkeypatch):
     place, seen = parallel.place_batch, [0]
 
-    def place_and_raise(batch, mesh, *size):
+    def place_and_raise(batch, mesh):
         if "mask" not in batch:
             seen[0] += 1
             if seen[0] == 3:
                 signal.raise_signal(signal.SIGINT)
-        return place(batch, mesh, *size)
+        return place(batch, mesh)
 
     monkeypatch.setattr(parallel, "place_batch", place_and_raise)
     config = with_options(tiny)

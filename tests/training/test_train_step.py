@@ -8,10 +8,15 @@ import optax
 import pytest
 
 from gmsop_jax.models import BatchNorm, GatedMixtureHead, Network
-from gmsop_jax.training.mixup import draw_share
-from gmsop_jax.training.step import TrainState, create_state, make_eval_step, make_train_step, normalize, step_rngs
+from gmsop_jax.training import step
+from gmsop_jax.training.losses import draw_share
+from gmsop_jax.training.step import TrainState, create_state, make_eval_step, normalize, step_rngs
 
 MEAN = np.array([100.0, 50.0, 0.0], np.float32)
+
+
+def make_train_step(model, optimizer, *, seed: int = 0, balance_weight: float = 100.0, **options):
+    return step.make_train_step(model, optimizer, seed=seed, balance_weight=balance_weight, **options)
 
 
 def batch(b: int = 6, **more) -> dict[str, Any]:

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from gmsop_jax.analysis.scaling import count
 from gmsop_jax.config import ConfigDict, default_config, model_defaults
+from gmsop_jax.data.manifest import Manifest, Split
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
-from gmsop_jax.training import setup as run
 from gmsop_jax.training.checkpoint import Checkpoints, Progress
-from gmsop_jax.training.mixup import swap_neighbours
-from gmsop_jax.training.optimizer import create_optimizer, piecewise_schedule
+from gmsop_jax.training.optimizer import create_optimizer
 from gmsop_jax.training.parallel import AXIS, create_mesh
+from gmsop_jax.training.setup import prepare
 from gmsop_jax.training.step import TrainState, create_state, make_train_step, normalize
 
 MEAN_RGB = (70.0, 80.0, 90.0)
@@ -55,6 +55,16 @@ def batches(count: int, size: int, side: int = 8) -> list[dict[str, np.ndarray]]
     ]
 
 
+def data_config(folder: Path, num_images: int) -> ConfigDict:
+    """The configuration of a small network, and the manifest of a data set that has no shards."""
+    split = Split(num_images, (8, 8), (num_images, 0), ())
+    Manifest("none", ("a", "b"), MEAN_RGB, (MEAN_RGB,) * 3, {"train": split, "val": split}, {}).save(folder)
+    config = default_config()
+    config.model.update(small_model("gap"), num_classes=0)
+    config.data.dir, config.data.on_corrupt = str(folder), "skip"
+    return config
+
+
 class Trainer:
     """What `train.py` does with a step, without files."""
 
@@ -66,40 +76,37 @@ class Trainer:
         mode: str = "jit",
         per_device_bn: bool = False,
         sub_batches: int = 1,
-        optimizer: bool = False,
-        classifier: bool = False,
         side: int = 8,
         averaged: bool = False,
         **training: Any,
     ):
         model = model or small_model()
         self.mesh = parallel.create_mesh(jax.devices()[:num_devices])
-        sgd = create_optimizer(piecewise_schedule([(0.05, 9)], 1))
-
-        def make_step(axis_name):
-            network = create_model(model, axis_name=axis_name, per_device_bn=per_device_bn and axis_name is not None)
-            return make_train_step(
-                network, sgd, mean_rgb=MEAN_RGB, seed=3, sub_batches=sub_batches, axis_name=axis_name, **training
-            )
+        sgd = create_optimizer(default_config().train, lambda _: 0.05, model.pixel_scale)
+        step = make_train_step(
+            create_model(model, axis_name=AXIS, per_device_bn=per_device_bn),
+            sgd,
+            mean_rgb=MEAN_RGB,
+            seed=3,
+            balance_weight=100.0,
+            sub_batches=sub_batches,
+            axis_name=AXIS,
+            **training,
+        )
 
         def initial() -> TrainState:
             variables = create_model(model).init(jax.random.key(1), jnp.zeros((1, side, side, 3)))
             return create_state(variables, sgd, averaged=averaged)
 
-        self.shardings = parallel.state_shardings(
-            jax.eval_shape(initial), self.mesh, optimizer=optimizer, classifier=classifier, least=1
-        )
-        self.initial = jax.jit(initial, out_shardings=self.shardings)
-        self.step = parallel.compile_train_step(
-            make_step, self.mesh, self.shardings, mode=mode, per_device_bn=per_device_bn, sub_batches=sub_batches
-        )
+        self.initial = jax.jit(initial, out_shardings=parallel.replicated(self.mesh))
+        self.step, self.place = parallel.compile_train_step(step, self.mesh, mode)
 
     def run(self, data: list[dict[str, np.ndarray]], state: TrainState | None = None) -> tuple[TrainState, np.ndarray]:
         """Trains; returns (state, losses and balance losses [steps, 2])."""
         current: TrainState = self.initial() if state is None else state
         told = []
         for batch in data:
-            current, metrics = self.step(current, batch, len(batch["label"]))
+            current, metrics = self.step(current, self.place(batch))
             assert int(metrics["count"]) == len(batch["label"])
             told.append([float(metrics["loss_sum"]), float(metrics["balance_loss"])])
         return current, np.array(told)
@@ -117,8 +124,8 @@ def one_device():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mode": "pmap"}, {"optimizer": True, "classifier": True}],
-    ids=["jit", "pmap", "sharded"],
+    [{}, {"mode": "pmap"}],
+    ids=["jit", "pmap"],
 )
 def test_eight_devices_train_as_one(options):
     state, told = Trainer(8, **options).run(batches(3, 16))
@@ -139,43 +146,54 @@ def test_mixup_and_averages_on_eight_devices():
     assert np.abs(plain[:, 0] / expected[:, 0] - 1).max() > 1e-3
 
 
-def test_pairs_of_one_row_a_device():
-    rows = jax.device_put(jnp.arange(8.0), NamedSharding(create_mesh(), PartitionSpec(AXIS)))
-    assert jax.jit(swap_neighbours)(rows).tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
-
-
 @pytest.mark.parametrize(
-    ("mode", "batch_norm", "batch_size", "drop_last", "message"),
+    ("fields", "num_images", "message"),
     [
-        ("jit", "global", 8, True, None),
-        ("pmap", "global", 16, True, None),
-        ("pmap", "global", 16, False, None),  # the last batch of 4 is computed whole by each device
-        ("pmap", "global", 8, True, r"batch_size = 8 gives each of 8 devices an odd number of rows \(1\)"),
-        ("jit", "device", 24, True, r"batch_size = 24 gives each of 8 devices an odd number of rows \(3\)"),
-        ("pmap", "global", 32, False, "makes a last batch of 8, which gives each of 8 devices an odd number"),
+        ({"mixup_alpha": 0.2, "batch_size": 16}, 104, None),
+        (
+            {"mixup_alpha": 0.2, "batch_size": 8},
+            104,
+            r"batch_size = 8 gives each of 8 devices an odd number of rows \(1",
+        ),
+        ({"batch_size": 8}, 104, None),
+        (
+            {"mixup_alpha": 0.2, "batch_size": 32, "drop_last": False},
+            104,
+            "batch_size = 32 with config.train.drop_last = False leaves a last batch of 8 of 104 images, which gives"
+            " each of 8 devices an odd number of rows",
+        ),
+        ({"batch_size": 16, "drop_last": False}, 104, None),
+        (
+            {"batch_size": 16, "drop_last": False},
+            100,
+            "a last batch of 4 of 100 images, which doesn't split evenly over 8 devices",
+        ),
+        (
+            {"batch_size": 32, "drop_last": False, "sub_batches": 2},
+            104,
+            "a last batch of 8 of 104 images, which doesn't split evenly over 8 devices × 2 sub-batches",
+        ),
     ],
 )
-def test_mixup_needs_pairs_on_each_device(mode, batch_norm, batch_size, drop_last, message):
-    config = default_config()
-    config.train.update(mixup_alpha=0.2, batch_size=batch_size, drop_last=drop_last)
-    config.parallel.update(mode=mode, batch_norm=batch_norm)
-    num_images = 100 if batch_size == 16 else 104
+def test_batches_that_can_not_be_split_are_refused(tmp_path, fields, num_images, message):
+    config = data_config(tmp_path, num_images)
+    config.train.update(fields)
     with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
-        run._check_pairs(config, create_mesh(), num_images)
-    config.train.mixup_alpha = 0.0
-    run._check_pairs(config, create_mesh(), num_images)
+        prepare(config, tmp_path / "run")
 
 
-def test_sharded_state_is_split():
-    trainer = Trainer(8, optimizer=True, classifier=True)
-    state = trainer.initial()
-    kernel = state.params["head"]["classifier"]["kernel"]
-    assert kernel.shape == (36, 8)
-    assert kernel.addressable_shards[0].data.shape == (36, 1)
-    stem = state.params["backbone"]["stem"]["kernel"]
-    assert stem.sharding.is_fully_replicated
-    momenta = jax.tree.leaves(state.opt_state)
-    assert sum(x.addressable_shards[0].data.size for x in momenta) < sum(x.size for x in momenta) / 2
+def test_a_last_batch_of_one_image_a_device_is_refused(tmp_path):
+    """Batch norm would take the moments of single images, whose spread may be 0."""
+    config = data_config(tmp_path, 24)
+    config.train.update(batch_size=16, drop_last=False)
+    prepare(config, tmp_path / "run")  # the last batch of 8 is normalised as a whole
+    config.parallel.batch_norm = "device"
+    with pytest.raises(
+        ConfigError, match="leaves a last batch of 8 of 24 images, which gives batch norm single images"
+    ):
+        prepare(config, tmp_path / "run")
+    config.train.drop_last = True
+    prepare(config, tmp_path / "run")
 
 
 SLOW_PMAP = pytest.param("pmap", marks=pytest.mark.slow)
@@ -183,7 +201,7 @@ SLOW_PMAP = pytest.param("pmap", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("mode", ["jit", SLOW_PMAP])
 def test_smaller_last_batch(mode):
-    data = [*batches(1, 16), *batches(1, 12), *batches(1, 8)]  # 12 doesn't split over 8 devices
+    data = [*batches(1, 16), *batches(1, 8)]
     model = small_model("gap")
     state, told = Trainer(8, model, mode=mode).run(data)
     expected_state, expected = Trainer(1, model).run(data)
@@ -217,15 +235,14 @@ def test_sub_batches_on_many_devices():
 @pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_checkpoint_goes_onto_other_devices(tmp_path: Path, num_devices):
     data = batches(3, 16)
-    trainer = Trainer(8, optimizer=True, classifier=True)
+    trainer = Trainer(8)
     state, _ = trainer.run(data[:2])
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(state, Progress(2, 0, 1.0))
         checkpoints.wait()
         other = Trainer(num_devices)
-        like = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, other.shardings
-        )
+        sharding = parallel.replicated(other.mesh)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
         restored, progress = checkpoints.restore(like, 2)
     assert progress == Progress(2, 0, 1.0)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
@@ -294,7 +311,7 @@ def collectives(program: str) -> tuple[set[str], int, int]:
 def test_collectives_are_those_of_the_count(mode, head):
     model = small_model(head)
     trainer, counts = Trainer(8, model, mode=mode), count(model, 8)
-    program = trainer.step.lower(trainer.initial(), batches(1, 16)[0], 16).compile().as_text()
+    program = trainer.step.lower(trainer.initial(), trainer.place(batches(1, 16)[0])).compile().as_text()
     kinds, number, size = collectives(program)
     assert kinds == {"all-reduce"}
     if mode == "jit":
@@ -310,7 +327,7 @@ def test_collectives_of_the_published_network():
     model = model_defaults()
     model.num_classes = 1000
     trainer = Trainer(8, model, side=64)
-    program = trainer.step.lower(trainer.initial(), batches(1, 8, side=64)[0], 8).compile().as_text()
+    program = trainer.step.lower(trainer.initial(), trainer.place(batches(1, 8, side=64)[0])).compile().as_text()
     kinds, number, size = collectives(program)
     counts = count(model, 64)
     assert kinds == {"all-reduce"}
