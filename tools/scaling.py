@@ -35,13 +35,13 @@ def _model(file: Path, num_classes: int) -> ConfigDict:
 def tables(machine: Machine, per_device: int = 256, whole: int = 256) -> str:
     """The tables of docs/scaling.md, as Markdown."""
     lines = [
-        "| network | parameters | all-reduced, jit | pmap | all-reduces, at most | kept an image | MFLOP an image |",
-        "|---|---|---|---|---|---|---|",
+        "| network | parameters | all-reduced | all-reduces, at most | kept an image | MFLOP an image |",
+        "|---|---|---|---|---|---|",
     ]
     counted = {name: count(model, side) for name, (model, side) in cases().items()}
     for name, c in counted.items():
         lines.append(
-            f"| {name} | {c.parameters:,} | {c.bytes_reduced():,} B | {c.bytes_reduced('pmap'):,} B |"
+            f"| {name} | {c.parameters:,} | {c.bytes_reduced():,} B |"
             f" {c.most_reductions} | {4 * c.activations / 2**20:.1f} MiB | {c.flops / 1e6:,.0f} |"
         )
     for name in ("ImageNet-64, GM-SOP-16-8", "Places365, GM-SOP-16-8"):

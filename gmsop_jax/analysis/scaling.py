@@ -34,19 +34,15 @@ class Counts:
     activations: int
     flops: float
 
-    def bytes_reduced(self, mode: str = "jit") -> int:
-        """All-reduced by each device in one step.
+    def bytes_reduced(self) -> int:
+        """Bytes that each device all-reduces in one step.
 
-        jit: every gradient; of each batch norm channel the two moments forward, whose gradients are
-        sums that those of scale and bias need too, and are not sent twice; the gate's use of each
-        candidate; the loss and two error counts; whether all logits tie (one byte).
-        pmap: gradients, moments and their gradients apart, the running moments' mean, the use of each
-        candidate both ways, the loss and three counts, and the tie as a number; XLA merges equal ones,
-        such as the bias gradients of batch norms whose results are added, so this is a bound.
+        These are the gradients; the two moments of each batch norm channel, their gradients and the mean of
+        its running moments; the use of each candidate, forward and backward; the loss and three counts; and
+        whether all logits tie. XLA merges equal sums, such as the bias gradients of batch norms whose results
+        are added, so this is an upper bound.
         """
         gated = self.num_candidates > 0
-        if mode == "jit":
-            return _FLOAT * (self.parameters + 2 * self.channels + self.num_candidates + 3) + gated
         return _FLOAT * (self.parameters + 6 * self.channels + 2 * self.num_candidates + 4 + gated)
 
     @property

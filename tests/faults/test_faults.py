@@ -94,7 +94,7 @@ def test_damaged_last_checkpoint(finished, config, tmp_path, capsys, damage):
     train_and_evaluate(config, workdir)
     told = capsys.readouterr().err
     assert f"checkpoint {last} is damaged" in told
-    assert "going on from step 6" in told
+    assert "resuming from step 6" in told
     np.testing.assert_array_equal(classifier(workdir), classifier(finished))
     assert steps_in(workdir / "checkpoints") == steps_in(finished / "checkpoints")
     assert (workdir / "damaged-checkpoints" / "9").is_dir()
@@ -198,7 +198,7 @@ def test_full_disk(start: Callable[..., subprocess.Popen[str]], finished, tmp_pa
     process = start("--workdir", tmp_path / "run")  # there is room again
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
-    assert "going on from step 3" in errors
+    assert "resuming from step 3" in errors
     np.testing.assert_array_equal(classifier(tmp_path / "run"), classifier(finished))
 
 

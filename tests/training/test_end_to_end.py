@@ -16,6 +16,7 @@ import pytest
 
 from gmsop_jax.config import ConfigDict, default_config, flatten, from_json, load
 from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.errors import ConfigError
 from gmsop_jax.main import main
 from gmsop_jax.training import parallel
 from gmsop_jax.training.checkpoint import Checkpoints, read_config
@@ -112,7 +113,9 @@ def test_the_last_n_and_the_best_are_kept(finished):
 def test_training_again_does_nothing_more(finished, tmp_path, config_file, capsys):
     copy = shutil.copytree(finished, tmp_path / "run")
     assert main(["--config", str(config_file), "--workdir", str(copy)]) == 0
-    assert "top-1 error" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "top-1 error" in told.out
+    assert f"the run in {copy} is finished: step 12 of 12 was reached" in told.err
     assert read_metrics(copy) == read_metrics(finished)
     before, after = (json.loads((d / "result.json").read_text()) for d in (finished, copy))
     assert after.pop("wall_seconds") >= 0
@@ -229,6 +232,25 @@ def test_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monkeyp
     assert len(set(steps)) == len(steps)
 
 
+@pytest.mark.parametrize("stop", [2, 5, 7])  # between records, also after one in the same epoch
+def test_an_interruption_leaves_no_trace_in_metrics_jsonl(finished, tiny, tmp_path, monkeypatch, stop):
+    interrupt_at(monkeypatch, stop)
+    with pytest.raises(Interrupted):
+        train_and_evaluate(tiny, tmp_path / "run")
+    assert all(r["step"] % 3 == 0 or r["step"] % 4 == 0 for r in read_metrics(tmp_path / "run"))
+    train_and_evaluate(tiny, tmp_path / "run")
+    runs = [[{**r, "images_per_second": 0} for r in read_metrics(d)] for d in (tmp_path / "run", finished)]
+    assert runs[0] == runs[1]
+
+
+def test_fewer_epochs_than_were_trained(finished, tiny, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    tiny.train.num_epochs = 2
+    message = r"num_epochs = 2 ends at step 8, but .*run already holds a checkpoint of step 12. Set .*num_epochs=3 or"
+    with pytest.raises(ConfigError, match=message):
+        train_and_evaluate(tiny, copy)
+
+
 def test_killed_run_goes_on_from_its_last_checkpoint(finished, tiny, tmp_path, monkeypatch):
     place, seen = parallel.place_batch, [0]
 
@@ -290,7 +312,7 @@ def test_ctrl_c_in_a_process_of_its_own(start: Callable[..., subprocess.Popen[st
     assert stopped
 
     process = start(*arguments)
-    wait_for(process, f"going on from step {stopped[1]} ")
+    wait_for(process, f"resuming from step {stopped[1]} ")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
@@ -471,6 +493,27 @@ def test_non_finite_loss(config_file, tmp_path, capsys):
     assert "the last good checkpoint is step 4" in message
     assert "learning rate too high" in message
     assert "1e+30" in message
+
+
+def test_rollback_from_a_rate_that_ruins_the_parameters(config_file, tmp_path, capsys):
+    """No ruined state is saved as good, and the message doesn't advise the option that is on."""
+    more = ["--config.model.head=gap", "--config.train.learning_rates=((0.02, 1), (1e30, 9))"]
+    more += ["--config.train.num_epochs=10", "--config.train.on_nonfinite=rollback", "--config.checkpoint.keep=20"]
+    message = fails(capsys, *train(config_file, tmp_path, *more))
+    assert "Rolling back and skipping steps did not help" in message
+    assert "on_nonfinite" not in message
+    last = re.search(r"the last good checkpoint is step (\d+)", message)
+    assert last
+    good, saved = arrays(tmp_path / "run", 4)["params"], arrays(tmp_path / "run", int(last[1]))["params"]
+    for path, leaf in saved.items():  # no update at the huge rate was kept
+        np.testing.assert_array_equal(leaf, good[path])
+
+
+def test_no_checkpoint_before_the_parameters_are_ruined(config_file, tmp_path, capsys):
+    more = ["--config.model.head=gap", "--config.train.learning_rates=((1e30, 3),)"]
+    message = fails(capsys, *train(config_file, tmp_path, *more, "--config.checkpoint.every_steps=1"))
+    assert "no checkpoint was saved before" in message
+    assert "--config.train.on_nonfinite=rollback" in message
 
 
 def test_flags_that_do_not_exist(capsys):

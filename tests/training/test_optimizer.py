@@ -235,3 +235,23 @@ def test_a_part_that_is_none(part, hint):
     optimizer = optimizer_of(lambda _: 0.1, rate_factors=[("backbone", 0.1), (part, 0.1)])
     with pytest.raises(ConfigError, match=f"config.train.rate_factors names '{part}', .*; {hint}"):
         optimizer.init(params())
+
+
+# ---- skipped steps
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_skipped_step_shifts_no_later_rate_and_no_bias_correction(kind):
+    """The optimiser's counts follow the training step, also after an update was left out."""
+    optimizer = optimizer_of(lambda step: 0.1 / (1 + step), optimizer=kind, weight_decay=0.0)
+    p = params()
+    state, updates = optimizer.init(p), {}
+    grads = jax.tree.map(jnp.ones_like, p)
+    for step in (0, 1, 4):  # steps 2 and 3 are skipped
+        updates, state = optimizer.update(grads, state, p, step=jnp.int32(step))
+        counts = [int(count) for _, count in optax.tree.get_all_with_path(state, "count")]
+        assert counts == [step + 1] * len(counts) != []
+    # SGD: m = 1 + 0.9 + 0.81.  Adam: three of five gradients of 1, so m = 0.271 and v = 0.002997 at t = 5.
+    adam = 0.271 / (1 - 0.9**5) / np.sqrt(0.002997 / (1 - 0.999**5))
+    expected = -0.1 / 5 * {"sgd": 2.71, "adamw": adam}[kind]
+    np.testing.assert_allclose(jax.tree.leaves(updates)[-1], [expected], rtol=1e-4)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from gmsop_jax.analysis.scaling import count
 from gmsop_jax.config import ConfigDict, default_config, model_defaults
-from gmsop_jax.data.manifest import Manifest, Split
+from gmsop_jax.data.manifest import Manifest, Shard, Split
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
@@ -56,11 +56,13 @@ def batches(count: int, size: int, side: int = 8) -> list[dict[str, np.ndarray]]
 
 
 def data_config(folder: Path, num_images: int) -> ConfigDict:
-    """The configuration of a small network, and the manifest of a data set that has no shards."""
-    split = Split(num_images, (8, 8), (num_images, 0), ())
+    """The configuration of a small network, and the manifest of a data set whose one shard is missing."""
+    split = Split(num_images, (8, 8), (num_images, 0), (Shard("shard", num_images, 2**20, ""),))
     Manifest("none", ("a", "b"), MEAN_RGB, (MEAN_RGB,) * 3, {"train": split, "val": split}, {}).save(folder)
     config = default_config()
-    config.model.update(small_model("gap"), num_classes=0)
+    fields = small_model("gap").to_dict()
+    del fields["compute_dtype"], fields["num_classes"]
+    config.model.update(fields)
     config.data.dir, config.data.on_corrupt = str(folder), "skip"
     return config
 
@@ -314,10 +316,8 @@ def test_collectives_are_those_of_the_count(mode, head):
     program = trainer.step.lower(trainer.initial(), trainer.place(batches(1, 16)[0])).compile().as_text()
     kinds, number, size = collectives(program)
     assert kinds == {"all-reduce"}
-    if mode == "jit":
-        assert size == counts.bytes_reduced(mode)
-    else:  # XLA sends equal sums once: the bias gradients of a block's last two batch norms
-        assert 0.99 * counts.bytes_reduced(mode) < size <= counts.bytes_reduced(mode)
+    # XLA sends equal sums once: the bias gradients of a block's last two batch norms
+    assert 0.99 * counts.bytes_reduced() < size <= counts.bytes_reduced()
     assert counts.batch_norms < number <= counts.most_reductions
 
 
@@ -331,5 +331,5 @@ def test_collectives_of_the_published_network():
     kinds, number, size = collectives(program)
     counts = count(model, 64)
     assert kinds == {"all-reduce"}
-    assert size == counts.bytes_reduced() == 41_489_901
+    assert 0.999 * counts.bytes_reduced() < size <= counts.bytes_reduced() == 41_647_412
     assert counts.batch_norms < number <= counts.most_reductions
