@@ -22,6 +22,7 @@ from gmsop_jax.models import (
     count_parameters,
     create_model,
 )
+from gmsop_jax.models.layers import Classifier
 
 _EIGH_MACS = 9  # times d³, with eigenvectors: Golub and Van Loan, Matrix Computations, section 8.3
 
@@ -97,8 +98,9 @@ def _kernel_size(module: nn.Conv) -> tuple[int, ...]:
     return (size,) if isinstance(size, int) else tuple(size)
 
 
-@_own_macs.register
-def _(module: nn.Dense, x: Any, y: Any) -> int:
+@_own_macs.register(nn.Dense)
+@_own_macs.register(Classifier)
+def _(module: nn.Dense | Classifier, x: Any, y: Any) -> int:
     return y.size * x.shape[-1]
 
 
@@ -115,9 +117,10 @@ def _(module: CovarianceHead | SecondOrderHead | MPNCOVHead, x: Any, y: Any) -> 
 
 @_own_macs.register
 def _(module: Gate, x: Any, y: Any) -> int:
-    width = [x.shape[-1], *module.widths][-1]
-    features = width * (width + 1) // 2 if module.order == 2 else width
-    return _pooling_macs(module, x, width) + features * y.size
+    width = [x.shape[-1], *module.gate_widths][-1]
+    order = module.gate_order or 2
+    features = width * (width + 1) // 2 if order == 2 else width
+    return _pooling_macs(x, width, order, module.num_iters) + features * y.logits.size
 
 
 @_own_macs.register(Mixture)
@@ -126,13 +129,13 @@ def _(module: Mixture | GatedMixture, x: Any, y: Any) -> int:
     candidates = module.num_selected if isinstance(module, GatedMixture) else module.num_candidates
     widths = [x.shape[-1], *module.candidate_widths]
     projections = sum(a * b for a, b in itertools.pairwise(widths)) * math.prod(x.shape[:-1])
-    return candidates * (projections + _pooling_macs(module, x, widths[-1]))
+    return candidates * (projections + _pooling_macs(x, widths[-1], module.order, module.num_iters))
 
 
-def _pooling_macs(module: Gate | Mixture | GatedMixture, x: Any, width: int) -> int:
-    if module.order == 1:
+def _pooling_macs(x: Any, width: int, order: int, num_iters: int) -> int:
+    if order == 1:
         return 0
-    return math.prod(x.shape[:-1]) * width**2 + len(x) * newton_schulz_macs(width, module.num_iters)
+    return math.prod(x.shape[:-1]) * width**2 + len(x) * newton_schulz_macs(width, num_iters)
 
 
 def newton_schulz_macs(width: int, num_iters: int) -> int:
