@@ -1,12 +1,11 @@
-"""Checkpoints of the authors' MatConvNet training script: `net-epoch-N.mat`, read and written.
+"""Reads and writes checkpoints of the authors' MatConvNet training script, `net-epoch-N.mat`.
 
     model_config, variables = load("net-epoch-60.mat")
     logits, aux = create_model(model_config).apply(variables, images)
 
-`images` are what the network was trained on: pixels of 0–255 with the mean colour subtracted
-(`load_checkpoint(path).mean_rgb`). What blocks, widths, candidates and classes the network has is
-read from the file, not from its name. `from_params` and `to_params` do the same for a dictionary of
-the authors' arrays.
+`images` are preprocessed as in training: pixels of 0–255 with the mean colour subtracted
+(`load_checkpoint(path).mean_rgb`). The numbers of blocks, widths, candidates and classes are read from the
+contents of the file, not from its name. `from_params` and `to_params` convert dictionaries of the authors' arrays.
 """
 
 import pathlib

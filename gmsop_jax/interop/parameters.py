@@ -304,6 +304,7 @@ def to_variables(config: ConfigDict, params: Mapping[str, Any], trained_only: bo
     leaves: dict[Path, Any] = {}
     for p in table:
         value = _checked(p.name, np.asarray(params[p.name]), p.shape)
+        _check_values(p, value)
         for path, leaf in zip(p.paths, p.split(value), strict=True):
             if p.candidate is None:
                 leaves[path] = leaf
@@ -345,6 +346,14 @@ def _checked(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
         raise CheckpointError(f"{name!r} has shape {value.shape}; the others' shapes need {shape}")
     return value.reshape(shape)
+
+
+def _check_values(p: Parameter, value: np.ndarray) -> None:
+    """Raises CheckpointError for values with which no network can compute; float32 is what a run stores."""
+    if wrong := np.count_nonzero(~(np.abs(value) <= np.finfo(np.float32).max)):
+        raise CheckpointError(f"{p.name!r} has {wrong} of {value.size} values that are NaN, infinite or too large")
+    if not p.trained and (wrong := np.count_nonzero(value[:, 1] < 0)):
+        raise CheckpointError(f"{p.name!r} has {wrong} of {len(value)} standard deviations below 0; it is damaged")
 
 
 def compare_names(kind: str, expected: Iterable[str], given: Iterable[str]) -> None:

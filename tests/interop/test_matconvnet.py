@@ -11,7 +11,7 @@ import scipy.io
 
 from gmsop_jax.config import default_config
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.interop import matfile
+from gmsop_jax.interop import matconvnet, matfile
 from gmsop_jax.interop.matconvnet import Checkpoint, load, load_checkpoint, save
 from gmsop_jax.interop.parameters import to_trained
 from gmsop_jax.models import create_model
@@ -46,6 +46,39 @@ def test_what_a_checkpoint_tells(checkpoint_path):
     assert checkpoint.class_names is None
     stored = scipy.io.loadmat(checkpoint_path)["net"][0, 0]["params"][0, 0]["value"]
     np.testing.assert_array_equal(checkpoint.variables["params"]["backbone"]["stem"]["kernel"], stored)
+
+
+def test_the_example_of_the_docstring_runs(checkpoint_path, monkeypatch):
+    """NumPy variables, as `load` returns them, are as good as JAX arrays."""
+    example = [line.strip() for line in matconvnet.__doc__.splitlines() if line.startswith("    ")]
+    assert len(example) == 2
+    example[0] = example[0].replace("net-epoch-60.mat", str(checkpoint_path))
+    images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32) * 50
+    names: dict[str, Any] = {"load": load, "create_model": create_model, "images": images}
+    exec("\n".join(example), names)
+    assert names["logits"].shape == (2, 10)
+
+
+@pytest.mark.parametrize("dispatch", ["loop", "gather", "auto"])
+def test_numpy_and_jax_variables_of_an_imported_network_are_equal(small_model, tmp_path, dispatch):
+    config, random = small_model("gmsop")
+    save(tmp_path / "net-epoch-1.mat", config, random)
+    config, variables = load(tmp_path / "net-epoch-1.mat")
+    config.num_selected, config.dispatch = 2, dispatch
+    model = create_model(config)
+    images = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    expected = jax.jit(model.apply)(jax.tree.map(jnp.asarray, variables), images)[0]
+    eager = model.apply(variables, images)[0]
+    closure = jax.jit(lambda x: model.apply(variables, x)[0])(images)
+    for logits in (eager, closure, jax.jit(model.apply)(variables, images)[0]):
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+    def loss(params):
+        return model.apply({**variables, "params": params}, images)[0].sum()
+
+    gradient = jax.grad(loss)(variables["params"])
+    other = jax.grad(loss)(jax.tree.map(jnp.asarray, variables["params"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), gradient, other)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-4), (np.float64, 1e-9)])

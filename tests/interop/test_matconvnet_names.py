@@ -180,6 +180,21 @@ def test_errors_name_the_parameter(small_model, damage, message):
         from_params(params, num_selected=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("conv1_b", np.nan, "'conv1_b' has 5 of 5 values that are NaN"),
+        ("prediction_f", -np.inf, "values that are NaN, infinite"),
+        ("conv1_bn_m", -0.5, "'conv1_bn_m' has 5 of 5 standard deviations below 0"),
+    ],
+)
+def test_nan_weights_and_negative_deviations_are_refused(small_model, name, value, message):
+    params = to_params(*small_model("gmsop"))
+    params[name] = np.full_like(params[name], value)
+    with pytest.raises(CheckpointError, match=message):
+        from_params(params, num_selected=2)
+
+
 def test_k_is_held_against_n(small_model):
     with pytest.raises(CheckpointError, match=r"K = 8.*3 candidates"):
         from_params(to_params(*small_model("gmsop")))
