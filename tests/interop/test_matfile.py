@@ -13,6 +13,7 @@ import scipy.io
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matconvnet import load_checkpoint, save
+from gmsop_jax.interop.matfile import hdf5
 
 FORMATS = {"v7": False, "v7.3": True}
 
@@ -146,6 +147,44 @@ def test_a_small_v7_file_cannot_hold_millions_of_cells(tmp_path):
     (tmp_path / "x.mat").write_bytes(v7_file(head(1, (1, count)) + np.array([14, 0], "<u4").tobytes() * count))
     with pytest.raises(CheckpointError, match="more than 1,000,000 cells"):
         matfile.read(tmp_path / "x.mat", ["x"])
+
+
+def test_a_small_v7_file_cannot_hold_millions_of_field_names(tmp_path):
+    element = head(2, (1, 1)) + np.array([4 << 16 | 5, 1], "<u4").tobytes()
+    (tmp_path / "x.mat").write_bytes(v7_file(element + np.array([1, 2**24], "<u4").tobytes() + bytes(2**24)))
+    with pytest.raises(CheckpointError, match="text of 16,777,216 characters"):
+        matfile.read(tmp_path / "x.mat", ["x"])
+
+
+def test_a_v7_array_of_a_million_dimensions_is_refused(tmp_path):
+    flags, name = np.array([6, 8, 6, 0], "<u4").tobytes(), np.array([1 << 16 | 1], "<u4").tobytes() + b"x\0\0\0"
+    shape = np.array([5, 2000, *[1] * 500], "<u4").tobytes()
+    (tmp_path / "x.mat").write_bytes(v7_file(flags + shape + name + np.array([9, 8, 0, 0], "<u4").tobytes()))
+    with pytest.raises(CheckpointError, match="array of shape"):
+        matfile.read(tmp_path / "x.mat", ["x"])
+
+
+def test_a_file_at_which_hdf5_hangs_is_refused(tmp_path, monkeypatch):
+    """The free space of the heap with the names of fields has size 0: HDF5 never comes to its end."""
+    matfile.write(tmp_path / "x.mat", {"x": {"a": np.eye(2)}}, v73=True)
+    content = bytearray((tmp_path / "x.mat").read_bytes())
+    heap = content.index(b"GCOL") + 16
+    free = heap + 24  # after the only name
+    assert not any(content[free : free + 8])
+    content[free + 8 : free + 16] = bytes(8)
+    (tmp_path / "x.mat").write_bytes(content)
+    monkeypatch.setattr(hdf5, "SECONDS", 3)
+    with pytest.raises(CheckpointError, match="did not read it within 3 seconds"):
+        matfile.read(tmp_path / "x.mat", ["x"])
+
+
+def test_one_long_string_cannot_be_referred_to_many_times(tmp_path):
+    with h5py.File(tmp_path / "x.mat", "w", userblock_size=512) as file:
+        file.create_dataset("x", data=["text"] * 10, dtype=h5py.string_dtype())
+        file.create_dataset("y", data=np.eye(2)).attrs["MATLAB_class"] = ["double"] * 10
+    for name, message in (("x", "has the type object"), ("y", "has the attribute MATLAB_class of type")):
+        with pytest.raises(CheckpointError, match=message):
+            matfile.read(tmp_path / "x.mat", [name])
 
 
 def test_a_graph_of_references_is_read_once(tmp_path):

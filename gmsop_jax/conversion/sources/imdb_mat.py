@@ -19,6 +19,7 @@ from gmsop_jax.errors import CheckpointError, DataError
 from gmsop_jax.files import replacing
 from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matfile.budget import Budget
+from gmsop_jax.interop.matfile.hdf5 import check_array
 
 OPTIONS: frozenset[str] = frozenset()
 _SETS = {1: "train", 2: "val", 3: "test"}
@@ -98,8 +99,9 @@ def _dataset(file: h5py.File, name: str, budget: Budget) -> h5py.Dataset:
         if not isinstance(node, h5py.Group) or not isinstance(node.get(part, getlink=True), h5py.HardLink):
             raise DataError(f"{file.filename} is not an imdb file: it lacks the array {name.replace('/', '.')}")
         node = node[part]
-    if not isinstance(node, h5py.Dataset) or node.external or node.is_virtual:
-        raise DataError(f"{file.filename}: {name.replace('/', '.')} is not an array in this file")
+    if not isinstance(node, h5py.Dataset):
+        raise DataError(f"{file.filename} is not an imdb file: {name.replace('/', '.')} is not an array")
+    check_array(node)
     budget.take_bytes(node.nbytes)
     return node
 

@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.io
 
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop.matfile import hdf5, v7
-from gmsop_jax.interop.matfile.budget import Budget
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -37,7 +35,7 @@ def read(path: str | pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a MATLAB file of version 7 or 7.3")
     reader = hdf5 if is_hdf5 else v7
     try:
-        return reader.read(path, names, Budget(path.stat().st_size))
+        return reader.read(path, names)
     except Exception as error:  # damaged files make the readers raise exceptions of many types
         detail = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged or truncated ({detail}); download it again") from error
@@ -55,6 +53,8 @@ def write(path: str | pathlib.Path, variables: Mapping[str, Any], *, v73: bool =
     if v73:
         hdf5.write(path, variables)
         return
+    import scipy.io  # imported late: the process that reads version 7.3 does not need it
+
     stored = {name: _to_scipy(value) for name, value in variables.items()}
     with path.open("wb") as file:  # given a path, SciPy would append .mat
         scipy.io.savemat(file, stored, do_compression=True, long_field_names=True, oned_as="row")

@@ -4,8 +4,10 @@ Axes are stored in reverse order. A struct is a group. Cells and the fields of a
 into the group `#refs#`. An empty array stores its shape.
 """
 
-import json
+import math
+import os
 import pathlib
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,19 +19,39 @@ import numpy as np
 from gmsop_jax.interop.matfile.budget import Budget
 
 _MAX_DEPTH = 32  # of structs within structs; a deeper one contains itself
+SECONDS, BYTES_PER_SECOND = 30, 2**22  # the time limit for a file
 _HEADER = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created by gmsop_jax HDF5 schema 1.00 ."
 _CLASSES = {"f8": "double", "f4": "single", "b1": "logical"}
 
 
-def read(path: pathlib.Path, names: Sequence[str], budget: Budget) -> dict[str, Any]:
-    """Reads variables as `matfile.read` describes them.
+def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
+    """Reads variables as `matfile.read` describes them, in a process of its own.
+
+    HDF5 can crash or hang on a damaged file.
 
     Raises:
-      Exception: ValueError, or any exception of h5py, if the file is damaged.
+      ValueError: if the file is damaged.
     """
+    program = f"import {__name__}, sys; {__name__}.dump(*sys.argv[1:])"
+    command = [sys.executable, "-c", program, str(path.absolute()), *names]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    seconds = SECONDS + path.stat().st_size / BYTES_PER_SECOND
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"HDF5 did not read it within {seconds:.0f} seconds") from error
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise ValueError(lines[-1] if lines else f"HDF5 ended with status {done.returncode}")
+    return pickle.loads(done.stdout)
+
+
+def dump(path: str, *names: str) -> None:
+    """Writes the variables of a file, pickled, to the standard output."""
     with h5py.File(path, "r") as file:
-        reader = _Reader(file, budget)
-        return {name: reader.read(_own(file, name)) for name in names if name in file}
+        reader = _Reader(file, Budget(pathlib.Path(path).stat().st_size))
+        variables = {name: reader.read(_own(file, name)) for name in names if name in file}
+    pickle.dump(variables, sys.stdout.buffer, protocol=5)
 
 
 def _own(group: h5py.Group, name: str) -> Any:
@@ -39,30 +61,25 @@ def _own(group: h5py.Group, name: str) -> Any:
     return group[name]
 
 
-_LIST_FIELDS = """
-import json, sys, h5py
-order = {}
-def visit(name, node):
-    if "MATLAB_fields" in node.attrs:
-        order[node.name] = [b"".join(field).decode("ascii") for field in node.attrs["MATLAB_fields"]]
-with h5py.File(sys.argv[1], "r") as file:
-    file.visititems(visit)
-print(json.dumps(order))
-"""
-_SECONDS = 60
+def check_array(node: h5py.Dataset) -> None:
+    """Raises ValueError unless an array consists of numbers or references and is stored in this very file.
 
-
-def _read_field_order(path: str) -> dict[str, list[str]]:
-    """The names of the fields of each struct, in MATLAB's order, which the attribute MATLAB_fields holds.
-
-    HDF5 can hang when it reads such an attribute of a damaged file, so this happens in a process with a time limit.
+    An array of strings of variable length could refer a million times to one long string.
     """
-    command = [sys.executable, "-c", _LIST_FIELDS, path]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True)
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        raise ValueError("the names of its fields can't be read") from error
-    return json.loads(done.stdout)
+    if node.external or node.is_virtual:
+        raise ValueError(f"{node.name} is stored in another file")
+    if node.dtype.kind not in "biuf" and h5py.check_ref_dtype(node.dtype) is not h5py.Reference:
+        raise ValueError(f"{node.name} has the type {node.dtype}, which MATLAB does not write")
+
+
+def _attribute(node: Any, name: str, default: Any) -> Any:
+    """The value of an attribute, which must be one number or one string of fixed length."""
+    if name not in node.attrs:
+        return default
+    stored = node.attrs.get_id(name)
+    if math.prod(stored.shape) != 1 or stored.dtype.kind not in "biufS":
+        raise ValueError(f"{node.name} has the attribute {name} of type {stored.dtype} and shape {stored.shape}")
+    return np.ravel(node.attrs[name])[0]
 
 
 class _Reader:
@@ -71,7 +88,6 @@ class _Reader:
     def __init__(self, file: h5py.File, budget: Budget):
         self._file, self._budget = file, budget
         self._known: dict[int, Any] = {}
-        self._field_order = _read_field_order(str(file.filename))
 
     def read(self, node: Any, depth: int = 0) -> Any:
         if depth > _MAX_DEPTH:
@@ -84,9 +100,9 @@ class _Reader:
         return self._known[address]
 
     def _read_array(self, node: h5py.Dataset, depth: int) -> Any:
-        kind = _text(node.attrs.get("MATLAB_class", b""))
+        kind = _text(_attribute(node, "MATLAB_class", b""))
         value = self._load(node).T
-        if node.attrs.get("MATLAB_empty", 0):
+        if _attribute(node, "MATLAB_empty", 0):
             shape = tuple(int(n) for n in value.ravel())
             if kind == "struct":
                 return {} if 0 not in shape else []
@@ -103,13 +119,14 @@ class _Reader:
         return value.astype(bool) if kind == "logical" else value
 
     def _load(self, node: h5py.Dataset) -> np.ndarray:
-        if node.external or node.is_virtual:
-            raise ValueError(f"{node.name} is stored in another file")
+        check_array(node)
         self._budget.take_bytes(node.nbytes)
         return node[()]
 
     def _read_struct(self, node: h5py.Group, depth: int) -> Any:
-        members = {name: _own(node, name) for name in self._field_order.get(str(node.name)) or map(str, node)}
+        names = [b"".join(name).decode("ascii") for name in node.attrs.get("MATLAB_fields", [])]  # in MATLAB's order
+        self._budget.take_bytes(sum(map(len, names)))
+        members = {name: _own(node, name) for name in names or map(str, node)}
         if not members or not all(_is_field_of_array(member) for member in members.values()):
             return {name: self.read(member, depth + 1) for name, member in members.items()}
         columns = {name: self._dereference(self._load(m).T, depth).ravel() for name, m in members.items()}

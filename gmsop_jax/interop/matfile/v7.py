@@ -17,6 +17,7 @@ _HEAD_BYTES = 2**12  # of a compressed variable: enough for its name
 _MATRIX, _COMPRESSED = 14, 15
 _CELL, _STRUCT, _OBJECT, _CHAR = 1, 2, 3, 4
 _LOGICAL = 0x200
+_MAX_DIMENSIONS = 32
 # The types in which numbers are stored, and the classes of the arrays that contain them.
 _STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _STORED |= {16: "u1", 17: "u2", 18: "u4"}
@@ -26,13 +27,14 @@ _CLASSES |= {14: "i8", 15: "u8"}
 Element = tuple[int, memoryview]
 
 
-def read(path: pathlib.Path, names: Sequence[str], budget: Budget) -> dict[str, Any]:
+def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
     """Reads variables as `matfile.read` describes them.
 
     Raises:
       Exception: ValueError or another exception, if the file is damaged.
     """
     content = memoryview(path.read_bytes())
+    budget = Budget(len(content))
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
     if order is None:
         raise ValueError("the header does not state the byte order")
@@ -45,6 +47,7 @@ def read(path: pathlib.Path, names: Sequence[str], budget: Budget) -> dict[str, 
                 ((kind, data),) = _elements(_inflate_all(data, budget), order)
             if kind != _MATRIX:
                 raise ValueError(f"element of type {kind} where a variable should be")
+            budget.take_nodes()
             variables[name] = reader.matrix(data)
     return variables
 
@@ -92,18 +95,18 @@ class _Reader:
 
     def matrix(self, data: memoryview) -> Any:
         """The array, cells, structs or text of a matrix element."""
-        self._budget.take_nodes()
         if not len(data):
             return np.zeros((0, 0))
         parts = _elements(data, self._order)
         flags = int(self._numbers(next(parts))[0])
-        shape = tuple(int(n) for n in self._numbers(next(parts)))
+        sizes = self._numbers(next(parts))
+        if not 2 <= sizes.size <= _MAX_DIMENSIONS or sizes.min() < 0:
+            raise ValueError(f"array of shape {sizes[:_MAX_DIMENSIONS].tolist()}")
+        shape = tuple(sizes.tolist())
         next(parts)  # the name
-        if min(shape, default=-1) < 0:
-            raise ValueError(f"array of shape {shape}")
         kind = flags & 0xFF
         if kind == _CELL:
-            cells = np.empty(_check_count(shape, 1, data), object)
+            cells = np.empty(self._take_count(shape, 1, data), object)
             for i in range(cells.size):
                 cells[i] = self._child(parts)
             return cells.reshape(shape, order="F")
@@ -129,15 +132,24 @@ class _Reader:
             next(parts)  # the name of its class
         length = int(self._numbers(next(parts))[0])
         block = bytes(next(parts)[1])
+        self._budget.check_text(len(block))
         if length < 1:
             raise ValueError(f"field names of length {length}")
         fields = [block[i : i + length] for i in range(0, len(block), length)]
         names = [field.split(b"\0")[0].decode("ascii") for field in fields]
         if not names:
             return {} if math.prod(shape) else []
-        count = _check_count(shape, len(names), data)
+        count = self._take_count(shape, len(names), data)
         structs = [{name: self._child(parts) for name in names} for _ in range(count)]
         return structs[0] if count == 1 else structs
+
+    def _take_count(self, shape: Sequence[int], each: int, data: memoryview) -> int:
+        """The number of elements, each of which consists of `each` matrices of at least eight bytes."""
+        count = math.prod(shape)
+        if count * each * 8 > len(data):
+            raise ValueError(f"{count * each} arrays in {len(data)} bytes")
+        self._budget.take_nodes(count * each)
+        return count
 
     def _text(self, element: Element, shape: Sequence[int]) -> str:
         codes = self._numbers(element)
@@ -152,11 +164,3 @@ class _Reader:
     def _numbers(self, element: Element) -> np.ndarray:
         kind, data = element
         return np.frombuffer(data, self._order + _STORED[kind])
-
-
-def _check_count(shape: Sequence[int], each: int, data: memoryview) -> int:
-    """The number of matrices that follow, each of which takes at least eight bytes."""
-    count = math.prod(shape)
-    if count * each * 8 > len(data):
-        raise ValueError(f"{count * each} arrays in {len(data)} bytes")
-    return count
