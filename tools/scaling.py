@@ -1,4 +1,4 @@
-"""Counts what a training step costs on many devices: parameters, bytes sent, memory, bound on efficiency.
+"""Counts the cost of a training step on many devices: parameters, bytes sent, memory, bound on efficiency.
 
 python tools/scaling.py                       the tables of docs/scaling.md
 python tools/scaling.py --flops 2e14 --bandwidth 4.5e11 --latency 5e-6
@@ -28,7 +28,7 @@ def cases() -> dict[str, tuple[ConfigDict, int]]:
 def _model(file: Path, num_classes: int) -> ConfigDict:
     model = configs.load(file).model
     model.num_classes = num_classes
-    model.dispatch = "gather"  # as on accelerators
+    model.dispatch = "gather"  # the choice on accelerators
     return model
 
 
@@ -68,9 +68,9 @@ def _gib(counts: Counts, images: float) -> str:
 def main() -> None:
     """Prints the tables."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--flops", type=float, default=2e13, help="FLOP/s that a device sustains (default: 2e13)")
-    parser.add_argument("--bandwidth", type=float, default=5e10, help="bytes/s that it sends (default: 5e10)")
-    parser.add_argument("--latency", type=float, default=1e-5, help="seconds of one message (default: 1e-5)")
+    parser.add_argument("--flops", type=float, default=2e13, help="sustained FLOP/s of a device (default: 2e13)")
+    parser.add_argument("--bandwidth", type=float, default=5e10, help="bytes/s that a device sends (default: 5e10)")
+    parser.add_argument("--latency", type=float, default=1e-5, help="latency of a message in seconds (default: 1e-5)")
     options = parser.parse_args()
     print(tables(Machine(options.flops, options.bandwidth, options.latency)))
 

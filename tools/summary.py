@@ -26,11 +26,11 @@ class Row:
     """One configuration's network.
 
     Attributes:
-      name: of the configuration, with its argument.
-      network: in a few words.
+      name: name of the configuration, with its argument.
+      network: short description of the network.
       image_size: side of the images.
-      cost: counted here.
-      published: the row that its authors printed, if there is one.
+      cost: the cost, counted from the code.
+      published: the published result; its fields are None where there is no value.
     """
 
     name: str
@@ -41,25 +41,25 @@ class Row:
 
     @property
     def parameters(self) -> str:
-        """The count, to as many digits as the published one has."""
+        """The number of parameters, with as many digits as the published number."""
         return _like(self.cost.parameters, self.published.parameters)
 
     @property
     def gmacs(self) -> str:
-        """Billions of multiply-adds by formula, to as many digits as the published ones have."""
+        """Billions of multiply-adds by formula, with as many digits as the published number."""
         if self.published.gmacs:
             return _like(self.cost.macs, f"{self.published.gmacs}G").removesuffix("G")
         return f"{self.cost.macs / 1e9:.2f}"
 
     @property
     def differences(self) -> list[str]:
-        """Counts that are not the published ones."""
+        """The counts that differ from the published ones."""
         pairs = {"parameters": (self.parameters, self.published.parameters), "GMAC": (self.gmacs, self.published.gmacs)}
         return [name for name, (ours, theirs) in pairs.items() if theirs and ours != theirs]
 
 
 def _like(count: int, printed: str | None) -> str:
-    """A count as a published table prints it, which may have rounded or cut it off; without one, two decimals."""
+    """Formats a count like a published one, which may be rounded or truncated; without one, with two decimals."""
     if printed and printed[-1].isdigit():
         return f"{count:,}"
     unit, digits = (printed[-1], 1) if printed else ("M", 2)
@@ -69,7 +69,7 @@ def _like(count: int, printed: str | None) -> str:
 
 
 def summarize(path: str) -> Row:
-    """The row of a configuration, `file.py` or `file.py:argument`; of its data set, classes and image size."""
+    """The row of a configuration `file.py` or `file.py:argument`, with the classes and image size of its data set."""
     config = configs.load(path)
     num_classes, image_size = _DATA_SETS[config.data.source]
     image_size = config.data.image_size or image_size
@@ -81,12 +81,12 @@ def summarize(path: str) -> Row:
 
 
 def all_configurations() -> list[str]:
-    """Every configuration that comes along; a file with `ROWS` is one for each of them."""
+    """All configurations in configs/; a file with `ROWS` stands for all of them."""
     return [path for file in sorted(CONFIGS.glob("*.py")) for path in expand(str(file))]
 
 
 def cells(row: Row) -> list[str]:
-    """What the table shows of a row."""
+    """The cells of a row."""
     published = row.published
     errors = [f"{error:g}" for error in (published.top1_error, published.top5_error) if error is not None]
 
@@ -112,11 +112,11 @@ _MARKS = ("<!-- networks: python tools/summary.py --write -->\n", "<!-- end of n
 
 
 def write(rows: list[Row]) -> None:
-    """Puts the table of all networks into `docs/networks.md` and those with published figures into the README."""
+    """Writes the table of all networks to `docs/networks.md`, and those with published results into the README."""
     before, _, rest = README.read_text("utf-8").partition(_MARKS[0])
     _, mark, after = rest.partition(_MARKS[1])
     if not mark:
-        raise UserError(f"{README} has not the lines {_MARKS[0].strip()} and {_MARKS[1].strip()}")
+        raise UserError(f"{README} lacks the lines {_MARKS[0].strip()} and {_MARKS[1].strip()}")
     published = [row for row in rows if row.published.name or row.name == "quickstart.py"]
     short = markdown(published, [column for column in HEADER if column not in ("side", "GMAC, XLA")])
     write_atomic(README, f"{before}{_MARKS[0]}{short}{_MARKS[1]}{after}")
@@ -125,11 +125,12 @@ def write(rows: list[Row]) -> None:
 
 _INTRODUCTION = """# Networks
 
-Every configuration in `configs/`, as `python tools/summary.py --all` counts it: trained parameters; multiply-adds of
-one image by formula (convolutions, matrix products, covariances and square roots; a gated mixture's selected
-candidates), and half the operations that XLA counts in the program (element-wise work too; of a convolution only what
-doesn't meet padding). `= x` agrees with the published x, `≠ x` does not. The published errors are their authors', none
-is ours.
+Every configuration in `configs/`, as counted by `python tools/summary.py --all`: trained parameters, and multiply-
+adds of one image in billions (GMAC). *GMAC* follows the formulas for convolutions, matrix products, covariances and
+square roots, and counts only the selected candidates of a gated mixture. *GMAC, XLA* is half the number of operations
+that XLA counts, which includes element-wise operations and leaves out the part of a convolution that meets padding.
+`= x` agrees with the published value x, and `≠ x` does not. The published errors are those of the authors; none was
+reproduced here.
 """
 HEADER = ["configuration", "network", "side", "features", "parameters", "GMAC", "GMAC, XLA", "published error"]
 
@@ -138,8 +139,8 @@ def markdown(rows: list[Row], columns: list[str]) -> str:
     """The table in Markdown, with the named columns of `HEADER`."""
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        told = dict(zip(HEADER, cells(row), strict=True)) | {"configuration": f"`{row.name}`"}
-        lines.append([told[column] for column in columns])
+        shown = dict(zip(HEADER, cells(row), strict=True)) | {"configuration": f"`{row.name}`"}
+        lines.append([shown[column] for column in columns])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -156,7 +157,7 @@ def main() -> None:
     parser.add_argument("configs", nargs="*", help="configurations, file.py or file.py:argument")
     parser.add_argument("--all", action="store_true", help="every configuration in configs/")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--write", action="store_true", help="--all into README.md and docs/networks.md")
+    parser.add_argument("--write", action="store_true", help="write the tables in README.md and docs/networks.md")
     options = parser.parse_args()
     paths = [*options.configs, *(all_configurations() if options.all or options.write else [])]
     if not paths:

@@ -1,4 +1,4 @@
-"""Trains configurations with several seeds and gathers their results into one table.
+"""Trains configurations with several seeds and writes one table of the results.
 
 python tools/sweep.py configs/heads.py --seeds 0 1 2 --output runs/heads
 python tools/sweep.py … --part 3/8          the fourth of eight shares, as a job array runs them
@@ -17,19 +17,19 @@ from gmsop_jax.files import write_atomic
 
 
 def main() -> int:
-    """Parses the command line and runs the sweep; 1 if one failed."""
+    """Parses the command line and runs the sweep; returns 1 if a run failed."""
     parser = ArgumentParser(
         description="Trains configurations with several seeds, one table of the results; run again to resume.",
         epilog="--config.field=value sets a field of every run",
         takes_overrides=True,
     )
-    parser.add_argument("configs", nargs="+", help="file.py, file.py:argument; a file with ROWS is all of them")
+    parser.add_argument("configs", nargs="+", help="file.py or file.py:argument; a file with ROWS stands for all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
     parser.add_argument("--part", default="0/1", type=_part, metavar="I/N", help="every N-th run from the I-th, from 0")
-    parser.add_argument("--gather", action="store_true", help="run nothing")
+    parser.add_argument("--gather", action="store_true", help="only write the table")
     options = parser.parse_args()
-    jobs = sweep.plan(options.configs, options.seeds, options.output, options.overrides)
+    jobs = sweep.plan_sweep(options.configs, options.seeds, options.output, options.overrides)
     part, parts = options.part
     options.output.mkdir(parents=True, exist_ok=True)
     failed = [] if options.gather else sweep.run(jobs[part::parts])

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, features, multiply-adds by formula and as the compiler counts."""
+"""The cost of a network: parameters, features, and multiply-adds by formula and as the compiler counts them."""
 
 import dataclasses
 import functools
@@ -29,14 +29,14 @@ _EIGH_MACS = 9  # times d³, with eigenvectors: Golub and Van Loan, Matrix Compu
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one image's forward pass.
+    """The cost of the forward pass of one image.
 
     Attributes:
-      parameters: trainable numbers.
+      parameters: number of trainable parameters.
       features: dimension of the pooled vector.
       macs: multiply-adds by formula, see `multiply_adds`.
-      compiled_macs: half the floating-point operations that XLA counts in the program, or NaN where it counts
-        none. It counts element-wise work too, and of convolutions only what doesn't meet padding.
+      compiled_macs: half of the floating-point operations that XLA counts, or NaN if it reports none. XLA also counts
+        element-wise operations, and leaves out the part of a convolution that meets padding.
     """
 
     parameters: int
@@ -46,9 +46,9 @@ class Cost:
 
 
 def cost(model: ConfigDict, image_size: int) -> Cost:
-    """Cost of a network for square images, from shapes alone; `model` is `config.model`."""
+    """The cost of the network that `config.model` describes, for square images; computed from shapes alone."""
     model = ConfigDict(model.to_dict())
-    model.dispatch = "gather"  # of a loop XLA counts one turn
+    model.dispatch = "gather"  # XLA counts a single iteration of a loop
     network = create_model(model)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables: Any = jax.eval_shape(network.init, jax.random.key(0), images)
@@ -63,10 +63,10 @@ def cost(model: ConfigDict, image_size: int) -> Cost:
 
 
 def multiply_adds(network: Network, variables: Any, images: jax.ShapeDtypeStruct) -> int:
-    """Multiply-adds of convolutions, matrix products, covariances and square roots.
+    """The multiply-adds of convolutions, matrix products, covariances and square roots.
 
-    Biases, batch norms, activations and average pooling are left out, as is usual; a gated mixture counts
-    the candidates that an image selects, an eigendecomposition 9 d³.
+    As usual, biases, batch norms, activations and average pooling are not counted. A gated mixture counts the
+    candidates that an image selects, and an eigendecomposition counts as 9 d³.
     """
     total = 0
 
@@ -84,7 +84,7 @@ def multiply_adds(network: Network, variables: Any, images: jax.ShapeDtypeStruct
 
 @functools.singledispatch
 def _own_macs(module: Any, x: Any, y: Any) -> int:
-    """Of the arithmetic that a module does itself, outside its submodules, from input x to output y."""
+    """The multiply-adds of a module itself, without its submodules, from input x to output y."""
     return 0
 
 

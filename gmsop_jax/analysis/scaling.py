@@ -1,4 +1,4 @@
-"""What a training step costs on many devices, counted from shapes; nothing is measured."""
+"""The cost of a training step on many devices, counted from shapes; nothing is measured."""
 
 import dataclasses
 import math
@@ -16,15 +16,15 @@ _FLOAT = 4
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Of one network.
+    """Counts for one network.
 
     Attributes:
-      parameters: trainable numbers.
-      channels: normalised by batch norm, over all its layers.
-      batch_norms: layers of it.
-      num_candidates: of the gate; 0 without.
-      activations: numbers per image that the backward pass keeps.
-      flops: per image, forward and backward.
+      parameters: number of trainable parameters.
+      channels: number of channels under batch norm, over all layers.
+      batch_norms: number of batch norm layers.
+      num_candidates: number of candidates of the gate; 0 for a head without a gate.
+      activations: numbers per image that the backward pass stores.
+      flops: floating-point operations per image, forward and backward.
     """
 
     parameters: int
@@ -47,25 +47,25 @@ class Counts:
 
     @property
     def most_reductions(self) -> int:
-        """All-reduces one after the other in a step: batch norm's, forward and backward, and six more."""
+        """Upper bound on the sequential all-reduces in a step: two for each batch norm, and six more."""
         return 2 * self.batch_norms + 6
 
     def bytes_per_device(self, images: float) -> float:
-        """Of parameters, momentum and gradients, moments, and what the backward pass keeps."""
+        """Bytes of parameters, momentum, gradients, moments, and stored activations."""
         state = 3 * self.parameters + 2 * self.channels
         return _FLOAT * (state + images * self.activations)
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """FLOP/s a device sustains, bytes/s it sends, seconds of one message."""
+    """A device: sustained FLOP/s, bandwidth in bytes/s, and latency of a message in seconds."""
 
     flops: float
     bandwidth: float
     latency: float
 
     def efficiency(self, counts: Counts, devices: int, images: float) -> float:
-        """Bound on the share of time spent computing, if nothing is sent while computing.
+        """Upper bound on the share of time spent computing, if nothing is sent during computation.
 
         t_compute = images · flops/F;  t_send = 2 (D − 1)/D · bytes/W + reductions · ⌈log₂ D⌉ · latency
         """
@@ -76,7 +76,7 @@ class Machine:
 
 
 def count(model: ConfigDict, image_size: int) -> Counts:
-    """Counts of a network for square images, from shapes alone."""
+    """Counts for a network with square images, from shapes alone."""
     network = create_model(model)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)

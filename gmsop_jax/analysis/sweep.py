@@ -1,4 +1,4 @@
-"""Many runs: configurations × seeds, one after the other, and one table of their results."""
+"""Sweeps: trains several configurations with several seeds, one run after the other, and tabulates the results."""
 
 import contextlib
 import dataclasses
@@ -13,19 +13,19 @@ from collections.abc import Callable, Sequence
 from gmsop_jax import config as configs
 from gmsop_jax.errors import ConfigError
 
-# exit statuses of a run that was stopped and can go on; negative before it caught signals
+# Exit statuses of a run that was stopped and can be resumed; negative if it was stopped before it handled signals.
 _INTERRUPTED = (130, 75, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SweepRun:
     """One run of a sweep.
 
     Attributes:
-      name: of its configuration.
-      seed: of the run.
-      workdir: its results.
-      command: what runs it, or goes on with it.
+      name: the name of its configuration.
+      seed: its seed.
+      workdir: its working directory.
+      command: the command that starts or resumes it.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Job:
 
     @property
     def result(self) -> dict | None:
-        """What `result.json` holds; None before the run is finished."""
+        """The contents of `result.json`, or None if the run is not finished."""
         file = self.workdir / "result.json"
         return json.loads(file.read_text("utf-8")) if file.exists() else None
 
 
 def expand(path: str) -> list[str]:
-    """The configurations of a file: itself, or `file.py:row` for each of its `ROWS`.
+    """Returns the configurations of a file: `file.py:row` for each of its `ROWS`, or the file itself if it has none.
 
     Raises:
-      ConfigError: if there is no such file, or what it does goes wrong.
+      ConfigError: if the file does not exist or raises an exception.
     """
     file, argument = configs.split_argument(path)
     if argument:
@@ -53,26 +53,28 @@ def expand(path: str) -> list[str]:
     return [f"{file}:{row}" for row in rows] or [str(file)]
 
 
-def plan(paths: Sequence[str], seeds: Sequence[int], output: pathlib.Path, overrides: Sequence[str] = ()) -> list[Job]:
-    """The runs, seed after seed, so that every configuration has a result early.
+def plan_sweep(
+    paths: Sequence[str], seeds: Sequence[int], output: pathlib.Path, overrides: Sequence[str] = ()
+) -> list[SweepRun]:
+    """Returns the runs of a sweep, ordered by seed, so that every configuration has a result early.
 
     Args:
-      paths: configurations; a file with `ROWS` stands for all of them.
-      seeds: one run for each.
-      output: gets a working directory `<name>/seed<n>` for each run.
-      overrides: `field=value` of every run.
+      paths: configurations; a file with `ROWS` stands for all of its rows.
+      seeds: the seeds, with one run of each configuration per seed.
+      output: the folder in which each run has the working directory `<name>/seed<n>`.
+      overrides: assignments `field=value` for every run.
 
     Raises:
-      ConfigError: if a configuration is not valid, before anything runs, two have the same name, or the
-        output has a run of another configuration.
+      ConfigError: if a configuration is not valid, if two have the same name, or if the output contains a run of
+        another configuration.
     """
     expanded = [configuration for path in paths for configuration in expand(path)]
     names = [configs.run_name(path) for path in expanded]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ConfigError(f"two configurations have the name {sorted(twice)[0]}; sweep them into folders of their own")
+        raise ConfigError(f"two configurations have the name {sorted(twice)[0]}; give each its own --output")
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"a seed is named twice: {' '.join(map(str, seeds))}")
+        raise ConfigError(f"a seed is given twice: {' '.join(map(str, seeds))}")
     jobs = []
     for seed in seeds:
         for name, path in zip(names, expanded, strict=True):
@@ -80,12 +82,12 @@ def plan(paths: Sequence[str], seeds: Sequence[int], output: pathlib.Path, overr
             _check_same(workdir, configs.load(path, [*overrides, f"seed={seed}"]))
             fields = [f"--config.{item}" for item in (*overrides, f"seed={seed}")]
             command = (sys.executable, "-m", "gmsop_jax.main", "--config", path, "--workdir", str(workdir), *fields)
-            jobs.append(Job(name, seed, workdir, command))
+            jobs.append(SweepRun(name, seed, workdir, command))
     return jobs
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)  # before what the run itself prints
+    print(line, flush=True)  # flushed, so that it precedes what the run prints
 
 
 def _check_same(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
@@ -93,56 +95,56 @@ def _check_same(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
     if not file.exists():
         return
     kept = configs.from_json(file.read_text("utf-8"))
-    config.model.num_classes = kept.model.num_classes  # what the data set filled in
+    config.model.num_classes = kept.model.num_classes  # filled in from the data set
     different = configs.differences(kept, config)
     if kept.train.num_epochs != config.train.num_epochs:
         different.append(f"config.train.num_epochs: {kept.train.num_epochs} → {config.train.num_epochs}")
     if different:
-        raise ConfigError(f"{workdir} is of another configuration ({'; '.join(different)}); give another --output")
+        raise ConfigError(f"{workdir} belongs to another configuration ({'; '.join(different)}); give another --output")
 
 
-def run(jobs: Sequence[Job], say: Callable[[str], None] = _say) -> list[Job]:
-    """Runs what isn't finished, each as a process of its own; those that fail don't stop the others.
+def run(jobs: Sequence[SweepRun], say: Callable[[str], None] = _say) -> list[SweepRun]:
+    """Executes the runs that are not finished, each in its own process. A run that fails does not stop the others.
 
     Returns: the runs that failed.
 
     Raises:
-      KeyboardInterrupt: if a run was stopped; the same sweep goes on with it.
+      KeyboardInterrupt: if a run was stopped; the same sweep resumes it.
     """
     failed = []
     for i, job in enumerate(jobs, 1):
         where = f"{i}/{len(jobs)} {job.name}, seed {job.seed}"
         if job.result is not None:
-            say(f"{where}: done before")
+            say(f"{where}: already finished")
             continue
         say(f"{where}:")
         status = _status(job.command)
         if status in _INTERRUPTED:
             raise KeyboardInterrupt
         if status:
-            say(f"{where}: failed with status {status}; to see why: {' '.join(job.command)}")
+            say(f"{where}: failed with status {status}; to see the reason, run: {' '.join(job.command)}")
             failed.append(job)
     return failed
 
 
 def _status(command: Sequence[str]) -> int:
-    """A run's exit status. A run is given the time to save its state when the sweep is stopped.
+    """Executes a command and returns its exit status. If the sweep is stopped, the run has time to save its state.
 
-    Ctrl-C reaches it from the terminal too, so here it is only waited for; SIGTERM is handed on.
+    The terminal sends Ctrl-C to the run as well, so this process only waits for it. SIGTERM is passed on.
 
     Raises:
-      KeyboardInterrupt: after either.
+      KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
-    handed_on = False
+    forwarded = False
     try:
         process = subprocess.Popen(command)
         while process.poll() is None:
-            if signal.SIGTERM in caught and not handed_on:
+            if signal.SIGTERM in caught and not forwarded:
                 process.terminate()
-                handed_on = True
+                forwarded = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
     finally:
@@ -153,8 +155,8 @@ def _status(command: Sequence[str]) -> int:
     return process.returncode
 
 
-def table(jobs: Sequence[Job]) -> str:
-    """Mean ± standard deviation (over n − 1) of each configuration's finished runs, in Markdown."""
+def table(jobs: Sequence[SweepRun]) -> str:
+    """Returns a Markdown table with mean and standard deviation (n − 1) of each configuration's finished runs."""
     lines = [
         "| configuration | runs | top-1 error, last | top-1 error, best | parameters | features | seconds |",
         "|---|---|---|---|---|---|---|",

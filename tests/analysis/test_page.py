@@ -56,9 +56,9 @@ def test_page_says_the_essentials_without_scripts(page, trained_run):
     result = json.loads((trained_run / "result.json").read_text())
     assert f"{result['top1_error']:.2f} %" in text
     assert "GM-SOP-4-2 on 1 block × (8, 12)" in text
-    for title in ("Cross entropy", "Learning rate", "Balance loss", "Throughput", "Confusion", "Worst-confused pairs",
+    for title in ("Cross entropy", "Learning rate", "Balance loss", "Throughput", "Confusion", "Most confused pairs",
                   "Most certain, and wrong", "Least certain", "Use of each candidate over training",
-                  "Which candidates go together", "Gate entropy by class", "Images that weigh most on each candidate",
+                  "Which candidates go together", "Gate entropy by class", "Images with the largest weight for each candidate",
                   "train.batch_size"):  # fmt: skip
         assert title in text, title
     assert page.count("<svg") >= 8
@@ -86,20 +86,20 @@ def test_several_runs_are_compared(trained_run, tmp_path):
     (other / "result.json").unlink()
     page = build_report([trained_run, other])
     text = _Outline(page).text
-    assert "What run learnt" in text
-    assert "What run (2) learnt" in text
+    assert "What run learned" in text
+    assert "What run (2) learned" in text
     assert "unfinished" in text
     assert re.findall(r"<tr class=differs><th>(.*?)</th>", page) == ["train.momentum"]
 
 
 def test_without_data_or_checkpoint_the_curves_remain(trained_run, tmp_path):
     text = _Outline(build_report([trained_run], data=tmp_path)).text
-    assert "Without what the network says about the images: no data set at" in text
+    assert "The predictions can't be shown: " in text
     assert "Use of each candidate over training" in text
     run = shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
     text = _Outline(build_report([run])).text
     assert "no checkpoint at" in text
-    assert "Nothing was recorded yet" in text
+    assert "No metrics have been logged yet" in text
 
 
 def test_names_are_escaped(trained_run, tmp_path):

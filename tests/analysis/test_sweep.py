@@ -18,7 +18,7 @@ HEADS_FILE = str(ROOT / "configs" / "heads.py")
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 
 
-def finish(job: sweep.Job, top1: float, last: float, seconds: float) -> None:
+def finish(job: sweep.SweepRun, top1: float, last: float, seconds: float) -> None:
     job.workdir.mkdir(parents=True)
     result = {"top1_error": top1, "last_top1_error": last, "wall_seconds": seconds}
     (job.workdir / "result.json").write_text(json.dumps(result | {"parameters": 1234567, "feature_dimension": 32}))
@@ -31,7 +31,7 @@ def test_the_heads_file_has_every_head():
 
 
 def test_plan_takes_one_seed_after_the_other(tmp_path):
-    jobs = sweep.plan([f"{HEADS_FILE}:gap", QUICKSTART], [3, 4], tmp_path, ["train.num_epochs=2"])
+    jobs = sweep.plan_sweep([f"{HEADS_FILE}:gap", QUICKSTART], [3, 4], tmp_path, ["train.num_epochs=2"])
     assert [(job.name, job.seed) for job in jobs] == [
         ("heads-gap", 3),
         ("quickstart", 3),
@@ -50,33 +50,33 @@ def test_nothing_runs_where_a_configuration_is_wrong(tmp_path):
         ([str(tmp_path / "absent.py")], [], "no configuration file"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            sweep.plan(paths, [0], tmp_path, overrides)
+            sweep.plan_sweep(paths, [0], tmp_path, overrides)
 
 
 def test_a_run_of_another_configuration_is_not_taken(tmp_path):
     from gmsop_jax import config
 
-    [job] = sweep.plan([QUICKSTART], [0], tmp_path)
+    [job] = sweep.plan_sweep([QUICKSTART], [0], tmp_path)
     finish(job, 1, 1, 1)
     kept = config.load(QUICKSTART)
     kept.model.num_classes = 10
     (job.workdir / "config.json").write_text(config.to_json(kept))
-    sweep.plan([QUICKSTART], [0], tmp_path)
+    sweep.plan_sweep([QUICKSTART], [0], tmp_path)
     for override in ("train.num_epochs=17", "model.num_iters=5"):
         with pytest.raises(ConfigError, match=override.split("=")[0]):
-            sweep.plan([QUICKSTART], [0], tmp_path, [override])
+            sweep.plan_sweep([QUICKSTART], [0], tmp_path, [override])
 
 
 def test_seeds_are_checked_first(tmp_path):
-    with pytest.raises(ConfigError, match="named twice: 0 0"):
-        sweep.plan([QUICKSTART], [0, 0], tmp_path)
-    with pytest.raises(ConfigError, match="seed must be at least 0"):
-        sweep.plan([QUICKSTART], [-1], tmp_path)
+    with pytest.raises(ConfigError, match="given twice: 0 0"):
+        sweep.plan_sweep([QUICKSTART], [0, 0], tmp_path)
+    with pytest.raises(ConfigError, match="seed must be between 0"):
+        sweep.plan_sweep([QUICKSTART], [-1], tmp_path)
 
 
 def test_finished_runs_are_not_run_again_and_failures_do_not_stop_the_others(tmp_path):
-    def job(name: str, code: str) -> sweep.Job:
-        return sweep.Job(name, 0, tmp_path / name, (sys.executable, "-c", code))
+    def job(name: str, code: str) -> sweep.SweepRun:
+        return sweep.SweepRun(name, 0, tmp_path / name, (sys.executable, "-c", code))
 
     touch = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"
     jobs = [job("done", touch), job("bad", "raise SystemExit(2)"), job("good", touch)]
@@ -84,13 +84,15 @@ def test_finished_runs_are_not_run_again_and_failures_do_not_stop_the_others(tmp
     said: list[str] = []
     assert sweep.run(jobs, said.append) == [jobs[1]]
     assert (tmp_path / "ran").read_text() == "x"
-    assert said[0] == "1/3 done, seed 0: done before"
+    assert said[0] == "1/3 done, seed 0: already finished"
     assert "2/3 bad, seed 0: failed with status 2" in said[2]
 
 
 def test_a_run_that_was_stopped_stops_the_sweep(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        sweep.run([sweep.Job("a", 0, tmp_path / "a", (sys.executable, "-c", "raise SystemExit(130)"))], lambda _: None)
+        sweep.run(
+            [sweep.SweepRun("a", 0, tmp_path / "a", (sys.executable, "-c", "raise SystemExit(130)"))], lambda _: None
+        )
 
 
 def test_sigterm_is_handed_on_and_the_run_may_save(tmp_path):
@@ -104,7 +106,7 @@ signal.signal(signal.SIGTERM, save)
 pathlib.Path({str(tmp_path / "started")!r}).touch()
 time.sleep(60)
 """
-    job = sweep.Job("a", 0, tmp_path / "a", (sys.executable, "-c", run))
+    job = sweep.SweepRun("a", 0, tmp_path / "a", (sys.executable, "-c", run))
 
     def stop():
         while not (tmp_path / "started").exists():
@@ -120,7 +122,7 @@ time.sleep(60)
 
 
 def test_table_by_hand(tmp_path):
-    jobs = sweep.plan([f"{HEADS_FILE}:gap", f"{HEADS_FILE}:sop", QUICKSTART], [0, 1], tmp_path)
+    jobs = sweep.plan_sweep([f"{HEADS_FILE}:gap", f"{HEADS_FILE}:sop", QUICKSTART], [0, 1], tmp_path)
     finish(jobs[0], 10, 11, 60)
     finish(jobs[3], 12, 14, 80)
     finish(jobs[1], 20, 20, 50)
@@ -146,7 +148,7 @@ def test_a_sweep_from_the_command_line_resumes(tmp_path):
     assert "1/1 heads-gap, seed 0:" in first
     assert "heads-avesop | 0 of 1" in first
     both = call()
-    assert "1/2 heads-gap, seed 0: done before" in both
+    assert "1/2 heads-gap, seed 0: already finished" in both
     table = (tmp_path / "sweep" / "table.md").read_text()
     assert table in both
     assert "heads-avesop | 1 |" in table

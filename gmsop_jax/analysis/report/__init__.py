@@ -1,4 +1,4 @@
-"""One self-contained HTML page about what networks learnt."""
+"""A self-contained HTML report about trained networks."""
 
 from gmsop_jax.analysis.report.page import build_report
 from gmsop_jax.analysis.report.runs import Run, read_run

@@ -1,4 +1,4 @@
-"""Charts as Vega-Lite: drawn to SVG for readers without JavaScript, and kept as specification for the others."""
+"""Charts in Vega-Lite, each as a specification and as an SVG for readers without JavaScript."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ PALETTE = (
     "#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a86",
     "#a0cbe8", "#ffbe7d", "#ff9d9a", "#86bcb6", "#8cd17d", "#b6992d", "#d4a6c8", "#d37295", "#d7b5a6", "#499894",
 )  # fmt: skip
-_POINTS = 400  # of a line; more can't be seen
+_POINTS = 400  # per line; more cannot be distinguished
 _VERSION = "v6.1"
 
-# Text and rules take the page's colour, so that they fit a light page and a dark one.
+# Text and rules have the colour of the page, so that they suit light and dark pages.
 _CONFIG: Spec = {
     "background": None,
     "view": {"stroke": None},
@@ -75,7 +75,7 @@ def _thin(points: list[Spec]) -> list[Spec]:
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
-    """Loss, error, learning rate, balance loss and speed over the epochs, all runs in each."""
+    """Loss, error, learning rate, balance loss and speed over the epochs; each chart shows all runs."""
     panels = (
         ("loss", "Cross entropy", "nats per image", "linear"),
         ("top1_error", "Top-1 error", "%", "linear"),
@@ -121,7 +121,7 @@ def _lines(unit: str, scale: str, several: bool, kinds: set[str]) -> Spec:
 
 
 def candidate_use(run: Run) -> Chart | None:
-    """Mean gate weight of each candidate at each evaluation; None if the run has no gate."""
+    """The mean gate weight of each candidate at each evaluation; None for a run without a gate."""
     points: list[Spec] = []
     evaluations = [r for r in run.records if r["kind"] == "eval" and len(r.get("candidate_use", ())) > 1]
     for record in evaluations:
@@ -152,7 +152,7 @@ def candidate_use(run: Run) -> Chart | None:
 
 
 def _heat_map(title: str, cells: list[Spec], x: Spec, y: Spec, value: str, size: int, labelled: bool) -> Chart:
-    """A matrix whose cells' opacity tells the value, on any background."""
+    """A matrix in which the opacity of a cell shows its value, on any background."""
     axes = {"type": "nominal", "sort": None}
     encoding = {
         "x": {**axes, **x, "axis": {"orient": "top", "labelAngle": x.get("angle", 0), "grid": False}},
@@ -175,7 +175,7 @@ def _heat_map(title: str, cells: list[Spec], x: Spec, y: Spec, value: str, size:
 
 
 def confusion(study: Study, most: int = 30) -> Chart:
-    """Share of each true class (row) that was given each class; of many classes the most confused."""
+    """The share of each true class (row) predicted as each class; if there are many, only the most confused."""
     counts = study.confusion
     errors = counts.sum(1) - np.diag(counts)
     chosen = np.sort(np.argsort(-errors, kind="stable")[:most])
@@ -195,7 +195,7 @@ def confusion(study: Study, most: int = 30) -> Chart:
 
 
 def together(study: Study) -> Chart:
-    """Share of the images that select a candidate (row) which select another, too."""
+    """The share of the images that select a candidate (row) that also select another (column)."""
     cells = []
     for i, row in enumerate(study.together):
         for j, share in enumerate(row):
@@ -208,7 +208,7 @@ def together(study: Study) -> Chart:
 
 
 def entropy(study: Study, num_selected: int, most: int = 40) -> Chart:
-    """Mean entropy of the gate weights by class, the most decided first; of many classes both ends."""
+    """The mean entropy of the gate weights by class in ascending order; if there are many classes, both ends."""
     values = study.by_class(study.entropy)
     order = [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
     maximum = math.log2(num_selected)

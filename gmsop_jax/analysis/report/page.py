@@ -1,4 +1,4 @@
-"""The page: everything gathered, put into `page.html.jinja`."""
+"""Gathers the contents of the report and renders `page.html.jinja`."""
 
 import base64
 import dataclasses
@@ -18,24 +18,24 @@ from gmsop_jax.analysis.report.runs import Run, configuration_table, read_runs
 from gmsop_jax.analysis.report.study import Study, study_run
 from gmsop_jax.errors import CheckpointError, DataError
 
-_GALLERY = 12  # images of each kind
-_HEAVIEST = 8  # images of each candidate
-_PAIRS = 10  # worst-confused
-_CLASSES = 60  # rows of the table class × candidate
+_GALLERY = 12  # images in each gallery
+_HEAVIEST = 8  # images for each candidate
+_PAIRS = 10  # confused pairs of classes
+_CLASSES = 60  # rows of the table of classes and candidates
 _THUMBNAIL = 96  # largest side in pixels
 
 
 def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_images: int = 5000) -> str:
-    """The page of one run, or of several beside each other, as HTML that needs no other file.
+    """Returns the report of one or several runs as HTML that needs no other file.
 
     Args:
-      workdirs: of the runs.
-      data: the data set; where each run's configuration says if None. A run whose data set or
-        checkpoint isn't there is shown without what needs it, and the page says so.
-      max_images: that are looked at of each evaluation split.
+      workdirs: the working directories.
+      data: folder of the data set; None means that of each run's configuration. If the data set or the checkpoint of a
+        run is missing, the report omits what needs it and says so.
+      max_images: largest number of images of each evaluation split.
 
     Raises:
-      CheckpointError: if a folder is no working directory.
+      CheckpointError: if a folder is not a working directory.
     """
     runs = read_runs(list(workdirs))
     environment = jinja2.Environment(
@@ -62,7 +62,7 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
 
 
 def _facts(run: Run) -> list[str]:
-    """A run's row of the table of results, in the order of its columns."""
+    """The row of a run in the table of results."""
     best, result, published = run.best or {}, run.result, run.published
 
     def number(values: dict[str, Any], name: str, form: str) -> str:
@@ -84,13 +84,13 @@ def _facts(run: Run) -> list[str]:
 
 
 def _safe_json(value: Any) -> str:
-    """JSON that can stand in a script element."""
+    """JSON that can be placed in a script element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """An image with what the network says about it; `gate` has (candidate, weight), the heaviest first."""
+    """An image with its prediction; `gate` lists (candidate, weight) in descending order of weight."""
 
     source: str
     label: str
@@ -101,7 +101,7 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One run's part of the page; `mixture` is empty in a network without gate."""
+    """The section of one run; `mixture` is empty for a network without a gate."""
 
     run: Run
     study: Study | None
@@ -156,7 +156,7 @@ def _galleries(study: Study) -> list[tuple[str, list[Card]]]:
 
 def _mixture(study: Study, num_selected: int) -> dict[str, Any]:
     use = study.by_class(study.gate_weights)
-    # of many classes those whose use differs most from the average one
+    # if there are many classes, show those whose use differs most from the average
     distance = np.nan_to_num(np.abs(use - study.gate_weights.mean(0)).sum(1), nan=-1)
     rows = np.sort(np.argsort(-distance, kind="stable")[:_CLASSES])
     scale = float(np.nanmax(use))
@@ -183,7 +183,7 @@ def _cards(study: Study, rows: Iterable[int]) -> list[Card]:
 
 
 def _thumbnail(image: np.ndarray) -> str:
-    """A data URI."""
+    """A small JPEG of the image as a data URI."""
     picture = Image.fromarray(image)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     if (image == image[..., :1]).all():

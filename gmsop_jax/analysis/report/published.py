@@ -1,4 +1,4 @@
-"""Published figures of networks, to be shown beside a run's own."""
+"""Published results, which are shown beside those of a run."""
 
 import dataclasses
 
@@ -10,10 +10,10 @@ class Published:
     """A row of a published table.
 
     Attributes:
-      name: as its authors call the network.
-      top1_error, top5_error: percent; None where none is given, as the others.
-      parameters: text, as printed: "10.3M".
-      gmacs: billions of multiply-adds of one image, as printed.
+      name: the authors' name for the network.
+      top1_error, top5_error: errors in percent; None if the authors give no value, as for the other fields.
+      parameters: number of parameters as printed, such as "10.3M".
+      gmacs: billions of multiply-adds per image, as printed.
     """
 
     name: str
@@ -52,9 +52,9 @@ _ROWS = {
 
 
 def find_published(config: ConfigDict) -> Published | None:
-    """The published row of a configuration's network and data set; None if there is none.
+    """Returns the published result for the network and data set of a configuration, or None.
 
-    Rows of `image-folder` are ImageNet-1K's at 224×224 and are taken for that if there are 1000 classes.
+    A run on `image-folder` is compared with ImageNet-1K at 224×224 if it has 1000 classes and that image size.
 
     Example:
       >>> from gmsop_jax.config import default_config

@@ -1,4 +1,4 @@
-"""What a working directory tells of its run without its network."""
+"""The parts of a run that can be read from its working directory without its network."""
 
 import dataclasses
 import json
@@ -15,15 +15,15 @@ from gmsop_jax.training.writer import read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's files.
+    """The files of a run.
 
     Attributes:
-      name: of the folder; made unique by `read_runs`.
+      name: name of the folder, made unique by `read_runs`.
       workdir: the folder.
-      config: resolved.
-      records: of `metrics.jsonl`.
-      result: of `result.json`; {} if the run isn't finished.
-      published: the authors' row for this network.
+      config: the resolved configuration.
+      records: the records of `metrics.jsonl`.
+      result: the contents of `result.json`; {} if the run is not finished.
+      published: the published result for this network, if there is one.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def images_per_second(self) -> float | None:
-        """Median of what training told."""
+        """The median of the logged training speeds."""
         speeds = [r["images_per_second"] for r in self.records if "images_per_second" in r]
         return statistics.median(speeds) if speeds else None
 
@@ -55,7 +55,7 @@ def read_run(workdir: Path) -> Run:
     """Reads a working directory.
 
     Raises:
-      CheckpointError: if it is none, or a file in it is damaged.
+      CheckpointError: if the folder is not a working directory, or a file in it is damaged.
     """
     file = workdir / "config.json"
     try:
@@ -63,13 +63,13 @@ def read_run(workdir: Path) -> Run:
         file = workdir / "result.json"
         result = json.loads(file.read_text("utf-8")) if file.exists() else {}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} can't be read ({error}); name a folder that a training run made") from error
+        raise CheckpointError(f"{file} can't be read ({error}); give the folder of a training run") from error
     name = workdir.resolve().name
     return Run(name, workdir, config, read_metrics(workdir), result, find_published(config))
 
 
 def read_runs(workdirs: list[Path]) -> list[Run]:
-    """Reads several; folders of one name are told apart by their number."""
+    """Reads several working directories; those with equal names get a number."""
     runs: list[Run] = []
     for number, workdir in enumerate(workdirs, 1):
         run = read_run(workdir)
@@ -79,7 +79,7 @@ def read_runs(workdirs: list[Path]) -> list[Run]:
 
 
 def configuration_table(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
-    """Rows (field, its value in each run, whether they differ)."""
+    """Returns rows (field, its value in each run, whether the values differ)."""
     fields = [dict(configs.flatten(run.config)) for run in runs]
     names = [name for name in fields[0] if name != "model.compute_dtype"]  # follows compute_dtype
     rows = []
@@ -95,7 +95,7 @@ _NARROW = {(2, 1): "ResNet-18", (4, 2): "WRN-36-2", (6, 1): "narrow ResNet-50"}
 
 
 def describe_network(m: ConfigDict) -> str:
-    """Head and backbone of `config.model` in a few words.
+    """Describes the head and the backbone of `config.model` in a few words.
 
     Example:
       >>> from gmsop_jax.config import model_defaults

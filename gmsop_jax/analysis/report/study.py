@@ -1,4 +1,4 @@
-"""A trained network on the images of its evaluation split, and what its gate does there.
+"""Runs a trained network on the images of its evaluation split and records the decisions of its gate.
 
 Axes: m images, n candidates, c classes.
 """
@@ -24,18 +24,18 @@ _BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a network says about some images.
+    """Predictions and gate weights for the images of a split.
 
     Attributes:
-      classes: names.
-      split: the images' split.
-      total: images that the split has; m may be fewer.
-      labels: [m], true classes.
-      predicted: [m], most probable classes.
-      confidence: [m], their probabilities.
-      gate_weights: [m, n].
-      reader: of the split's records.
-      positions: [m], of the images in the split.
+      classes: class names.
+      split: name of the split.
+      total: number of images in the split, of which m are studied.
+      labels: true classes [m].
+      predicted: most probable classes [m].
+      confidence: their probabilities [m].
+      gate_weights: gate weights [m, n].
+      reader: reads the records of the split.
+      positions: positions of the images in the split [m].
     """
 
     classes: tuple[str, ...]
@@ -49,23 +49,23 @@ class Study:
     positions: np.ndarray
 
     def image(self, row: int) -> np.ndarray:
-        """The image, uint8 [h, w, 3], as it is stored."""
+        """The stored image, uint8 [h, w, 3]."""
         [record] = self.reader.read(self.positions[[row]])
         return decode(record)["image"]
 
     @functools.cached_property
     def selected(self) -> np.ndarray:
-        """[m, n], whether an image selects a candidate."""
+        """Whether an image selects a candidate [m, n]."""
         return self.gate_weights > 0
 
     @functools.cached_property
     def entropy(self) -> np.ndarray:
-        """[m], entropy of the gate weights in bits: 0 for one candidate, log₂ k for equal weights."""
+        """Entropy of the gate weights in bits [m]: 0 for a single candidate, log₂ k for equal weights."""
         weights = self.gate_weights
         return -np.sum(weights * np.log2(np.where(weights > 0, weights, 1)), axis=1)
 
     def by_class(self, values: np.ndarray) -> np.ndarray:
-        """Means [c, …] over the images of each class of values [m, …]; NaN where there is none."""
+        """Means of values [m, …] over the images of each class [c, …]; NaN for a class without images."""
         sums = np.zeros((len(self.classes), *values.shape[1:]))
         np.add.at(sums, self.labels, values)
         counts = np.bincount(self.labels, minlength=len(self.classes)).astype(float)
@@ -74,13 +74,13 @@ class Study:
 
     @functools.cached_property
     def confusion(self) -> np.ndarray:
-        """[c, c], images of a class (row) that were given a class (column)."""
+        """The number of images of each true class (row) that were predicted as each class (column) [c, c]."""
         counts = np.zeros((len(self.classes),) * 2, int)
         np.add.at(counts, (self.labels, self.predicted), 1)
         return counts
 
     def worst_pairs(self, count: int) -> list[tuple[int, int]]:
-        """The (true, predicted) pairs with the most errors, the worst first."""
+        """The (true, predicted) pairs with the most errors, in descending order."""
         errors = self.confusion - np.diag(np.diag(self.confusion))
         order = np.argsort(-errors, axis=None, kind="stable")[:count]
         pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
@@ -88,14 +88,14 @@ class Study:
 
     @functools.cached_property
     def together(self) -> np.ndarray:
-        """[n, n], share of the images selecting i (row) that select j too; NaN where none selects i."""
+        """The share of the images that select i (row) that also select j (column) [n, n]; NaN if no image selects i."""
         selected = self.selected.astype(float)
         counts = selected.sum(axis=0)
         counts[counts == 0] = np.nan
         return (selected.T @ selected) / counts[:, None]
 
     def heaviest(self, candidate: int, count: int) -> list[int]:
-        """The images on which a candidate weighs most, the heaviest first."""
+        """The images with the largest weights for a candidate, in descending order."""
         weights = self.gate_weights[:, candidate]
         return [int(row) for row in np.argsort(-weights, kind="stable")[:count] if weights[row] > 0]
 
@@ -104,13 +104,13 @@ def study_run(workdir: Path, data: Path | None, max_images: int) -> Study:
     """Runs the best checkpoint over the evaluation split.
 
     Args:
-      workdir: of the run.
-      data: the data set; where the run's configuration says if None.
-      max_images: of a larger split, an even random choice of so many is taken.
+      workdir: the working directory of the run.
+      data: folder of the data set; None means that of the run's configuration.
+      max_images: if the split is larger, this many of its images are drawn at random.
 
     Raises:
       CheckpointError: if there is no checkpoint.
-      DataError: if the data set isn't there, or has other classes.
+      DataError: if the data set does not exist or has other classes.
     """
     model, variables, info = restore.load(workdir)
     folder, split = Path(data or info.config.data.dir), info.config.eval.split
