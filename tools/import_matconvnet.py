@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 from gmsop_jax.errors import ArgumentParser, run_command
-from gmsop_jax.interop.workdir import ImportedRun, import_checkpoint
+from gmsop_jax.interop.matconvnet_run import ImportedRun, import_checkpoint
 
 RELEASED = {
     "cf9bcf22e416773052358870f7786e05": "ResNet-18",

@@ -7,7 +7,7 @@ python -m gmsop_jax.main --mode predict --checkpoint runs/resnet50 --input PHOTO
 import sys
 
 from gmsop_jax.errors import ArgumentParser, run_command
-from gmsop_jax.interop.torch_workdir import ImportedWeights, import_weights
+from gmsop_jax.interop.torch_run import ImportedWeights, import_weights
 
 
 def main() -> None:

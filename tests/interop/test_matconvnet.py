@@ -50,6 +50,7 @@ def test_what_a_checkpoint_tells(checkpoint_path):
 
 def test_the_example_of_the_docstring_runs(checkpoint_path, monkeypatch):
     """NumPy variables, as `load` returns them, are as good as JAX arrays."""
+    assert matconvnet.__doc__
     example = [line.strip() for line in matconvnet.__doc__.splitlines() if line.startswith("    ")]
     assert len(example) == 2
     example[0] = example[0].replace("net-epoch-60.mat", str(checkpoint_path))

@@ -14,7 +14,7 @@ import gmsop_jax
 from gmsop_jax.config import default_config, from_json
 from gmsop_jax.config import load as load_config
 from gmsop_jax.errors import CheckpointError, ConfigError
-from gmsop_jax.interop.torch_workdir import import_weights
+from gmsop_jax.interop.torch_run import import_weights
 from gmsop_jax.models import create_model
 from gmsop_jax.training.parallel import create_mesh, replicated
 from gmsop_jax.training.step import normalize

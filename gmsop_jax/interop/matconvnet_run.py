@@ -1,4 +1,4 @@
-"""A working directory from a checkpoint of the authors' script, as if it had been trained here."""
+"""Makes the working directory of a run that the authors' MatConvNet script trained."""
 
 import itertools
 import pathlib
@@ -16,40 +16,25 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import FILE_NAME, Manifest
 from gmsop_jax.data.pipeline import steps_per_epoch
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.interop.imported_run import apply_overrides, without_checkpoints, write_workdir
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint
-from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress, steps_on_disk
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.optimizer import create_optimizer, create_schedule
 from gmsop_jax.training.step import TrainState, create_state
-from gmsop_jax.training.workdir import Workdir
 
-_IMAGENET_IMAGES = 1_281_167  # of its training split
-_CONFIG_FILE = '''"""An imported run, for further training.
-
-python -m gmsop_jax.main --config DIR/config.py --workdir DIR
-"""
-
-import pathlib
-
-from gmsop_jax.config import ConfigDict, from_json
-
-
-def get_config() -> ConfigDict:
-    return from_json(pathlib.Path(__file__).with_name("config.json").read_text())
-'''
+_IMAGENET_IMAGES = 1_281_167  # in the training split
 
 
 @dataclass(frozen=True)
 class ImportedRun:
-    """What was imported.
+    """The result of an import.
 
     Attributes:
-      config: of the run, as `config.json` holds it.
-      checkpoint: what the file held.
-      step, epoch: where the run stands.
-      mean_rgb_difference: largest difference between the mean colours of file and data set; None if
-        either is not known.
+      config: the configuration of the run, as in its `config.json`.
+      checkpoint: the contents of the file.
+      step, epoch: the training progress.
+      mean_rgb_difference: the largest difference between the mean colours of the file and the data set; None if
+        either is unknown.
     """
 
     config: ConfigDict
@@ -64,27 +49,25 @@ def import_checkpoint(
 ) -> ImportedRun:
     """Makes a working directory for `--mode evaluate` and further training.
 
-    The configuration has the file's network, gradient of the gate, learning rates, batch size, momentum
-    and weight decay. The data set in `config.data.dir`, if it is there, tells how many steps an epoch
-    has; otherwise the file's own count of images does. Arrays become float32.
+    The configuration contains the network, gate gradient, learning rates, batch size, momentum and weight decay
+    of the file. The number of steps per epoch is computed from the data set in `config.data.dir` if it exists, and
+    otherwise from the number of images stored in the file. Arrays are converted to float32.
 
     Args:
       path: `net-epoch-N.mat`.
-      output: a folder without checkpoints, made if missing: gets `config.json`, `config.py` (for
+      output: a folder without checkpoints, created if missing. It receives `config.json`, `config.py` (for
         `--config`), `inputs.json` and one checkpoint.
-      overrides: `field=value` of the configuration, like `train.num_epochs=70`.
+      overrides: `field=value` settings of the configuration, such as `train.num_epochs=70`.
 
     Raises:
-      CheckpointError: as `matconvnet.load`, or if `output` has checkpoints.
-      ConfigError: if an override doesn't fit.
+      CheckpointError: if the file can't be imported (see `matconvnet.load`), or `output` has checkpoints.
+      ConfigError: if an override is not valid.
       DataError: if the data set is damaged.
     """
     output = without_checkpoints(output)
     checkpoint = load_checkpoint(path)
     config = run_config(checkpoint)
-    for item in overrides:
-        configs.override(config, item)
-    configs.validate(config)
+    apply_overrides(config, overrides)
     manifest = _manifest(config)
     steps = steps_per_epoch(_num_images(checkpoint, manifest), config.train.batch_size, config.train.drop_last)
     state = _state(checkpoint, config, steps)
@@ -95,25 +78,8 @@ def import_checkpoint(
     return ImportedRun(config, checkpoint, int(state.step), checkpoint.epoch, difference)
 
 
-def without_checkpoints(folder: str | pathlib.Path) -> pathlib.Path:
-    """The folder's absolute path; CheckpointError if it holds checkpoints, which stay as they are."""
-    folder = pathlib.Path(folder).absolute()
-    if steps_on_disk(folder / DIRECTORY):
-        raise CheckpointError(f"{folder} holds checkpoints already; name a new folder with --output")
-    return folder
-
-
-def write_workdir(folder: pathlib.Path, config: ConfigDict, state: TrainState, inputs: Inputs, epoch: int) -> None:
-    """Writes `config.json`, `config.py` (for `--config`), `inputs.json` and one checkpoint."""
-    with Workdir(folder, config):
-        write_atomic(folder / "config.py", _CONFIG_FILE)
-        inputs.save(folder)
-        with Checkpoints(folder / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
-            checkpoints.save(state, Progress(int(state.step), epoch, 0.0))
-
-
 def run_config(checkpoint: Checkpoint) -> ConfigDict:
-    """The configuration of a run with a checkpoint's network and training options."""
+    """Returns the configuration of a run with the network and training options of a checkpoint."""
     config = configs.default_config()
     config.model.update(checkpoint.model_config)
     config.train.balance_weight = checkpoint.balance_weight
@@ -134,7 +100,7 @@ def run_config(checkpoint: Checkpoint) -> ConfigDict:
 
 
 def _positive(value: Any) -> list[float]:
-    """Numbers rounded to what was typed; none where the file has none, or something else."""
+    """Returns the numbers of an array, rounded to 12 digits; an empty list for anything else or values ≤ 0."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         return []
     numbers = [float(f"{number:.12g}") for number in value.ravel()]
@@ -176,7 +142,7 @@ def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState
 
 
 def _inputs(checkpoint: Checkpoint, config: ConfigDict, manifest: Manifest | None) -> Inputs:
-    """From the data set, where it is there; from the file otherwise."""
+    """The classes and mean colour of the data set if it exists, and those in the file otherwise."""
     normalization = checkpoint.meta.get("normalization")
     size = normalization.get("imageSize") if isinstance(normalization, dict) else None
     height, width = (_positive(size) or [64.0, 64.0])[:2]

@@ -1,4 +1,4 @@
-"""A working directory from PyTorch's weights, to evaluate, or to fine-tune under another head."""
+"""Makes a working directory from PyTorch's weights, for evaluation, prediction and fine-tuning."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError, ConfigError
+from gmsop_jax.interop.imported_run import apply_overrides, without_checkpoints, write_workdir
 from gmsop_jax.interop.torch_weights import IMAGE_SIZE, MEAN_RGB, array_shapes, from_torch, read_state
-from gmsop_jax.interop.workdir import without_checkpoints, write_workdir
 from gmsop_jax.models import count_parameters
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.optimizer import create_optimizer, create_schedule
@@ -24,11 +24,11 @@ _RESIZE = 256  # shorter side before the centre of IMAGE_SIZE is cut out, as the
 
 @dataclass(frozen=True)
 class ImportedWeights:
-    """What was imported.
+    """The result of an import.
 
     Attributes:
-      config: of the run, as `config.json` holds it.
-      num_parameters: trained ones.
+      config: the configuration of the run, as in its `config.json`.
+      num_parameters: the number of trained parameters.
     """
 
     config: ConfigDict
@@ -45,30 +45,28 @@ def import_weights(
 ) -> ImportedWeights:
     """Makes a working directory for `--mode evaluate`, `--mode predict` and `config.train.init_from`.
 
-    It stands at step 0, with the default recipe, images of 224×224 cut out of 256, and batch norm's
-    moments moving by 0.1 a step. Arrays become float32.
+    The run is at step 0 and has the default training recipe. Its images are resized to 256 and cropped to 224×224,
+    and batch norm's moments are updated at a rate of 0.1 per step. Arrays are converted to float32.
 
     Args:
-      path: as `torch_weights.read_state`.
-      output: a folder without checkpoints, made if missing: gets `config.json`, `config.py` (for
+      path: a file of weights; see `torch_weights.read_state`.
+      output: a folder without checkpoints, created if missing. It receives `config.json`, `config.py` (for
         `--config`), `inputs.json` and one checkpoint.
-      overrides: `field=value` of the configuration, like `data.dir=data/imagenet`.
-      classes: a text file with a class's name on each line, in the order of the logits; without it they
-        are called 0, 1, ….
-      triangle: as `torch_weights.from_torch`.
+      overrides: `field=value` settings of the configuration, such as `data.dir=data/imagenet`.
+      classes: a text file with the name of one class on each line, in the order of the logits; by default the
+        classes are named 0, 1, ….
+      triangle: the order of a second-order classifier's columns; see `torch_weights.from_torch`.
 
     Raises:
-      CheckpointError: as `read_state` and `from_torch`; if `output` has checkpoints, or `classes` is
-        missing or names another number of classes.
-      ConfigError: if an override doesn't fit, or makes another network.
+      CheckpointError: if the weights can't be imported (see `read_state` and `from_torch`), `output` has
+        checkpoints, or `classes` is missing or has a wrong number of names.
+      ConfigError: if an override is not valid, or changes the network.
     """
     output = without_checkpoints(output)
     model_config, variables = _read(path, triangle)
     names = _class_names(classes, model_config.num_classes)
     config = run_config(model_config)
-    for item in overrides:
-        configs.override(config, item)
-    configs.validate(config)
+    apply_overrides(config, overrides)
     _check_network(config, variables)
     schedule = create_schedule(config.train, 1)  # the initial state is the same for any number of steps
     optimizer = create_optimizer(config.train, schedule, config.model.pixel_scale)
@@ -80,7 +78,7 @@ def import_weights(
 
 
 def run_config(model_config: ConfigDict) -> ConfigDict:
-    """The configuration of a run with an imported network."""
+    """Returns the configuration of a run with an imported network."""
     config = configs.default_config()
     config.model.update(model_config)
     config.data.image_size, config.eval.resize = IMAGE_SIZE, _RESIZE
@@ -109,7 +107,7 @@ def _class_names(file: str | pathlib.Path | None, number: int) -> tuple[str, ...
 
 
 def _check_network(config: ConfigDict, variables: Mapping[str, Any]) -> None:
-    """Overrides may set what has no arrays: strides, iterations, precision."""
+    """Raises ConfigError if overrides changed an array's shape; strides, iterations and precision may change."""
     leaves: dict[Any, Any] = dict(flatten_dict(variables))
     if array_shapes(config.model) != {path: leaf.shape for path, leaf in leaves.items()}:
         raise ConfigError(

@@ -19,7 +19,7 @@ from gmsop_jax.conversion.convert import convert
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint, save
-from gmsop_jax.interop.workdir import import_checkpoint, run_config
+from gmsop_jax.interop.matconvnet_run import import_checkpoint, run_config
 from gmsop_jax.models import create_model
 from gmsop_jax.training.checkpoint import Checkpoints
 from gmsop_jax.training.evaluation import evaluate_checkpoint
@@ -185,7 +185,7 @@ def test_the_tool_prints_the_published_count(tool, checkpoint_path, tmp_path, ca
 def test_the_tools_errors_are_one_line(tool, tmp_path, capsys):
     assert tool[0](tmp_path / "none.mat", "--output", tmp_path / "run") == 2
     captured = capsys.readouterr()
-    assert captured.err == f"error: no file {tmp_path / 'none.mat'}\n"
+    assert captured.err == f"error: there is no file {tmp_path / 'none.mat'}\n"
     assert not captured.out
     assert tool[0](tmp_path / "none.mat", "--output", tmp_path / "run", "--unknown") == 2
     assert "unrecognized argument --unknown" in capsys.readouterr().err
