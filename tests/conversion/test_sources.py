@@ -279,6 +279,9 @@ def test_imdb(tmp_path: Path, kind: dict):
         ([1, 2, 2], [0, 1, 1], "go down to 0"),
         ([1, 2, 2], [1, 1.5, 1], "images.labels contains values that are not whole numbers"),
         ([1, 2, 2], [1, float("nan"), 1], "images.labels contains values that are not whole numbers"),
+        ([1, 2, 2], [1, 1, 1e200], "images.labels goes up to 1e\\+200; at most 1,000,000 classes"),
+        ([1, 2, 2], [1, 1, 2e9], "images.labels goes up to 2e\\+09; at most 1,000,000 classes"),
+        ([1, 2, -1e200], [1, 1, 1], "images.set goes down to -1e\\+200"),
         ([1, 2, 2], [1, 1], "there are 3 images, but 2 entries in images.labels"),
     ],
 )
@@ -297,6 +300,26 @@ def test_imdb_truncated(tmp_path: Path, v7: bool, share: float):
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     with pytest.raises(DataError, match=r"imdb.mat"):
         opened("imdb-mat", file, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("v7", [False, True])
+def test_fuzzed_imdb_raises_one_error(tmp_path: Path, v7: bool):
+    """5,000 damaged files of each version: the images are read, or there is a DataError."""
+    write_imdb(tmp_path / "good.mat", [1, 1, 2], [1, 2, 1], v7=v7)
+    good, draw, refused = (tmp_path / "good.mat").read_bytes(), np.random.default_rng(0), 0
+    for case in range(5000):
+        damaged = bytearray(good)
+        for _ in range(draw.integers(1, 5)):
+            damaged[draw.integers(len(good))] = draw.integers(256)
+        if case % 4 == 0:
+            del damaged[draw.integers(len(good)) :]
+        (tmp_path / "damaged.mat").write_bytes(damaged)
+        try:
+            everything(opened("imdb-mat", tmp_path / "damaged.mat", tmp_path), "train")
+        except DataError:
+            refused += 1
+    assert refused > 500
 
 
 def test_imdb_foreign(tmp_path: Path):

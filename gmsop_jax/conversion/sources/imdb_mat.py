@@ -23,6 +23,7 @@ from gmsop_jax.interop.matfile.hdf5 import check_array
 
 OPTIONS: frozenset[str] = frozenset()
 _SETS = {1: "train", 2: "val", 3: "test"}
+_MAX_LABEL = 1_000_000
 _BLOCK = 256  # images copied at a time
 
 
@@ -71,7 +72,7 @@ def open_source(request: Request) -> ImdbMat:
     if "train" not in rows:
         raise DataError(f"{path}: images.set has no 1: there are no training images")
     classes = tuple(f"class {label}" for label in range(1, int(labels.max()) + 1))
-    facts = {} if fields["mean"] is None else {"stored_mean_rgb": np.ravel(fields["mean"]).astype(float).tolist()}
+    facts = {} if fields["mean"] is None else {"stored_mean_rgb": _mean(fields["mean"], path)}
     split_labels = {name: labels[at] - 1 for name, at in rows.items()}
     return ImdbMat(data, rows, split_labels, classes, (path,), facts)
 
@@ -145,6 +146,12 @@ def _check_images(shape: tuple[int, ...], dtype: np.dtype, path: Path) -> None:
         )
 
 
+def _mean(value: Any, path: Path) -> list[float]:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "uif" or not np.isfinite(value).all():
+        raise DataError(f"{path}: meta.rgbMean is not an array of finite numbers")
+    return np.ravel(value).astype(float).tolist()
+
+
 def _codes(values: Any, name: str, count: int, path: Path) -> np.ndarray:
     """Whole numbers stored as floating point, int32 [count]."""
     values = np.ravel(values)
@@ -152,4 +159,8 @@ def _codes(values: Any, name: str, count: int, path: Path) -> np.ndarray:
         raise DataError(f"{path}: there are {count} images, but {len(values)} entries in images.{name}")
     if values.dtype.kind not in "uif" or not np.isfinite(values).all() or (values != np.round(values)).any():
         raise DataError(f"{path}: images.{name} contains values that are not whole numbers")
+    if (found := float(values.max())) > _MAX_LABEL:
+        raise DataError(f"{path}: images.{name} goes up to {found:g}; at most {_MAX_LABEL:,} classes are supported")
+    if (found := float(values.min())) < 0:
+        raise DataError(f"{path}: images.{name} goes down to {found:g}; it must not be negative")
     return values.astype(np.int32)
