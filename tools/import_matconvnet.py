@@ -1,4 +1,4 @@
-"""Makes a working directory of a checkpoint that the authors' MatConvNet script wrote.
+"""Makes a working directory from a checkpoint of the authors' MatConvNet script.
 
 python tools/import_matconvnet.py net-epoch-60.mat --output runs/released
 python -m gmsop_jax.main --mode evaluate --workdir runs/released
@@ -32,14 +32,14 @@ PUBLISHED = {
 
 
 def main() -> None:
-    """Parses the command line and imports; returns the exit status."""
+    """Parses the command line, imports the checkpoint, and prints the next steps."""
     parser = ArgumentParser(
-        description="Makes a working directory of a MatConvNet checkpoint (net-epoch-N.mat).",
+        description="Makes a working directory from a MatConvNet checkpoint (net-epoch-N.mat).",
         epilog="--config.field=value sets a field of the configuration, as in --config.data.dir=data/imagenet64",
         takes_overrides=True,
     )
     parser.add_argument("file", help="net-epoch-N.mat, MATLAB v7 or v7.3")
-    parser.add_argument("--output", required=True, help="working directory to make")
+    parser.add_argument("--output", required=True, help="working directory to create")
     options = parser.parse_args()
     file = pathlib.Path(options.file)
     run = import_checkpoint(file, options.output, options.overrides)
@@ -52,11 +52,11 @@ def _origin(file: pathlib.Path) -> str:
         digest = hashlib.file_digest(stream, "md5").hexdigest()
     if digest in RELEASED:
         return f"the released {RELEASED[digest]} (md5 {digest})"
-    return f"none of the six released files (md5 {digest})"
+    return f"not one of the six released files (md5 {digest})"
 
 
 def report(run: ImportedRun, output: str) -> None:
-    """Prints what was imported, and what to do with it."""
+    """Prints what was imported and the next steps."""
     counts = count_parts(run.checkpoint.variables["params"])
     for part, count in counts.items():
         print(f"  {part:12} {count:12,}")
@@ -81,7 +81,7 @@ def report(run: ImportedRun, output: str) -> None:
 
 
 def count_parts(params: dict) -> dict[str, int]:
-    """Trained parameters of each part of a network; batch norm's moments are not among them."""
+    """Counts the trained parameters of each part of a network, which excludes batch norm's moments."""
     head = params["head"]
     mixture = head.get("mixture", {})
     parts = {

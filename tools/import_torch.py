@@ -1,4 +1,4 @@
-"""Makes a working directory of a ResNet that PyTorch trained: torchvision's, or iSQRT-COV's.
+"""Makes a working directory from PyTorch weights of a ResNet, torchvision's or iSQRT-COV's.
 
 python tools/import_torch.py resnet50.safetensors --output runs/resnet50
 python -m gmsop_jax.main --mode predict --checkpoint runs/resnet50 --input PHOTOS
@@ -11,14 +11,14 @@ from gmsop_jax.interop.torch_run import ImportedWeights, import_weights
 
 
 def main() -> None:
-    """Parses the command line, imports, and says what to do with it."""
+    """Parses the command line, imports the weights, and prints the next steps."""
     parser = ArgumentParser(
-        description="Makes a working directory of the weights of a ResNet or ResNeXt of 50 or 101 layers.",
+        description="Makes a working directory from the weights of a ResNet or ResNeXt with 50 or 101 layers.",
         epilog="--config.field=value sets a field of the configuration, as in --config.data.dir=data/imagenet",
         takes_overrides=True,
     )
     parser.add_argument("file", help=".safetensors, or a file of torch.save (needs PyTorch)")
-    parser.add_argument("--output", required=True, help="working directory to make")
+    parser.add_argument("--output", required=True, help="working directory to create")
     parser.add_argument("--classes", metavar="FILE", help="the classes' names, one a line (default: 0, 1, …)")
     parser.add_argument(
         "--triangle",
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def report(run: ImportedWeights, file: str, output: str) -> None:
-    """Prints what was imported, and what to do with it."""
+    """Prints what was imported and the next steps."""
     model = run.config.model
     print(
         f"{file}: {model.backbone}, head {model.head}, {model.num_classes} classes, {run.num_parameters:,} parameters"

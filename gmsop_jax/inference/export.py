@@ -1,6 +1,6 @@
 """Exports trained networks: StableHLO that runs without this package, and safetensors.
 
-Each artefact is read back after writing and run beside the original on random images.
+After writing, each artefact is read back and compared with the original on random images.
 """
 
 import dataclasses
@@ -25,24 +25,24 @@ from gmsop_jax.training.restore import Info
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO_FILE, SAFETENSORS_FILE, JSON_FILE = "model.stablehlo", "model.safetensors", "model.json"
-_BATCHES = (1, 3)  # sizes of the random batches that artefacts are checked on
-_TOLERANCE = 1e-3  # compilers may order sums differently; relative to the largest output
+_BATCHES = (1, 3)  # sizes of the random batches for the comparison
+_TOLERANCE = 1e-3  # relative to the largest output; compilers order sums differently
 
 Outputs = Mapping[str, jax.Array]
 
 
 class ExportError(UserError):
-    """An artefact can't be written, or doesn't do what the original does."""
+    """An artefact can't be written, or its outputs differ from the original's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-      files: their paths.
-      differences: of each output (`logits`, `probabilities`, `gate_weights`, `features`), the largest
-        absolute difference from the original's on random images.
+      files: the paths of the files that were written.
+      differences: for each output (`logits`, `probabilities`, `gate_weights`, `features`), the largest
+        absolute difference from the original on random images.
     """
 
     files: tuple[pathlib.Path, ...]
@@ -52,22 +52,22 @@ class Exported:
 def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Exported:
     """Writes `model.stablehlo`, a serialised `jax.export` artefact, and `model.json`.
 
-    The artefact holds the weights and the preprocessing: it takes images uint8 [b, h, w, 3] (RGB, of
-    the training's size, any b) and gives a dictionary of `logits` and `probabilities` [b, classes],
-    `gate_weights` [b, n] and `features` [b, f], on CPU, CUDA and TPU. `docs/export.md` shows how to run
-    it with JAX alone.
+    The artefact contains the weights and the preprocessing. It takes images, uint8 [b, h, w, 3] (RGB, of the size
+    used in training, with any b), and returns a dictionary of `logits` and `probabilities` [b, classes],
+    `gate_weights` [b, n] and `features` [b, f], on CPU, CUDA and TPU. `docs/export.md` shows how to run it with JAX
+    alone.
 
     Args:
-      path: a working directory or one step's folder in it.
-      output: a folder, made if missing.
+      path: a working directory, or the folder of one step in it.
+      output: a folder, created if missing.
 
     Raises:
       CheckpointError: if there is no such checkpoint.
-      ExportError: if the folder can't be written, or the artefact's outputs differ.
+      ExportError: if the folder can't be written, or the outputs of the artefact differ.
     """
     _need("flatbuffers")
     model, variables, info = gmsop_jax.load(path)
-    # the artefact's platform, not this machine's, says how the candidates are run
+    # the platform on which the artefact runs determines how the candidates are computed
     on_cpu, elsewhere = (_step(info, dispatch) for dispatch in ("loop", "gather"))
 
     def predict(images: jax.Array) -> dict[str, jax.Array]:
@@ -83,11 +83,11 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
 
 
 def export_safetensors(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Exported:
-    """Writes `model.safetensors`, parameters and moments, and `model.json`, the architecture.
+    """Writes `model.safetensors`, with parameters and moments, and `model.json`, with the architecture.
 
-    Names are paths in the tree of variables, joined by dots: `params.backbone.stem.kernel`.
+    Arrays are named by their paths in the tree of variables, joined by dots: `params.backbone.stem.kernel`.
 
-    Args, Raises: as `export_stablehlo`.
+    Args, Raises: as in `export_stablehlo`.
     """
     _need("safetensors")
     from safetensors.flax import save
@@ -100,10 +100,12 @@ def export_safetensors(path: str | os.PathLike[str], output: str | os.PathLike[s
 
 
 def load_safetensors(folder: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
-    """The network that `export_safetensors` wrote: `(model, variables)`.
+    """Loads a network that `export_safetensors` wrote.
+
+    Returns: `(model, variables)`.
 
     Raises:
-      CheckpointError: if a file is missing or damaged, or one doesn't fit the other.
+      CheckpointError: if a file is missing or damaged, or the two don't match.
     """
     _need("safetensors")
     from safetensors.flax import load_file
@@ -118,7 +120,9 @@ def load_safetensors(folder: str | os.PathLike[str]) -> tuple[Network, dict[str,
     except Exception as error:  # safetensors has an error class of its own, of no common base
         raise CheckpointError(f"{folder} holds no readable {JSON_FILE} and {SAFETENSORS_FILE} ({error})") from error
     if {name: array.shape for name, array in arrays.items()} != shapes:
-        raise CheckpointError(f"{folder}: {SAFETENSORS_FILE} has other arrays than {JSON_FILE} says")
+        raise CheckpointError(
+            f"{folder}: {SAFETENSORS_FILE} and {JSON_FILE} list different arrays; export the network again"
+        )
     variables: dict[str, Any] = {"batch_stats": {}}
     for name, array in arrays.items():
         *parents, leaf = name.split(".")
@@ -135,7 +139,7 @@ def _flatten(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def _describe(info: Info, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader must know besides the numbers."""
+    """The contents of `model.json`."""
     return {
         "made_by": f"gmsop_jax {gmsop_jax.__version__}",
         "step": info.step,
@@ -175,7 +179,7 @@ def _original(model: Network, variables: Mapping[str, Any], info: Info) -> Calla
 def _compare(
     original: Callable[[np.ndarray], Outputs], copy: Callable[[np.ndarray], Outputs], info: Info
 ) -> dict[str, float]:
-    """Largest absolute difference of each output on random images; an error if one is too large."""
+    """Returns the largest difference of each output on random images; ExportError if one is too large."""
     rng = np.random.default_rng(0)
     differences: dict[str, float] = {}
     for size in _BATCHES:

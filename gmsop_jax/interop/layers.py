@@ -1,7 +1,7 @@
-"""The authors' networks as DagNN layers: what a checkpoint says beyond its parameters.
+"""The layers of the authors' networks, as MatConvNet's DagNN stores them in a checkpoint.
 
-`network` lists the layers of a configuration as MatConvNet saves them; a checkpoint's own layers
-are held against that list, so that a network which computes anything else is refused by name.
+`network` lists the layers of a configuration. The layers of a checkpoint are compared with that list, so that a
+network that computes something else is refused with the name of the layer.
 """
 
 import math
@@ -66,12 +66,12 @@ def _relu(name: str, source: str, output: str = "") -> Layer:
 
 
 def network(config: ConfigDict, *, balance_weight: float = 100.0, image_side: int = 64) -> list[Layer]:
-    """The layers of `config.model` in the authors' order.
+    """Lists the layers of `config.model` in the authors' order.
 
     Args:
       config: `config.model`, with num_classes set.
-      balance_weight: α, which only the layer `Balance_loss` notes.
-      image_side: of the images, which only average pooling notes.
+      balance_weight: α, which is stored in the layer `Balance_loss`.
+      image_side: the height and width of the images, which average pooling stores.
     """
     layers = list(_backbone(config))
     gated = config.head in ("gmgap", "gmsop")

@@ -27,16 +27,16 @@ __all__ = ["Checkpoint", "from_params", "load", "load_checkpoint", "save", "to_p
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a checkpoint of the authors' script holds.
+    """The contents of a checkpoint of the authors' script.
 
     Attributes:
       model_config: `config.model`; `gate_gradient` is `masked`, the authors'.
       variables: `params` and `batch_stats`, NumPy arrays of the file's dtype.
-      momentum: a tree like `params`, as `optax.trace` keeps it (the authors' has the opposite sign);
+      momentum: a tree like `params`, with the sign of `optax.trace`, which is opposite to the authors';
         None if the file has no `state`.
       epoch: epochs trained.
       balance_weight: α; 0 for a network without gate.
-      meta: `net.meta` as it lies there: normalisation, training options, perhaps classes.
+      meta: `net.meta` without changes: normalisation, training options, and classes if present.
       stats: `stats`: errors and losses of every epoch; {} if the file has none.
     """
 
@@ -50,33 +50,35 @@ class Checkpoint:
 
     @property
     def mean_rgb(self) -> np.ndarray | None:
-        """Mean colour of the training images [3], float64, 0–255; None if the file doesn't tell."""
+        """The mean colour of the training images [3], float64, 0–255; None if the file has none."""
         return _mean_rgb(self.meta)
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes; None if the file doesn't tell."""
+        """The names of the classes; None if the file has none."""
         classes = self.meta.get("classes")
         names = classes.get("description", classes.get("name")) if isinstance(classes, dict) else None
         return _texts(names, "meta.classes") if isinstance(names, np.ndarray) else None
 
 
 def load(path: str | pathlib.Path) -> tuple[ConfigDict, Tree]:
-    """The network in a checkpoint: (`config.model`, variables), for `create_model` and its `apply`.
+    """Loads the network in a checkpoint.
 
     Args:
-      path: a file that the authors' script, or `save`, wrote; MATLAB v7 or v7.3.
+      path: a file written by the authors' script or by `save`, in MATLAB v7 or v7.3 format.
+
+    Returns: (`config.model`, variables), for `create_model` and its `apply`.
 
     Raises:
-      CheckpointError: if the file is no MATLAB file, is damaged, lacks a field, or holds a network
-        that gmsop_jax doesn't compute; the message names the field, parameter or layer.
+      CheckpointError: if the file is not a MATLAB file, is damaged, lacks a field, or contains a network that
+        gmsop_jax can't compute; the message names the field, parameter or layer.
     """
     checkpoint = load_checkpoint(path)
     return checkpoint.model_config, checkpoint.variables
 
 
 def load_checkpoint(path: str | pathlib.Path) -> Checkpoint:
-    """The network in a checkpoint and what training needs to go on; errors as `load`."""
+    """Loads a checkpoint with everything that is needed to resume training; raises the same errors as `load`."""
     path = pathlib.Path(path)
     stored = matfile.read(path, ("net", "state", "stats", "epoch"))
     try:
@@ -88,7 +90,7 @@ def load_checkpoint(path: str | pathlib.Path) -> Checkpoint:
 def _parse(stored: Mapping[str, Any], path: pathlib.Path) -> Checkpoint:
     net = stored.get("net")
     if not isinstance(net, dict):
-        raise CheckpointError("there is no variable 'net'; this is no checkpoint of MatConvNet")
+        raise CheckpointError("there is no variable 'net'; this is not a checkpoint of MatConvNet")
     structs = _structs(net, "params", "net")
     params = {_text(p, "name", "net.params"): _field(p, "value", "net.params") for p in structs}
     if len(params) != len(structs):
@@ -142,7 +144,7 @@ def _layers(net: Mapping[str, Any]) -> dict[str, dag.Layer]:
 
 
 def _pixel_scale(structs: list[dict[str, Any]]) -> float:
-    """The stem's kernel learns at 1/pixel_scale² of the others' rate."""
+    """The learning rate of the stem's kernel is 1/pixel_scale² times that of the other parameters."""
     stem = next(p for p in structs if p["name"] == "conv1_f")
     rate = np.asarray(stem.get("learningRate", 1 / 3600))
     if rate.dtype.kind != "f" or rate.size != 1 or not 0 < rate.item() < np.inf:
@@ -161,7 +163,7 @@ def _momentum(config: ConfigDict, params: Mapping[str, Any], state: Any) -> Tree
     for (name, value), cell in zip(params.items(), cells.ravel(), strict=True):
         if not isinstance(cell, np.ndarray) or cell.dtype.kind != "f":
             raise CheckpointError(f"state.momentum of parameter {name!r} is no array of numbers")
-        # what was never updated is the scalar 0 that every momentum begins with
+        # a momentum that was never updated is the scalar 0
         values[name] = np.zeros_like(value) if cell.size == 1 and not cell.any() else -cell
     trained = {p.name: values[p.name] for p in parameters.parameters(config) if p.trained}
     try:
@@ -171,7 +173,7 @@ def _momentum(config: ConfigDict, params: Mapping[str, Any], state: Any) -> Tree
 
 
 def _epoch(stored: Any, stats: Mapping[str, Any], path: pathlib.Path) -> int:
-    """Epochs trained: as `save` noted them, as many as have statistics, or as the file is called."""
+    """The number of trained epochs: what `save` stored, the number of statistics, or that in the file's name."""
     if isinstance(stored, np.ndarray) and stored.dtype.kind == "f" and stored.size == 1:
         if not 0 <= stored.item() < 2**31:
             raise CheckpointError(f"epoch is {stored.item()}; it must be 0 or more")
@@ -233,21 +235,21 @@ def save(
     stats: Mapping[str, Any] | None = None,
     v73: bool = False,
 ) -> None:
-    """Writes a checkpoint that MatConvNet with the authors' layers loads, and `load` to the same bits.
+    """Writes a checkpoint that MatConvNet can load with the authors' layers, and `load` reads to the same bits.
 
     Args:
-      path: of the file, which is replaced; the authors' script looks for `net-epoch-N.mat`.
+      path: the file, which is replaced if it exists; the authors' script looks for `net-epoch-N.mat`.
       model_config: `config.model`, with num_classes set.
       variables: `params` and `batch_stats`, float32 or float64.
-      momentum: as `Checkpoint.momentum`; None starts it from zero.
-      epoch: epochs trained.
+      momentum: like `Checkpoint.momentum`; None stores zeros.
+      epoch: number of trained epochs.
       balance_weight: α.
-      meta: as `Checkpoint.meta`; None notes 64×64 images and mean colour 0.
-      stats: as `Checkpoint.stats`.
-      v73: MATLAB's HDF5 format, which alone holds arrays beyond 2 GB.
+      meta: like `Checkpoint.meta`; None stores an image size of 64×64 and a mean colour of 0.
+      stats: like `Checkpoint.stats`.
+      v73: write MATLAB's HDF5 format, which is required for arrays of more than 2 GB.
 
     Raises:
-      CheckpointError: naming the leaves of variables or momentum that don't fit the model.
+      CheckpointError: if leaves of the variables or the momentum don't fit the model.
     """
     arrays = parameters.to_params(model_config, variables)
     meta = meta or _default_meta()
@@ -327,7 +329,7 @@ def _vars(layers: list[dag.Layer]) -> list[dict[str, Any]]:
 
 
 def _matlab(value: Any) -> Any:
-    """A hyperparameter in MATLAB's types: text, cells where a list holds text or nothing, or numbers."""
+    """Converts a hyperparameter to MATLAB's types: text, numbers, or cells for an empty list or a list of text."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and (not value or isinstance(value[0], str)):

@@ -1,10 +1,9 @@
-"""The authors' parameters, by their names and in MATLAB's axis order, and the project's variables.
+"""Converts between the authors' parameters, with their names and MATLAB's axis order, and variables of a model.
 
-Axes: filters are HWIO in both; 1×1 filters of gate, candidates and classifier are [1, 1, in, out]
-there and [in, out] here, the N candidates stacked; batch norm's moments are [c, 2] there, `mean`
-and `sigma` here. Where a second-order vector comes in (rows of the classifier and of the gate's
-matrices, the batch norm before the classifier), its entries are permuted: MATLAB's triangle goes by
-columns.
+Axes: filters are HWIO in both. The 1×1 filters of gate, candidates and classifier are [1, 1, in, out] in MATLAB and
+[in, out] here, where the N candidates are stacked. Batch norm's moments are one array [c, 2] in MATLAB, and `mean`
+and `sigma` here. Arrays indexed by the entries of a second-order vector (rows of the classifier and of the gate's
+matrices, the batch norm before the classifier) are permuted, because MATLAB orders the triangle by columns.
 """
 
 import collections
@@ -29,11 +28,11 @@ class Parameter:
     """One array of the authors' network.
 
     Attributes:
-      name: the authors', like `CM_3_a_f`.
-      shape: the authors': filters [h, w, in, out], matrices [in, out], vectors [c], moments [c, 2].
-      paths: its leaves in the variables; two (mean and sigma) for moments.
-      candidate: its row in a stacked leaf, from 0; None for leaves of their own.
-      triangle: whether its rows are entries of a triangle.
+      name: the authors' name, such as `CM_3_a_f`.
+      shape: the authors' shape: filters [h, w, in, out], matrices [in, out], vectors [c], moments [c, 2].
+      paths: the paths of its leaves in the variables; two (mean and sigma) for moments.
+      candidate: its row in a stacked leaf, from 0; None if the leaf is not stacked.
+      triangle: whether its rows are the entries of a triangle.
     """
 
     name: str
@@ -44,16 +43,16 @@ class Parameter:
 
     @property
     def trained(self) -> bool:
-        """Whether it learns by gradients; batch norm's moments are averaged."""
+        """Whether it is trained by gradients; batch norm's moments are running averages."""
         return len(self.paths) == 1
 
     @property
     def pointwise(self) -> bool:
-        """Whether it is a 1×1 filter that is a matrix here."""
+        """Whether it is a 1×1 filter that is stored as a matrix here."""
         return len(self.shape) == 4 and self.paths[0][1] == "head"
 
     def split(self, value: np.ndarray) -> list[np.ndarray]:
-        """The leaves' values."""
+        """Splits the authors' array into the values of the leaves."""
         value = value.reshape(self.shape)
         if self.pointwise:
             value = value[0, 0]
@@ -77,40 +76,39 @@ def triangle_order(size: int) -> np.ndarray:
 
 
 def from_params(params: Mapping[str, Any], num_selected: int = 8) -> tuple[ConfigDict, Tree]:
-    """A model's configuration and variables from the authors' parameters alone.
+    """Converts the authors' parameters to a model's configuration and variables.
 
-    Blocks, widths, candidates, classes and the order of the pooling are read off names and shapes.
-    What shapes don't tell is as published: strides (1, 2, 2, and 2 for the first or 1 for the
-    second order), three Newton–Schulz steps, dropout 0.2. `gate_gradient` is `masked`, as there.
+    Blocks, widths, candidates, classes and the order of the pooling are inferred from names and shapes. Whatever the
+    shapes don't determine is set as published: strides (1, 2, 2, and 2 for first-order or 1 for second-order
+    pooling), three Newton–Schulz iterations, dropout 0.2 and `gate_gradient="masked"`.
 
     Args:
-      params: arrays, float32 or float64, by the authors' names: filters [h, w, in, out], `gating_w`
-        and `gating_noise_w` [in, N], vectors [c] or [c, 1], moments `*_bn_m` [c, 2] = [mean,
-        sigma].
-      num_selected: K; networks without gate ignore it.
+      params: the authors' name → array, float32 or float64: filters [h, w, in, out], `gating_w` and
+        `gating_noise_w` [in, N], vectors [c] or [c, 1], moments `*_bn_m` [c, 2] = [mean, sigma].
+      num_selected: K; ignored for networks without gate.
 
-    Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the dtype
-      that came in).
+    Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the same dtype).
 
     Raises:
-      CheckpointError: naming the parameters that are missing, unknown or of another shape.
+      CheckpointError: if parameters are missing, unknown or of a wrong shape, or have values that are NaN or infinite
+        or standard deviations below 0.
     """
     config = infer_model(params, num_selected)
     return config, to_variables(config, params)
 
 
 def to_params(model_config: ConfigDict, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The authors' parameters, in their network's order: the inverse of `from_params`.
+    """Converts a model's variables to the authors' parameters, in the order of their network; inverts `from_params`.
 
     Args:
       model_config: `config.model`, with num_classes set.
       variables: `params` and `batch_stats` of that model.
 
-    Returns: NumPy arrays by name, in the shapes that `from_params` describes; vectors are [c].
+    Returns: name → NumPy array, in the shapes that `from_params` describes; vectors are [c].
 
     Raises:
-      CheckpointError: naming the leaves that are missing, unknown or of another shape; or the network's part
-        that the authors' code has no layer for.
+      CheckpointError: if leaves are missing, unknown or of a wrong shape, or if the authors' code has no layer for a
+        part of the network.
     """
     _check_has_layers(model_config)
     return _join(parameters(model_config), dict(_leaves(variables)))
@@ -135,7 +133,7 @@ def _check_has_layers(m: ConfigDict) -> None:
 
 
 def infer_model(params: Mapping[str, Any], num_selected: int) -> ConfigDict:
-    """The configuration that names and shapes tell; see `from_params`."""
+    """Infers the configuration from names and shapes; see `from_params`."""
     config = model_defaults()
     stages = _largest(params, r"conv(\d+)_1a_f") - 1
     if stages < 1:
@@ -178,7 +176,7 @@ def _infer_mixture(config: ConfigDict, params: Mapping[str, Any], num_selected: 
 
 
 def _infer_order(params: Mapping[str, Any], pooled: Mapping[str, int]) -> int:
-    """1 or 2, from the rows of the matrices that meet pooled features of so many channels."""
+    """Infers the order of the pooling, 1 or 2, from the numbers of channels and of rows of matrices after it."""
     orders = {1, 2}
     for name, width in pooled.items():
         rows = _shape(params, name, 4 if name == "prediction_f" else 2)[-2]
@@ -197,13 +195,13 @@ def _candidate_layer(i: int) -> str:
 
 
 def _largest(params: Mapping[str, Any], pattern: str) -> int:
-    """The largest number in the names that match, at most how many names there are; 0 if none."""
+    """The largest number in the names that match, bounded by the number of names; 0 if none matches."""
     matches = [re.fullmatch(pattern, name) for name in params]
     return min(max((int(m[1]) for m in matches if m), default=0), len(params))
 
 
 def _factor(widths: list[int]) -> tuple[int, tuple[int, ...]]:
-    """Stage widths as a factor times the authors' 16, 32, 64, 128, or else as they are."""
+    """Expresses stage widths as a factor times the authors' 16, 32, 64, 128 if possible, and else with factor 1."""
     base = model_defaults().stage_widths
     factor = widths[0] // base[0]
     if factor > 0 and widths == [factor * w for w in base]:
@@ -298,7 +296,7 @@ def _head(config: ConfigDict) -> Iterator[Parameter]:
 
 
 def to_variables(config: ConfigDict, params: Mapping[str, Any], trained_only: bool = False) -> Tree:
-    """Variables from arrays by the authors' names; with `trained_only`, only the tree `params`."""
+    """Converts the authors' arrays to variables; with `trained_only`, to the tree `params` only."""
     table = [p for p in parameters(config) if p.trained or not trained_only]
     compare_names("parameter", [p.name for p in table], params)
     leaves: dict[Path, Any] = {}
@@ -340,7 +338,7 @@ def _join(table: list[Parameter], leaves: Mapping[Path, Any]) -> dict[str, np.nd
 
 
 def _checked(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The value in the shape that is due; axes of length 1 may be missing or added."""
+    """Returns the value in the expected shape; axes of length 1 may be missing or added."""
     if value.dtype not in (np.float32, np.float64):
         raise CheckpointError(f"{name!r} is of type {value.dtype}; float32 or float64 is needed")
     if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
@@ -357,7 +355,7 @@ def _check_values(p: Parameter, value: np.ndarray) -> None:
 
 
 def compare_names(kind: str, expected: Iterable[str], given: Iterable[str]) -> None:
-    """Raises CheckpointError with the names that are missing or not expected; `kind` says what they name."""
+    """Raises CheckpointError for names that are missing or not expected; `kind` is a noun for what they name."""
     expected, given = list(expected), list(given)
     missing = [name for name in expected if name not in set(given)]
     unknown = [name for name in given if name not in set(expected)]

@@ -1,13 +1,13 @@
-"""Weights of PyTorch's bottleneck ResNets: torchvision's, and those of iSQRT-COV's authors.
+"""Converts weights of PyTorch's bottleneck ResNets: torchvision's, and those of the authors of iSQRT-COV.
 
     model_config, variables = from_torch(read_state("resnet50.safetensors"))
     logits, aux = create_model(model_config).apply(variables, images)
 
-`images` are pixels of 0–255 with `MEAN_RGB` subtracted. These networks were trained on (x/255 − mean)/std;
-the division is in the first convolution's kernel here, w/(255 · std), so that the logits are the same.
+`images` are pixels of 0–255 with `MEAN_RGB` subtracted. These networks were trained on (x/255 − mean)/std. The
+division is folded into the kernel of the first convolution, w/(255 · std), so the logits are the same.
 
-Axes: filters are OIHW there and HWIO here, matrices [out, in] there and [in, out] here. Batch norm's
-running variance there is σ = √(var + ε) here.
+Axes: filters are OIHW in PyTorch and HWIO here, matrices are [out, in] in PyTorch and [in, out] here. Instead of
+the running variance, batch norm stores σ = √(var + ε) here.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from gmsop_jax.interop.parameters import Path, Tree, compare_names, triangle_ord
 from gmsop_jax.models import create_model
 from gmsop_jax.models.network import BACKBONES
 
-MEAN_RGB = (255 * 0.485, 255 * 0.456, 255 * 0.406)  # what ImageNet's pixels are normalised with there
+MEAN_RGB = (255 * 0.485, 255 * 0.456, 255 * 0.406)  # torchvision's normalisation of ImageNet
 STD_RGB = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 IMAGE_SIZE = 224
 _EPSILON = 1e-5  # of PyTorch's batch norm
@@ -153,25 +153,24 @@ def _plain_names(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] = "row") -> tuple[ConfigDict, Tree]:
-    """A model's configuration and variables from a `state_dict`.
+    """Converts a `state_dict` to a model's configuration and variables.
 
-    Blocks, groups, widths, classes and the head are read off names and shapes: average pooling, as in
-    torchvision, or iSQRT-COV's head where there is a `layer_reduce`. What shapes don't tell is as
-    published: strides (1, 2, 2, and 2 for average or 1 for second-order pooling), five Newton–Schulz
-    steps. A prefix `module.` and what counts batches are ignored.
+    Blocks, groups, widths, classes and the head are inferred from names and shapes. The head is that of iSQRT-COV if
+    there is a `layer_reduce`, and average pooling otherwise. Whatever the shapes don't determine is set as published:
+    the strides (1, 2, 2, and 2 for average or 1 for second-order pooling) and five Newton–Schulz iterations. The
+    prefixes `module.`, `model.` and `_orig_mod.` are removed, and counters of batches are ignored.
 
     Args:
-      state: arrays, float32 or float64, by PyTorch's names.
-      triangle: order of the classifier's columns in a second-order network: the upper triangle row by
-        row, as fast-MPN-COV, or column by column, as MATLAB's code and other versions in PyTorch.
+      state: PyTorch's name → array, float32 or float64.
+      triangle: the order of the classifier's columns in a second-order network: the upper triangle row by row, as in
+        fast-MPN-COV, or column by column, as in the MATLAB code and other PyTorch versions.
 
-    Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the dtype
-      that came in).
+    Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the same dtype).
 
     Raises:
-      CheckpointError: if the network is none of `config.model.backbone`; naming the arrays that are
-        missing, unknown or of another shape or dtype.
-      ValueError: if `triangle` is something else.
+      CheckpointError: if the network is not a value of `config.model.backbone`, if arrays are missing, unknown, or of
+        a wrong shape or dtype, or if they have values that are NaN or infinite or variances below 0.
+      ValueError: if `triangle` has another value.
     """
     if triangle not in ("row", "column"):
         raise ValueError(f"triangle must be 'row' or 'column', got {triangle!r}")
@@ -189,7 +188,7 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
 
 
 def infer_model(arrays: Mapping[str, np.ndarray]) -> ConfigDict:
-    """The configuration that names and shapes tell; see `from_torch`."""
+    """Infers the configuration from names and shapes; see `from_torch`."""
     config = model_defaults()
     config.backbone = _backbone(arrays)
     config.stem = "large"
@@ -220,7 +219,7 @@ def _backbone(arrays: Mapping[str, np.ndarray]) -> str:
     name = f"resnet{depth}" if (groups, group_width) == (1, 64) else f"resnext{depth}_{groups}x{group_width}d"
     if name not in BACKBONES[1:]:
         raise CheckpointError(
-            f"a ResNet of {depth} layers with {groups} groups of {group_width} channels is none of"
+            f"a ResNet of {depth} layers with {groups} groups of {group_width} channels is not one of"
             f" {', '.join(BACKBONES[1:])}"
         )
     return name
@@ -235,7 +234,7 @@ def array_shapes(config: ConfigDict) -> dict[Path, tuple[int, ...]]:
 
 
 def _torch_name(path: Path) -> str:
-    """The name of a leaf, as of ('params', 'backbone', 'stage1_block2', 'conv3_bn', 'scale')."""
+    """Returns PyTorch's name of a leaf, such as ('params', 'backbone', 'stage1_block2', 'conv3_bn', 'scale')."""
     *modules, leaf = path[2:]
     return ".".join([*map(_module, modules), _LEAVES[leaf]])
 
@@ -258,7 +257,7 @@ def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _convert(path: Path, array: np.ndarray) -> np.ndarray:
-    """The leaf's value; what is computed is computed in double precision."""
+    """Converts an array to the value of a leaf, computed in double precision."""
     if path[-1] == "sigma":
         return np.sqrt(array.astype(np.float64) + _EPSILON).astype(array.dtype)
     if path[-1] != "kernel":

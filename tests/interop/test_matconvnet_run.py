@@ -160,7 +160,7 @@ def test_the_tool_tells_what_it_imports(tool, small_model, tmp_path, capsys, mon
     )
     assert run(tmp_path / "net-epoch-3.mat", "--output", tmp_path / "a") == 0
     told = capsys.readouterr().out
-    assert "none of the six released files" in told
+    assert "not one of the six released files" in told
     params = json.loads((tmp_path / "a/config.json").read_text())["model"]
     assert params["candidate_widths"] == [5, 3]
     # candidates: 3 · (128 · 5 + 5 · 3); gate: 128 · 4 + 4 · 3, 2 · (4 + 3) in batch norm, 2 · 6 · 3; 6 · 3 + 3

@@ -144,9 +144,9 @@ def test_the_order_of_a_triangle_is_the_callers_word(names_and_shapes):
         ({"fc.weight": None}, r"'fc\.weight' is missing"),
         ({"fc.weight": (10, 2048, 1, 1)}, r"'fc\.weight' has shape .* 2 axes"),
         ({"layer1.0.conv3.weight": None}, "blocks of two convolutions"),
-        ({"layer1.0.conv2.weight": (128, 128, 3, 3)}, "50 layers with 1 groups of 128 channels is none of resnet50"),
-        ({"layer1.0.conv2.weight": (256, 8, 3, 3)}, "32 groups of 8 channels is none of"),
-        ({"layer3.35.conv1.weight": (256, 1024, 1, 1)}, "140 layers .* is none of"),
+        ({"layer1.0.conv2.weight": (128, 128, 3, 3)}, "50 layers with 1 groups of 128 channels is not one of resnet50"),
+        ({"layer1.0.conv2.weight": (256, 8, 3, 3)}, "32 groups of 8 channels is not one of"),
+        ({"layer3.35.conv1.weight": (256, 1024, 1, 1)}, "140 layers .* is not one of"),
     ],
 )
 def test_what_does_not_fit_is_named(names_and_shapes, changes, message):
