@@ -187,6 +187,23 @@ def test_one_long_string_cannot_be_referred_to_many_times(tmp_path):
             matfile.read(tmp_path / "x.mat", [name])
 
 
+def test_thousands_of_field_names_cannot_refer_to_one_long_string(tmp_path):
+    """1.2 MB that would become 3.7 GB."""
+    length, count = 1_234_567, 3000
+    names = np.empty(count, object)
+    names[:] = [np.full(length, b"a", "S1")] + [np.array([b"b"], "S1")] * (count - 1)
+    with h5py.File(tmp_path / "x.mat", "w", userblock_size=512) as file:
+        file.create_group("x").attrs.create("MATLAB_fields", names, dtype=h5py.vlen_dtype(np.dtype("S1")))
+    content = bytearray((tmp_path / "x.mat").read_bytes())
+    first = content.index(length.to_bytes(4, "little"))
+    while content[first + 16 : first + 20] != b"\1\0\0\0":  # the next string has one letter
+        first = content.index(length.to_bytes(4, "little"), first + 1)
+    content[first : first + 16 * count] = content[first : first + 16] * count
+    (tmp_path / "x.mat").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"MemoryError|memory"):
+        matfile.read(tmp_path / "x.mat", ["x"])
+
+
 def test_a_graph_of_references_is_read_once(tmp_path):
     """24 cells, each of which refers twice to the next one: 2^24 paths."""
     with h5py.File(tmp_path / "x.mat", "w", userblock_size=512) as file:

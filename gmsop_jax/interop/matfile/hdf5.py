@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import pickle
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,10 +49,21 @@ def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
 
 def dump(path: str, *names: str) -> None:
     """Writes the variables of a file, pickled, to the standard output."""
+    budget = Budget(pathlib.Path(path).stat().st_size)
+    _limit_memory(4 * budget.bytes)  # with copies in other types and orders
     with h5py.File(path, "r") as file:
-        reader = _Reader(file, Budget(pathlib.Path(path).stat().st_size))
+        reader = _Reader(file, budget)
         variables = {name: reader.read(_own(file, name)) for name in names if name in file}
     pickle.dump(variables, sys.stdout.buffer, protocol=5)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Limits what this process can allocate from now on, on Linux: HDF5 itself allocates what a file claims."""
+    if sys.platform == "linux":
+        used = int(pathlib.Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = used + num_bytes if hard == resource.RLIM_INFINITY else min(hard, used + num_bytes)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _own(group: h5py.Group, name: str) -> Any:
