@@ -98,11 +98,11 @@ def _steps(text: str) -> range:
 def _run(options: argparse.Namespace) -> int:
     from gmsop_jax import config as configs
     from gmsop_jax.conversion.prepare import prepare_data
-    from gmsop_jax.training import parallel
+    from gmsop_jax.training import parallel, processes
 
     config = _load_config(options)
     parallel.use_cpu_devices(config.parallel.cpu_devices, _split_rows(config))
-    parallel.start_processes(options.coordinator, options.num_processes, options.process_id)
+    processes.start_processes(options.coordinator, options.num_processes, options.process_id)
     _use_compilation_cache()
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":
@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
             output_format=options.format,
             batch_size=config.eval.batch_size,
         )
-    parallel.first_process_does(lambda: prepare_data(config.data))
+    processes.first_process_does(lambda: prepare_data(config.data))
     if options.mode == "evaluate":
         from gmsop_jax.training.evaluation import evaluate_checkpoint
 

@@ -18,7 +18,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import find_damage, write_checksums
-from gmsop_jax.training.parallel import first_process_does
+from gmsop_jax.training.processes import first_process_does
 from gmsop_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"

@@ -17,8 +17,10 @@ from gmsop_jax.models import create_model
 from gmsop_jax.training import checkpoint, parallel
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.metrics import summarize
+from gmsop_jax.training.processes import ending_together
 from gmsop_jax.training.restore import restore_variables
 from gmsop_jax.training.step import make_eval_step
+from gmsop_jax.training.workdir import check_same_config
 
 
 def create_eval_step(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Callable:
@@ -89,6 +91,7 @@ def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
     return (*size, 3)
 
 
+@ending_together()
 def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, Any]:
     """Evaluates a checkpoint on `config.eval.split` and writes `evaluation-<split>.json` into its working directory.
 
@@ -106,6 +109,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.
       DataError: if the data set is missing or damaged.
     """
+    check_same_config(config)
     folder, _ = checkpoint.locate(path)
     split = config.eval.split
     checked = [split] if config.data.on_corrupt == "stop" else []

@@ -1,4 +1,4 @@
-"""Stopping a run from outside, with nothing lost."""
+"""Stopping a run by a signal, after its state has been saved."""
 
 import os
 import signal
@@ -9,28 +9,31 @@ from jax.experimental import multihost_utils
 
 from gmsop_jax.errors import UserError
 
+_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 START_ME_AGAIN = 75  # EX_TEMPFAIL: exit status after SIGTERM, for schedulers that restart
 
 
 class Interrupted(UserError):
-    """The run was asked to stop; it saved its state first.
+    """The run was asked to stop, and saved its state first.
 
     Attributes:
-      status: exit status that tells why: 130 for Ctrl-C, 75 ("start me again") for SIGTERM.
+      status: exit status: 130 after Ctrl-C, 75 ("start me again") after SIGTERM and SIGHUP.
     """
+
+    saved = True  # all processes of the run stop after the same step
 
     def __init__(self, signum: int, step: int):
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} at step {step}, saved; the same command goes on from there")
+        super().__init__(f"stopped by {name} at step {step}, saved; run the same command again to resume")
         self.status = 130 if signum == signal.SIGINT else START_ME_AGAIN
 
 
 class SignalCatcher:
-    """While entered, Ctrl-C and SIGTERM (a pre-emption notice) are noted instead of raised; a second one is raised.
+    """While entered, notes Ctrl-C, SIGTERM (a pre-emption notice) and SIGHUP; a second one raises KeyboardInterrupt.
 
-    Where a run has several processes, a signal to any of them stops all after the same step: JAX's
-    coordination service takes SIGTERM, and Ctrl-C is passed on to it. Outside the main thread, where
-    Python allows no handlers, a run of one process notes nothing.
+    In a run of several processes, a signal to any of them stops all after the same step: JAX's coordination
+    service handles SIGTERM, and the others are passed on to it as SIGTERM. A signal that is ignored, as SIGHUP is
+    under nohup, stays ignored. Outside the main thread, where Python allows no handlers, nothing is noted.
     """
 
     def __init__(self):
@@ -40,8 +43,9 @@ class SignalCatcher:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
-                self._old[signum] = signal.signal(signum, self._handle)
+            for signum in _SIGNALS[: 2 if self._several else 3]:
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    self._old[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_):
@@ -49,7 +53,7 @@ class SignalCatcher:
             signal.signal(signum, handler)
 
     def caught(self, step: int) -> int | None:
-        """The signal after which to stop at this step, or None; to be asked once a step."""
+        """Returns the signal after which to stop at this step, or None; must be called once a step."""
         if self._several:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._caught

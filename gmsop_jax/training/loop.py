@@ -22,16 +22,17 @@ from gmsop_jax.files import write_atomic
 from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
 from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError, check_finite, summarize
-from gmsop_jax.training.parallel import first_process_does
+from gmsop_jax.training.processes import check_same, ending_together, first_process_does
 from gmsop_jax.training.setup import Run, prepare
 from gmsop_jax.training.step import TrainState
-from gmsop_jax.training.workdir import Workdir
+from gmsop_jax.training.workdir import Workdir, check_path, check_same_config
 from gmsop_jax.training.writer import Writer, plot_curves
 
 _MAX_SKIPPED = 10  # a rollback that would skip more steps in a row than this ends the run
 _DIVERGED = 1e4  # nats per image; guessing among a million classes costs 14
 
 
+@ending_together()
 def train_and_evaluate(
     config: ConfigDict, workdir: str | os.PathLike[str], *, profile: range = range(0)
 ) -> dict[str, Any]:
@@ -69,11 +70,14 @@ def train_and_evaluate(
       Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
     """
     started = time.monotonic()
+    check_same_config(config)
+    check_path(workdir)
     run = prepare(config, pathlib.Path(workdir))
     with Workdir(workdir, run.config) as folder, folder.explaining_errors():
         if config.data.verify:
             splits = None if config.data.on_corrupt == "stop" else ()
             Manifest.load(config.data.dir, verify_checksums=True, splits=splits)
+        check_same({f"the data set's split {name}": text for name, text in run.inputs.splits.items()})
         first_process_does(lambda: run.inputs.save(folder.path))
         with Checkpoints(folder.path / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
             progress = _train(run, folder, checkpoints, profile, started)

@@ -16,39 +16,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gmsop_jax.errors import ConfigError, UserError
+from gmsop_jax.errors import ConfigError
 
 AXIS = "batch"  # the axis of the mesh, and of pmap and shard_map
 
 HostBatch = Mapping[str, np.ndarray]
-
-
-def start_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the processes of one run; to be called before anything else touches a device.
-
-    Args:
-      coordinator: `host:port` of the first process; `auto` asks the cluster (SLURM, Open MPI,
-        Kubernetes, TPU pods); None for a run of a single process.
-      num_processes, process_id: needed with an address, known by the cluster otherwise.
-
-    Raises:
-      ConfigError: if these don't go together, or the processes don't find each other.
-    """
-    if coordinator is None:
-        if num_processes is not None or process_id is not None:
-            raise ConfigError("--num-processes and --process-id need --coordinator host:port, the first process's")
-        return
-    address = None if coordinator == "auto" else coordinator
-    if address is not None and not address.rpartition(":")[2].isdigit():
-        raise ConfigError(f"--coordinator {coordinator} has no port; give host:port, like 10.0.0.1:1234, or auto")
-    try:
-        jax.distributed.initialize(address, num_processes, process_id)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(
-            f"the processes of this run can't be joined ({error}); give --coordinator host:port, reachable from"
-            " all of them, --num-processes and a --process-id from 0, or --coordinator auto in a cluster that"
-            " JAX knows"
-        ) from error
 
 
 _LEAST_ROWS = 16  # that a CPU device gets; with fewer, splitting the batch costs more than it gains
@@ -78,24 +50,6 @@ def use_cpu_devices(count: int, batch_sizes: Sequence[int]) -> None:
         os.environ.setdefault("PJRT_NPROC", str(cores + count))
     with contextlib.suppress(RuntimeError):  # JAX is at work already, in a notebook say: it keeps what it has
         jax.config.update("jax_num_cpu_devices", count)
-
-
-def first_process_does(action: Callable[[], None]) -> None:
-    """Runs an action in the first process while the others wait; a UserError there is one in all.
-
-    Raises:
-      UserError: the action's own in the first process.
-    """
-    error = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except UserError as raised:
-            error = raised
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
-        error = error or UserError("stopped with the first process, which tells why")
-    if error is not None:
-        raise error
 
 
 def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:

@@ -6,15 +6,47 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+import jax
+
+import gmsop_jax
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import manifest
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import FileLock, LockHeldError, write_atomic
 from gmsop_jax.training.checkpoint import DIRECTORY, read_copy, steps_on_disk
-from gmsop_jax.training.parallel import first_process_does
+from gmsop_jax.training.processes import check_same, first_process_does
 
 _CONFIG, _LOCK = "config.json", ".lock"
+_BY_HOST = ("data.dir", "data.num_threads", "data.num_workers", "data.auto_convert")  # may differ between processes
+
+
+def check_same_config(config: ConfigDict) -> None:
+    """Raises ConfigError if the processes of a run have other versions or configurations; some may differ by host."""
+    here = {f"config.{name}": value for name, value in configs.flatten(config) if name not in _BY_HOST}
+    check_same({"the version of gmsop_jax": gmsop_jax.__version__, "the version of JAX": jax.__version__, **here})
+
+
+def check_path(workdir: str | os.PathLike[str], config: ConfigDict) -> pathlib.Path:
+    """Returns the absolute path of a working directory.
+
+    Raises:
+      CheckpointError: if the path is empty or too long, or if the data set lies there.
+    """
+    text = os.fspath(workdir)
+    if not text.strip():
+        raise CheckpointError("--workdir is empty; name the folder for the results, or leave the option out")
+    path = pathlib.Path(text).absolute()
+    try:
+        os.lstat(path / DIRECTORY / "0.orbax-checkpoint-tmp")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        if not isinstance(error, NotADirectoryError):
+            raise CheckpointError(f"--workdir {text} can't be used ({error}); name another") from error
+    if path.resolve() == pathlib.Path(config.data.dir).resolve():
+        raise CheckpointError(f"--workdir {text} is the folder of the data set (config.data.dir); name another")
+    return path
 
 
 class Workdir:
@@ -29,7 +61,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike[str], config: ConfigDict):
-        self.path = pathlib.Path(path).absolute()
+        self.path = check_path(path, config)
         self._config = config
         self._lock: FileLock | None = None
 
@@ -41,12 +73,18 @@ class Workdir:
             configuration.
         """
         first_process_does(self._open)
+        check_same({f"the lock of the working directory ({_LOCK})": self._read_lock()})
         return self
 
     def __exit__(self, *_):
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def _read_lock(self) -> str:
+        """The text in the lock, which the first process has written; absent in any other folder."""
+        files = [file for file in self.path.glob(f"{_LOCK}*") if file.stat().st_size]
+        return files[-1].read_text(errors="replace") if files else f"absent in {self.path}"
 
     @contextlib.contextmanager
     def explaining_errors(self) -> Iterator[None]:
