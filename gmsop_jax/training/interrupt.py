@@ -1,8 +1,12 @@
 """Stopping a run by a signal, after its state has been saved."""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 import jax
 from jax.experimental import multihost_utils
@@ -64,3 +68,44 @@ class SignalCatcher:
         self._caught = signum
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def tolerating_closed_streams() -> Iterator[None]:
+    """Keeps a run going if its standard output or error is closed, as by `| head` or with its terminal."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _TolerantStream(sys.stdout), _TolerantStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _TolerantStream:
+    """Passes text on to a stream (None: nowhere) until that fails; from then on, it is discarded."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._discarding_on_failure():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._discarding_on_failure():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _discarding_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)

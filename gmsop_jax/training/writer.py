@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, `metrics.jsonl`, TensorBoard events, `result.json`, `curves.png`."""
+"""What a run logs: a progress line, `metrics.jsonl`, TensorBoard events and `curves.png`."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Records of `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """Returns the records of `metrics.jsonl`, without a last line that a kill cut off."""
     file = workdir / METRICS
     records = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -33,27 +33,34 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Writer:
-    """Tells how a run goes; silent in all processes but the first.
+    """Logs the progress of a run, in its first process only.
+
+    On a terminal there is a progress bar; elsewhere, as in a log file, a plain line every few seconds.
 
     Args:
       workdir: where the files go.
-      total_steps: of the whole run.
-      start_step: where this start goes on; records of later steps, written before an interruption and
-        done again now, are dropped.
-      enabled: whether this process tells anything.
+      total_steps: number of steps of the whole run.
+      start_step: number of steps done before. Records of later steps, which were written before an
+        interruption and are computed again now, are dropped.
+      enabled: whether this process logs anything.
     """
+
+    SECONDS_PER_LINE = 10  # where standard error is not a terminal
 
     def __init__(self, workdir: pathlib.Path, *, total_steps: int, start_step: int = 0, enabled: bool = True):
         self._enabled = enabled
+        self._total_steps, self._step = total_steps, start_step
+        self._next_line = 0.0
+        terminal = sys.stderr is not None and sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
             unit="step",
-            disable=not enabled,
+            disable=not (enabled and terminal),
             file=sys.stderr,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-            bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}",
+            mininterval=0.5,
+            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",  # the bar takes what is left
         )
         if not enabled:
             return
@@ -71,13 +78,14 @@ class Writer:
     def __exit__(self, kind, *_):
         self._bar.close()
         if self._enabled:
-            # what raised before is not to be hidden by what closing raises of the same cause
+            # an error in flight is not hidden by one that closing raises for the same reason
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
                 self._jsonl.close()
                 self._events.close()
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Counts one more step."""
+        self._step += 1
         self._bar.update()
 
     def describe(self, config: str) -> None:
@@ -106,16 +114,23 @@ class Writer:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Puts loss, error and speed on the progress line."""
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, error {values['top1_error']:.1f} %,"
-            f" {values['images_per_second']:.0f} images/s",
-            refresh=False,
+        """Shows loss, error and speed on the progress line."""
+        text = (
+            f"loss {values['loss']:.3f}, error {values['top1_error']:.1f} %, {values['images_per_second']:.0f} images/s"
         )
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text, refresh=False)
+        elif time.monotonic() >= self._next_line:
+            self.say(f"step {self._step}/{self._total_steps}: {text}")
+            self._next_line = time.monotonic() + self.SECONDS_PER_LINE
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress line."""
-        if self._enabled:
+        """Prints a line, above the progress bar if there is one."""
+        if not self._enabled:
+            return
+        if self._bar.disable:
+            print(text, file=sys.stderr, flush=True)
+        else:
             tqdm.write(text, file=sys.stderr)
 
 

@@ -4,21 +4,37 @@ import json
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gmsop_jax.conversion.convert import convert
 from gmsop_jax.training.restore import load
 from gmsop_jax.training.writer import read_metrics
 
 
-def two_processes(start, workdir: Path, *arguments: object, devices: int = 2) -> list[subprocess.Popen[str]]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = ["--workdir", workdir, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, *arguments]
-    return [start(*common, "--process-id", i, devices=devices) for i in range(2)]
+        return free.getsockname()[1]
+
+
+def two_processes(
+    start,
+    workdir: Path,
+    *arguments: object,
+    second: list[object] | None = None,
+    prologues: tuple[str, str] = ("", ""),
+    devices: int = 2,
+) -> list[subprocess.Popen[str]]:
+    """Starts both processes; `second` is added to the second one's arguments."""
+    common = ["--workdir", workdir, "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, *arguments]
+    return [
+        start(*common, "--process-id", i, *(second or [] if i else []), prologue=prologues[i], devices=devices)
+        for i in range(2)
+    ]
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[str, str]]:
@@ -95,3 +111,96 @@ def test_bad_coordinates(start, tmp_path):
         assert process.returncode == 2
         assert words in errors
         assert "Traceback" not in errors
+
+
+# ---- processes that differ or fail: all of them end, and say why
+
+
+def failures(processes: list[subprocess.Popen[str]], seconds: float = 90) -> list[str]:
+    """What each process says; all must end with an error status, `seconds` (with their start) after this call."""
+    deadline = time.monotonic() + seconds
+    try:
+        errors = [process.communicate(timeout=deadline - time.monotonic())[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode for process in processes), errors
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "differ"),
+    [
+        ("config.seed", "3", "config.seed is 0 in process 0 and 3 in process 1"),
+        ("config.train.learning_rates", "((0.03,3),)", "config.train.learning_rates is ((0.02, 3),) in process 0 and"),
+        ("config.checkpoint.every_steps", "2", "config.checkpoint.every_steps is 0 in process 0 and 2 in process 1"),
+    ],
+)
+def test_other_configuration_in_a_process(start, tmp_path, field, value, differ):
+    for errors in failures(two_processes(start, tmp_path / "run", second=[f"--{field}={value}"])):
+        assert differ in errors
+        assert "Traceback" not in errors
+
+
+def test_other_version_in_a_process(start, tmp_path):
+    prologue = "import gmsop_jax; gmsop_jax.__version__ = '9'"
+    for errors in failures(two_processes(start, tmp_path / "run", prologues=("", prologue))):
+        assert "the version of gmsop_jax is" in errors
+        assert "'9' in process 1" in errors
+
+
+def test_other_data_in_a_process(start, tmp_path):
+    convert("fashion-mnist", None, tmp_path / "data", shards=2, limit=32, progress=False)
+    processes = two_processes(start, tmp_path / "run", second=[f"--config.data.dir={tmp_path / 'data'}"])
+    for errors in failures(processes):
+        assert "the data set's split" in errors
+        assert "in process 1" in errors
+        assert "Traceback" not in errors
+
+
+def test_other_workdir_in_a_process(start, tmp_path):
+    for errors in failures(two_processes(start, tmp_path / "run", second=["--workdir", tmp_path / "other"])):
+        assert "lock of the working directory" in errors
+        assert f"absent in {tmp_path / 'other'}" in errors
+
+
+FAIL_IN_SET_UP = """
+import gmsop_jax.training.loop as loop
+def prepare(*_):
+    raise {error}
+loop.prepare = prepare
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["loop.UserError('wrong')", "ZeroDivisionError('wrong')"])
+def test_failure_in_set_up(start, tmp_path, index, error):
+    failing = FAIL_IN_SET_UP.format(error=error)
+    processes = two_processes(start, tmp_path / "run", prologues=(failing, "") if index == 0 else ("", failing))
+    errors = failures(processes)
+    assert "wrong" in errors[index]
+    assert f"error: process {index} of this run failed: " in errors[1 - index]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_killed_process(start, tmp_path, index):
+    processes = two_processes(start, tmp_path / "run", "--config.train.num_epochs=500")
+    assert processes[0].stderr is not None
+    next(line for line in processes[0].stderr if "epoch   2/" in line)
+    processes[index].kill()
+    processes[index].communicate()
+    began = time.monotonic()
+    assert failures([processes[1 - index]], 60)[0]
+    assert time.monotonic() - began < 60
+
+
+def test_taken_port(start, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = start("--workdir", tmp_path, "--coordinator", address, "--num-processes", 2, "--process-id", 0)
+        (errors,) = failures([process], 60)
+    assert f"--coordinator {address}: port" in errors
+    assert "can't be used" in errors

@@ -1,4 +1,6 @@
 import json
+import os
+import termios
 
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -19,10 +21,22 @@ def test_records(tmp_path, capsys):
     lines = (tmp_path / METRICS).read_text().splitlines()
     assert json.loads(lines[0]) == {"kind": "train", "step": 1, "epoch": 0.5, **VALUES, "learning_rate": 0.1}
     assert [(r["kind"], r["step"]) for r in read_metrics(tmp_path)] == [("train", 1), ("train", 2), ("eval", 2)]
-    errors = capsys.readouterr().err
-    assert "hello" in errors
-    assert "step 2/4" in errors
-    assert "loss 1.500, error 50.0 %, 7 images/s" in errors
+    assert capsys.readouterr().err == "step 2/4: loss 1.500, error 50.0 %, 7 images/s\nhello\n"
+
+
+def test_nothing_is_cut_off_on_a_terminal_of_80_columns(tmp_path, monkeypatch):
+    controller, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with open(terminal, "w") as stream, open(controller, "rb", buffering=0) as shown:
+        monkeypatch.setattr("sys.stderr", stream)
+        with Writer(tmp_path, total_steps=600_000, start_step=500_000) as writer:
+            writer.show({"loss": 12.3456, "top1_error": 100.0, "images_per_second": 12345.0})
+            writer.advance()
+            writer.say("hello")
+        text = shown.read(10_000).decode()
+    lines = [line.strip("\n") for line in text.split("\r")]
+    assert any(line.startswith("step 500001/600000 |") and line.endswith("12345 images/s") for line in lines), lines
+    assert max(map(len, lines)) <= 80
 
 
 def scalars(folder) -> set[tuple[str, int, float]]:
