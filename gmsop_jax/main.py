@@ -98,7 +98,7 @@ def _steps(text: str) -> range:
 def _run(options: argparse.Namespace) -> int:
     from gmsop_jax import config as configs
     from gmsop_jax.conversion.prepare import prepare_data
-    from gmsop_jax.training import parallel, processes
+    from gmsop_jax.training import interrupt, parallel, processes
 
     config = _load_config(options)
     parallel.use_cpu_devices(config.parallel.cpu_devices, _split_rows(config))
@@ -116,7 +116,12 @@ def _run(options: argparse.Namespace) -> int:
             output_format=options.format,
             batch_size=config.eval.batch_size,
         )
-    processes.first_process_does(lambda: prepare_data(config.data))
+    with interrupt.tolerating_closed_streams():
+        processes.first_process_does(lambda: prepare_data(config.data))
+        return _evaluate_or_train(options, config, workdir)
+
+
+def _evaluate_or_train(options: argparse.Namespace, config, workdir: str) -> int:
     if options.mode == "evaluate":
         from gmsop_jax.training.evaluation import evaluate_checkpoint
 

@@ -74,20 +74,21 @@ class SignalCatcher:
 def tolerating_closed_streams() -> Iterator[None]:
     """Keeps a run going if its standard output or error is closed, as by `| head` or with its terminal."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _TolerantStream(sys.stdout), _TolerantStream(sys.stderr)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w") as null:
+        sys.stdout, sys.stderr = (_TolerantStream(stream or null) for stream in before)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            sys.stdout, sys.stderr = before
 
 
 class _TolerantStream:
-    """Passes text on to a stream (None: nowhere) until that fails; from then on, it is discarded."""
+    """Passes text on to a stream until that fails; from then on, it is discarded."""
 
-    def __init__(self, stream: TextIO | None):
-        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+    def __init__(self, stream: TextIO):
+        self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

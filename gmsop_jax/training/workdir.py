@@ -27,11 +27,11 @@ def check_same_config(config: ConfigDict) -> None:
     check_same({"the version of gmsop_jax": gmsop_jax.__version__, "the version of JAX": jax.__version__, **here})
 
 
-def check_path(workdir: str | os.PathLike[str], config: ConfigDict) -> pathlib.Path:
+def check_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the absolute path of a working directory.
 
     Raises:
-      CheckpointError: if the path is empty or too long, or if the data set lies there.
+      CheckpointError: if the path is empty or too long.
     """
     text = os.fspath(workdir)
     if not text.strip():
@@ -44,24 +44,22 @@ def check_path(workdir: str | os.PathLike[str], config: ConfigDict) -> pathlib.P
     except (OSError, ValueError) as error:
         if not isinstance(error, NotADirectoryError):
             raise CheckpointError(f"--workdir {text} can't be used ({error}); name another") from error
-    if path.resolve() == pathlib.Path(config.data.dir).resolve():
-        raise CheckpointError(f"--workdir {text} is the folder of the data set (config.data.dir); name another")
     return path
 
 
 class Workdir:
-    """The folder, made if missing, locked while entered.
+    """A working directory, which is created if it is missing, and locked while entered.
 
-    The lock is the operating system's (`flock` on `.lock`), so it ends with the process, however that
-    ends. It is the first process's, which writes for all.
+    The first process holds the lock and writes for all; the lock ends with that process, however it ends.
 
     Args:
-      path: of the folder.
-      config: resolved; kept there as `config.json`, and compared with the one that is there already.
+      path: the directory.
+      config: the resolved configuration, which is written there as `config.json` and compared with what is
+        stored there already.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: ConfigDict):
-        self.path = check_path(path, config)
+        self.path = check_path(path)
         self._config = config
         self._lock: FileLock | None = None
 

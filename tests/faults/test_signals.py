@@ -5,7 +5,9 @@ import signal
 
 import pytest
 
+from gmsop_jax.errors import CheckpointError
 from gmsop_jax.training.interrupt import tolerating_closed_streams
+from gmsop_jax.training.loop import train_and_evaluate
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGHUP, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -37,3 +39,11 @@ def test_missing_streams_are_tolerated(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     with tolerating_closed_streams():
         print("nowhere", flush=True)
+
+
+@pytest.mark.parametrize(
+    "path", ["", " ", "x" * 300, "/".join(["x" * 200] * 25)], ids=["empty", "blank", "name", "path"]
+)
+def test_impossible_workdir_is_refused(config, path):
+    with pytest.raises(CheckpointError, match=r"--workdir .*(is empty|can't be used)"):
+        train_and_evaluate(config, path)
