@@ -123,13 +123,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _evaluate_or_train(options: argparse.Namespace, config, workdir: str) -> int:
     if options.mode == "evaluate":
-        from gmsop_jax.training.evaluation import evaluate_checkpoint
+        from gmsop_jax.inference import evaluate
 
-        result = evaluate_checkpoint(config, options.checkpoint or workdir)
-        print(
-            f"step {result['step']}, {config.eval.split}: top-1 error {result['top1_error']:.2f} %,"
-            f" top-5 error {result['top5_error']:.2f} %, loss {result['loss']:.4f}"
-        )
+        evaluate.run(config, options.checkpoint or workdir)
         return 0
     from gmsop_jax.training.loop import train_and_evaluate
 

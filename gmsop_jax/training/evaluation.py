@@ -1,8 +1,6 @@
 """Evaluation of a network on a whole split."""
 
 import contextlib
-import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,15 +10,11 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
-from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
-from gmsop_jax.training import checkpoint, parallel
+from gmsop_jax.training import parallel
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.metrics import summarize
-from gmsop_jax.training.processes import ending_together
-from gmsop_jax.training.restore import restore_variables
 from gmsop_jax.training.step import make_eval_step
-from gmsop_jax.training.workdir import check_same_config
 
 
 def create_eval_step(config: ConfigDict, inputs: Inputs, mesh: jax.sharding.Mesh) -> Callable:
@@ -89,42 +83,3 @@ def image_shape(config: ConfigDict, manifest: Manifest) -> tuple[int, int, int]:
     if size is None:
         raise ConfigError(f"the images of {config.data.dir} differ in size; set --config.data.image_size=…")
     return (*size, 3)
-
-
-@ending_together()
-def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, Any]:
-    """Evaluates a checkpoint on `config.eval.split` and writes `evaluation-<split>.json` into its working directory.
-
-    The shards of the training split need not exist. The mean colour of the images that the network was
-    trained on (`inputs.json`) is subtracted.
-
-    Args:
-      config: the configuration; its model must fit the checkpoint.
-      path: a working directory, or the directory of one step in it. In a working directory, the best
-        checkpoint is evaluated, or the last if none has been evaluated yet.
-
-    Returns: `step`, and what `evaluate_split` returns.
-
-    Raises:
-      CheckpointError: if there is no checkpoint, or it doesn't fit the model.
-      DataError: if the data set is missing or damaged.
-    """
-    check_same_config(config)
-    folder, _ = checkpoint.locate(path)
-    split = config.eval.split
-    checked = [split] if config.data.on_corrupt == "stop" else []
-    manifest = Manifest.load(config.data.dir, config.data.verify, splits=checked)
-    config = resolve(config, manifest)
-    mesh = parallel.create_mesh()
-    parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
-    shape = image_shape(config, manifest)
-    variables, step, _ = restore_variables(create_model(config.model), shape, path, parallel.replicated(mesh))
-    eval_step = create_eval_step(config, Inputs.load(folder.parent), mesh)
-    result = {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
-    if jax.process_index() == 0:
-        file = folder.parent / f"evaluation-{split}.json"
-        try:
-            write_json(file, result)
-        except OSError as error:  # a read-only directory, say: the caller has the result all the same
-            print(f"warning: the result can't be written to {file} ({error.strerror})", file=sys.stderr)
-    return result

@@ -69,11 +69,11 @@ def load_onto(path: str | os.PathLike[str], sharding: Sharding) -> tuple[Network
             f" {len(inputs.classes)}; they are of different runs"
         )
     model = create_model(config.model)
-    variables, step, metrics = restore_variables(model, (*inputs.image_size, 3), path, sharding)
+    variables, step, metrics = load_variables(model, (*inputs.image_size, 3), path, sharding)
     return model, variables, Info(config, inputs, step, metrics)
 
 
-def restore_variables(
+def load_variables(
     model: Network, image_shape: tuple[int, int, int], path: str | os.PathLike[str], sharding: Sharding
 ) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
     """A network's parameters and moments from a checkpoint; the averages of a run that has them.

@@ -11,7 +11,7 @@ import gmsop_jax
 from gmsop_jax.config import from_json
 from gmsop_jax.data import pipeline
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.training.evaluation import evaluate_checkpoint
+from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.step import normalize
 

@@ -17,12 +17,12 @@ from gmsop_jax.config import from_json
 from gmsop_jax.config import load as load_config
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.errors import CheckpointError, ConfigError
+from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint, save
 from gmsop_jax.interop.matconvnet_run import import_checkpoint, run_config
 from gmsop_jax.models import create_model
 from gmsop_jax.training.checkpoint import Checkpoints
-from gmsop_jax.training.evaluation import evaluate_checkpoint
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.optimizer import create_optimizer
 from gmsop_jax.training.step import create_state

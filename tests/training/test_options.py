@@ -15,9 +15,9 @@ from gmsop_jax import load
 from gmsop_jax.config import ConfigDict, override, validate
 from gmsop_jax.config import load as load_config
 from gmsop_jax.errors import ConfigError
+from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
-from gmsop_jax.training.evaluation import evaluate_checkpoint
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.interrupt import Interrupted
 from gmsop_jax.training.loop import train_and_evaluate

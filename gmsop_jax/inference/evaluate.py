@@ -1,0 +1,70 @@
+"""Evaluates a trained network on a whole split."""
+
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.files import write_json
+from gmsop_jax.models import create_model
+from gmsop_jax.training import checkpoint, parallel
+from gmsop_jax.training.evaluation import create_eval_step, evaluate_split, image_shape, resolve
+from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.processes import ending_together
+from gmsop_jax.training.restore import load_variables
+from gmsop_jax.training.workdir import check_same_config
+
+
+def run(config: ConfigDict, path: str | pathlib.Path) -> None:
+    """The command `--mode evaluate`: prints the result, then writes `evaluation-<split>.json` beside the checkpoints.
+
+    If that file can't be written, as in a read-only directory, a warning says so.
+
+    Args, Raises: as in `evaluate_checkpoint`.
+    """
+    result = evaluate_checkpoint(config, path)
+    print(
+        f"step {result['step']}, {config.eval.split}: top-1 error {result['top1_error']:.2f} %,"
+        f" top-5 error {result['top5_error']:.2f} %, loss {result['loss']:.4f}",
+        flush=True,
+    )
+    if jax.process_index() == 0:
+        file = checkpoint.locate(path)[0].parent / f"evaluation-{config.eval.split}.json"
+        try:
+            write_json(file, result)
+        except OSError as error:
+            print(f"warning: the result can't be written to {file} ({error.strerror})", file=sys.stderr)
+
+
+@ending_together()
+def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, Any]:
+    """Evaluates a checkpoint on `config.eval.split`.
+
+    The shards of the training split need not exist. The mean colour of the images that the network was
+    trained on (`inputs.json`) is subtracted.
+
+    Args:
+      config: the configuration; its model must fit the checkpoint.
+      path: a working directory, or the directory of one step in it. In a working directory, the best
+        checkpoint is evaluated, or the last if none has been evaluated yet.
+
+    Returns: `step`, and what `evaluate_split` returns.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or it doesn't fit the model.
+      DataError: if the data set is missing or damaged.
+    """
+    check_same_config(config)
+    folder, _ = checkpoint.locate(path)
+    checked = [config.eval.split] if config.data.on_corrupt == "stop" else []
+    manifest = Manifest.load(config.data.dir, config.data.verify, splits=checked)
+    config = resolve(config, manifest)
+    mesh = parallel.create_mesh()
+    parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    shape = image_shape(config, manifest)
+    variables, step, _ = load_variables(create_model(config.model), shape, path, parallel.replicated(mesh))
+    eval_step = create_eval_step(config, Inputs.load(folder.parent), mesh)
+    return {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
