@@ -37,18 +37,18 @@ class Counts:
     def bytes_reduced(self) -> int:
         """Bytes that each device all-reduces in one step.
 
-        These are the gradients; the two moments of each batch norm channel, their gradients and the mean of
-        its running moments; the use of each candidate, forward and backward; the loss and three counts; and
-        whether all logits tie. XLA merges equal sums, such as the bias gradients of batch norms whose results
-        are added, so this is an upper bound.
+        These are the gradients; the shift and the two moments of each batch norm channel, the gradients of
+        these moments, and the mean of its running moments; the use of each candidate, forward and backward;
+        the loss and three counts; and whether all logits tie. XLA merges equal sums, such as the bias gradients
+        of batch norms whose results are added, so this is an upper bound.
         """
         gated = self.num_candidates > 0
-        return _FLOAT * (self.parameters + 6 * self.channels + 2 * self.num_candidates + 4 + gated)
+        return _FLOAT * (self.parameters + 7 * self.channels + 2 * self.num_candidates + 4 + gated)
 
     @property
     def most_reductions(self) -> int:
-        """Upper bound on the sequential all-reduces in a step: two for each batch norm, and six more."""
-        return 2 * self.batch_norms + 6
+        """Upper bound on the sequential all-reduces in a step: three for each batch norm, and six more."""
+        return 3 * self.batch_norms + 6
 
     def bytes_per_device(self, images: float) -> float:
         """Bytes of parameters, momentum, gradients, moments, and stored activations."""
