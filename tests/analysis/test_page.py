@@ -58,7 +58,8 @@ def test_page_says_the_essentials_without_scripts(page, trained_run):
     assert "GM-SOP-4-2 on 1 block × (8, 12)" in text
     for title in ("Cross entropy", "Learning rate", "Balance loss", "Throughput", "Confusion", "Most confused pairs",
                   "Most certain, and wrong", "Least certain", "Use of each candidate over training",
-                  "Which candidates go together", "Gate entropy by class", "Images with the largest weight for each candidate",
+                  "Which candidates go together", "Gate entropy by class",
+                  "Images with the largest weight for each candidate",
                   "train.batch_size"):  # fmt: skip
         assert title in text, title
     assert page.count("<svg") >= 8
