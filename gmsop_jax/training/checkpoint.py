@@ -1,4 +1,4 @@
-"""Checkpoints of a run, through Orbax: asynchronous, the last n and the best kept."""
+"""Checkpoints of a run, written asynchronously by Orbax. The latest n and the best are kept."""
 
 import contextlib
 import dataclasses
@@ -23,22 +23,22 @@ from gmsop_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
 WORKDIR_FILES = ("config.json", "inputs.json")  # each checkpoint contains a copy of them
-_DAMAGED = "damaged-checkpoints"  # beside it
-_DISCARDED = "discarded"  # inside it: old checkpoints while they are being deleted
+_DAMAGED = "damaged-checkpoints"  # beside DIRECTORY
+_DISCARDED = "discarded"  # inside DIRECTORY: old checkpoints while they are being deleted
 _ITEMS = ("params", "batch_stats", "opt_state")
-_AVERAGES = "ema"  # one more, of params and batch_stats, in a run that has them
+_AVERAGES = "ema"  # averages of params and batch_stats, in a run that computes them
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands, beside its arrays.
+    """The progress of a run, which is stored with its arrays.
 
     Attributes:
-      step: optimiser steps done; with the seed it is also the position in the data and in every
+      step: number of optimizer steps. Together with the seed, it determines the position in the data and in every
         random stream.
-      epoch: whole epochs done.
-      wall_seconds: spent so far, over all starts of the run.
-      skipped: steps whose update was left out, as their loss was not finite.
+      epoch: number of complete epochs.
+      wall_seconds: seconds spent so far, over all starts of the run.
+      skipped: steps that were skipped because their loss was not finite.
       pending: totals of the training metrics since the last record (`metrics.add_up`).
     """
 
@@ -54,18 +54,19 @@ def _error(metrics: Mapping[str, float]) -> float:
 
 
 class Checkpoints:
-    """The checkpoints in one folder, one sub-folder a step; parameters, moments, optimiser and averages apart.
+    """The checkpoints in a folder, with one sub-folder per step.
 
-    Each is written under a temporary name, with its files' checksums, and renamed when it is whole.
+    Parameters, moments, optimizer state and averages are stored separately. A checkpoint is written under a temporary
+    name, together with the checksums of its files, and renamed when it is complete.
 
     Attributes:
       directory: the folder.
-      set_aside: of each damaged checkpoint that was moved away on opening, what was wrong and where it
-        is now; told by the first process alone.
+      set_aside: a message for each damaged checkpoint that was moved away when the folder was opened; only in the first
+        process.
     """
 
     def __init__(self, directory: str | pathlib.Path, *, keep: int = 3, read_only: bool = False):
-        """Opens the folder, which is made unless read_only; damaged checkpoints are set aside.
+        """Opens the folder, and creates it unless `read_only` is set. Damaged checkpoints are moved away.
 
         Raises:
           CheckpointError: if all checkpoints are damaged, or the folder can't be written to.
@@ -79,12 +80,12 @@ class Checkpoints:
         keep_policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
-                # the lowest error comes last; of equal ones the latest
+                # the lowest error comes last, and of equal errors the latest
                 policies.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=_error,  # without one Orbax writes no metrics
+            best_fn=_error,  # without this function, Orbax writes no metrics
             preservation_policy=keep_policy,
             read_only=read_only,
             create=not read_only,
@@ -100,7 +101,7 @@ class Checkpoints:
         for name in ("progress", "files"):
             registry.add(name, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
             registry.add(name, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-        with self._explaining_damage() if read_only else self._explaining_errors():
+        with self._damage_as_error() if read_only else self._write_failure_as_error():
             self._manager = ocp.CheckpointManager(path, options=options, handler_registry=registry)
             # held open, so that no other folder can get its inode number
             self._folder = None if read_only else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -109,12 +110,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_):
-        # what raised before is not to be hidden by what closing raises of the same cause
+        # an exception in flight is not hidden by one that closing raises for the same reason
         with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
             self.close()
 
     def _damaged(self) -> dict[int, str]:
-        """What is wrong, of each step where something is."""
+        """A message for each damaged step."""
         damage = {step: find_damage(self.directory / str(step)) for step in steps_on_disk(self.directory)}
         return {
             step: f"checkpoint {self.directory / str(step)} is damaged ({what})"
@@ -128,11 +129,11 @@ class Checkpoints:
         damaged = self._damaged()
         if damaged and len(damaged) == len(steps_on_disk(self.directory)):
             raise CheckpointError(
-                "; ".join(damaged.values()) + ": none is left to go on from; start in another --workdir"
+                "; ".join(damaged.values()) + ": there is no intact checkpoint to resume from; give another --workdir"
             )
         for step, line in damaged.items():
             target = self.directory.parent / _DAMAGED / str(step)
-            with self._explaining_errors():
+            with self._write_failure_as_error():
                 while target.exists():
                     target = target.with_name(f"{target.name}_")
                 target.parent.mkdir(exist_ok=True)
@@ -140,7 +141,7 @@ class Checkpoints:
             self.set_aside.append(f"{line}; moved to {target}")
 
     def _delete_discarded(self) -> None:
-        with self._explaining_errors():
+        with self._write_failure_as_error():
             if (self.directory / _DISCARDED).is_dir():
                 shutil.rmtree(self.directory / _DISCARDED)
 
@@ -162,30 +163,30 @@ class Checkpoints:
         raise FileNotFoundError(f"{self.directory} was removed")
 
     @contextlib.contextmanager
-    def _explaining_damage(self) -> Iterator[None]:
+    def _damage_as_error(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            told = "; ".join(self._damaged().values())
-            raise CheckpointError(told or f"{self.directory} can't be read ({_first_line(error)})") from error
+            damage = "; ".join(self._damaged().values())
+            raise CheckpointError(damage or f"{self.directory} can't be read ({_first_line(error)})") from error
 
     @contextlib.contextmanager
-    def _explaining_errors(self) -> Iterator[None]:
+    def _write_failure_as_error(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             steps = steps_on_disk(self.directory)
-            saved = f"step {steps[-1]} is saved there" if steps else "none is saved there"
+            saved = f"the latest saved step is {steps[-1]}" if steps else "no step has been saved"
             raise CheckpointError(
-                f"can't write a checkpoint to {self.directory} ({_first_line(error)}); {saved}. Free space or bring"
-                " the folder back, and give the same command again to go on from there"
+                f"can't write a checkpoint to {self.directory} ({_first_line(error)}); {saved}. Free some"
+                " space or restore the folder, and run the same command again to resume"
             ) from error
 
     @property
     def latest_step(self) -> int | None:
-        """The last step saved."""
+        """The latest saved step; None if there is none."""
         return self._manager.latest_step()
 
     @property
@@ -196,28 +197,28 @@ class Checkpoints:
         return -min(errors)[1] if errors else None
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """What was measured at a step; None if it was not evaluated."""
-        with self._explaining_reads(step):
+        """The evaluation metrics of a step; None if it was not evaluated."""
+        with self._read_failure_as_error(step):
             values = self._manager.metrics(step)
             return values and {**values, "top1_error": float(values["top1_error"])}
 
     def save(self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts saving; `wait` returns once it is on disk. A step that is there already is kept.
+        """Starts to save a checkpoint; `wait` returns when it is on disk. A step that is already saved is kept.
 
         Raises:
-          CheckpointError: if this one, or the one before in the background, can't be written.
+          CheckpointError: if this checkpoint, or the previous one in the background, can't be written.
         """
         if progress.step in self._manager.all_steps():
             return
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
         items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
         items["files"] = ocp.args.JsonSave(self._files)
-        with self._explaining_errors():
+        with self._write_failure_as_error():
             self._check_folder()
             self._manager.save(progress.step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics))
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, Progress]:
-        """The state saved at a step, placed as `like` is.
+        """Restores the state of a step, with the placement of `like`.
 
         Raises:
           CheckpointError: if the shapes differ from those of `like`, or files are damaged.
@@ -226,9 +227,10 @@ class Checkpoints:
         return like.replace(step=_like(like.step, progress.step), **items), progress
 
     def restore_variables(self, like: Mapping[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
-        """Parameters and moments to evaluate, as `model.apply` takes them: the averages if there are any.
+        """Restores the variables to evaluate, for `model.apply`: the averages if there are any.
 
-        Errors as `restore`.
+        Raises:
+          CheckpointError: as `restore`.
         """
         if not (self.directory / str(step) / _AVERAGES).is_dir():
             return self._restore(dict(like), step)
@@ -237,23 +239,23 @@ class Checkpoints:
 
     def _restore(self, trees: dict[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
         if damage := find_damage(self.directory / str(step)):
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged ({damage}); name another step")
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged ({damage}); give another step")
         abstract = {name: jax.tree.map(_abstract, tree) for name, tree in trees.items()}
         self._check_shapes(abstract, step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        with self._explaining_reads(step):
+        with self._read_failure_as_error(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()))
         items = {name: restored[name] for name in trees}
         return items, self._progress(restored["progress"], step)
 
     @contextlib.contextmanager
-    def _explaining_reads(self, step: int) -> Iterator[None]:
+    def _read_failure_as_error(self, step: int) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of any kind: Orbax checks little of what it reads
+        except Exception as error:  # Orbax raises exceptions of many types for damaged files
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} can't be read ({_first_line(error)});"
-                " delete that folder to go on from the one before"
+                " delete that folder to resume from the previous checkpoint"
             ) from error
 
     def _progress(self, stored: Any, step: int) -> Progress:
@@ -266,18 +268,18 @@ class Checkpoints:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint {self.directory / str(step)} has no progress ({error})") from error
         if progress.step != step:
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} is of step {progress.step}: it was renamed")
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} is step {progress.step}; rename it back")
         return progress
 
     def _check_shapes(self, abstract: Mapping[str, Any], step: int) -> None:
-        with self._explaining_reads(step):
+        with self._read_failure_as_error(step):
             stored_items = self._manager.item_metadata(step)
         lines = []
         for name, tree in abstract.items():
             stored = stored_items.get(name)
             if stored is None:
                 raise CheckpointError(
-                    f"{self.directory / str(step)} has no {name}: it is no checkpoint of gmsop_jax, or damaged"
+                    f"{self.directory / str(step)} has no {name}: it is damaged, or not a checkpoint of gmsop_jax"
                 )
             theirs, ours = dict(_shapes(stored)), dict(_shapes(tree))
             for path in sorted(theirs.keys() | ours.keys()):
@@ -287,20 +289,20 @@ class Checkpoints:
         if lines:
             more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} doesn't fit the model:\n"
+                f"checkpoint {self.directory / str(step)} does not fit the model:\n"
                 + "\n".join(lines[:10] + more)
                 + "\nuse the configuration it was trained with (config.json beside the checkpoints)"
             )
 
     def wait(self) -> None:
-        """Returns once all that was saved is on disk; errors as `save`."""
-        with self._explaining_errors():
+        """Waits until everything is on disk; raises CheckpointError as `save`."""
+        with self._write_failure_as_error():
             self._manager.wait_until_finished()
             self._check_folder()
 
     def close(self) -> None:
-        """Waits, then closes the folder; errors as `save`."""
-        with self._explaining_errors():
+        """Waits as `wait`, and closes the folder."""
+        with self._write_failure_as_error():
             self._manager.close()
             self._check_folder()
         if self._folder is not None:
@@ -312,7 +314,7 @@ class Checkpoints:
 
 @functools.cache
 def _silence_orbax() -> None:
-    """Leaves only the errors that Orbax raises.
+    """Silences the messages of Orbax, except for the exceptions that it raises.
 
     Otherwise it logs every step, and errors a second time. When a save fails, the other writes in flight finish
     after their event loop is closed, and each would print a traceback from a thread of TensorStore.
@@ -352,23 +354,23 @@ def _first_line(error: BaseException) -> str:
 
 
 def steps_on_disk(directory: pathlib.Path) -> list[int]:
-    """The steps whose checkpoints are whole, in order."""
+    """The steps with a complete checkpoint, in ascending order."""
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
 
 
 def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
-    """The folder of checkpoints and the step that a path means.
+    """Finds the folder of checkpoints and the step that a path refers to.
 
     Args:
-      path: a working directory, its `checkpoints` folder, or one step's folder in it.
+      path: a working directory, its `checkpoints` folder, or the folder of a step in it.
 
-    Returns: (folder, step or None where the path names no single one).
+    Returns: (folder, step), where step is None if the path does not refer to a single step.
 
     Raises:
-      CheckpointError: if no checkpoint is there.
+      CheckpointError: if there is no checkpoint.
     """
     path = pathlib.Path(path)
-    # a working directory may have a number for a name too
+    # the name of a working directory can be a number too
     step = int(path.name) if path.name.isdigit() and not (path / DIRECTORY).is_dir() else None
     folder = path.parent if step is not None else path
     if (folder / DIRECTORY).is_dir():
@@ -376,7 +378,7 @@ def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     steps = steps_on_disk(folder)
     if not steps or (step is not None and step not in steps):
         there = f"; there are steps {', '.join(map(str, steps))}" if steps else ""
-        raise CheckpointError(f"no checkpoint at {path}{there}; name a working directory that a training run made")
+        raise CheckpointError(f"there is no checkpoint at {path}{there}; give the working directory of a training run")
     return folder, step
 
 
@@ -412,7 +414,7 @@ def read_file(workdir: pathlib.Path, name: str) -> str:
 def read_copy(workdir: pathlib.Path, name: str) -> str | None:
     """Returns the last checkpoint's copy of one of `WORKDIR_FILES`; None if no checkpoint contains one.
 
-    Damaged copies and checkpoints of older versions, which have none, are passed over.
+    Damaged copies, and checkpoints of older versions, which have none, are skipped.
     """
     for step in reversed(steps_on_disk(workdir / DIRECTORY)):
         folder = workdir / DIRECTORY / str(step)

@@ -41,10 +41,10 @@ def train_and_evaluate(
     If the working directory already contains checkpoints, training resumes from the latest one:
       1. The data set's manifest is read, and the run is set up (`setup.prepare`).
       2. The directory is locked, and the configuration is compared with its `config.json`.
-      3. The checksums of the shards are verified.
+      3. The checksums of the shards are verified; each process verifies its share.
       4. Damaged checkpoints are moved out of the way.
       5. Parameters, batch norm's moments, their averages and the optimiser's state are restored.
-      6. The data order, augmentation, gate noise, dropout and mixup continue where they were, since they are
+      6. The data order, augmentation, gate noise, dropout and mixup continue where they were, because they are
          functions of the seed and the step.
 
     Otherwise it starts from random parameters, or from the network that `config.train.init_from` names.
@@ -76,7 +76,9 @@ def train_and_evaluate(
     with Workdir(workdir, run.config) as folder, folder.explaining_errors():
         if config.data.verify:
             splits = None if config.data.on_corrupt == "stop" else ()
-            Manifest.load(config.data.dir, verify_checksums=True, splits=splits)
+            manifest = Manifest.load(config.data.dir, splits=())
+            index, count = jax.process_index(), jax.process_count()
+            manifest.verify_checksums(config.data.dir, splits=splits, process_index=index, process_count=count)
         check_same({f"the data set's split {name}": text for name, text in run.inputs.splits.items()})
         first_process_does(lambda: run.inputs.save(folder.path))
         with Checkpoints(folder.path / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:

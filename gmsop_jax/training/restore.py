@@ -1,4 +1,4 @@
-"""A trained network back in memory, with all that is needed to use it."""
+"""Restores a trained network, with everything that is needed to use it."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from gmsop_jax.training.inputs import Inputs
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What `load` knows about a network.
+    """Information about a restored network.
 
     Attributes:
       config: the resolved configuration of its run.
@@ -35,12 +35,12 @@ class Info:
 
     @property
     def num_candidates(self) -> int:
-        """n, the number of gate weights; 1 for a head without gate."""
+        """The number of gate weights n; 1 for a head without a gate."""
         return self.config.model.num_candidates if self.config.model.head in ("gmgap", "gmsop") else 1
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
-    """Restores a trained network; its data set need not be there.
+    """Restores a trained network. Its data set is not needed.
 
     Args:
       path: a working directory (its best checkpoint is taken, or the last if none was evaluated), or
@@ -58,7 +58,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
 
 
 def load_onto(path: str | os.PathLike[str], sharding: Sharding) -> tuple[Network, dict[str, Any], Info]:
-    """As `load`, with the variables placed by a sharding."""
+    """Restores a network like `load`, and places its variables by a sharding."""
     folder, _ = checkpoint.locate(os.fspath(path))
     config = configs.from_json(checkpoint.read_config(os.fspath(path)))
     inputs = Inputs.load(folder.parent)
@@ -66,7 +66,7 @@ def load_onto(path: str | os.PathLike[str], sharding: Sharding) -> tuple[Network
     if config.model.num_classes != len(inputs.classes):
         raise CheckpointError(
             f"{folder.parent}: config.json has {config.model.num_classes} classes, inputs.json names"
-            f" {len(inputs.classes)}; they are of different runs"
+            f" {len(inputs.classes)}; they belong to different runs"
         )
     model = create_model(config.model)
     variables, step, metrics = load_variables(model, (*inputs.image_size, 3), path, sharding)
@@ -76,7 +76,7 @@ def load_onto(path: str | os.PathLike[str], sharding: Sharding) -> tuple[Network
 def load_variables(
     model: Network, image_shape: tuple[int, int, int], path: str | os.PathLike[str], sharding: Sharding
 ) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
-    """A network's parameters and moments from a checkpoint; the averages of a run that has them.
+    """Restores the parameters and moments of a network; the averages, if the run computes them.
 
     Args:
       model: the network.

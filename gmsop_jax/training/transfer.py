@@ -1,4 +1,4 @@
-"""Starting from another run's network: which of its arrays a new one takes."""
+"""Initializes a network from that of another run."""
 
 import dataclasses
 import os
@@ -14,18 +14,18 @@ from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.restore import load_onto
 
-Path = tuple[str, ...]  # of an array: collection, backbone or head, …, name
+Path = tuple[str, ...]  # the path of an array: collection, backbone or head, …, name
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A trained network that another starts from.
+    """A trained network that another one is initialized from.
 
     Attributes:
-      path: as `config.train.init_from` names it.
-      step: optimiser steps that it was trained for.
-      variables: parameters and moments, in the host's memory; the averages of a run that has them.
-      inputs: what it was trained on; the new network gets pixels less the same mean colour.
+      path: the value of `config.train.init_from`.
+      step: number of optimizer steps for which it was trained.
+      variables: parameters and moments in the memory of the host; the averages, if its run computed them.
+      inputs: description of its data set. The same mean colour is subtracted for the new network.
     """
 
     path: str
@@ -35,14 +35,14 @@ class Source:
 
 
 def read_source(config: ConfigDict, sharding: Sharding) -> Source:
-    """The network that `config.train.init_from` names.
+    """Reads the network that `config.train.init_from` names.
 
     Args:
-      config: of the new run.
-      sharding: where each array is put while it is read; on devices of all processes.
+      config: the configuration of the new run.
+      sharding: where the arrays are placed while they are read, on devices of all processes.
 
     Raises:
-      ConfigError: if there is no such network, or its pixels are of another scale.
+      ConfigError: if there is no such network, or its `pixel_scale` is different.
     """
     path = config.train.init_from
     try:
@@ -59,19 +59,19 @@ def read_source(config: ConfigDict, sharding: Sharding) -> Source:
 
 
 def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], str]:
-    """The arrays that a new network takes from another: its backbone, and each layer of the head that fits.
+    """Chooses the arrays that are copied: the backbone, and each layer of the head that fits.
 
-    A layer is taken whole, if its arrays there have the shapes that they have here, or not at all: a bias
-    means nothing without its kernel.
+    A layer is copied if all its arrays have the same shapes in both networks, and otherwise not at all, because a bias
+    is meaningless without its kernel.
 
     Args:
-      like: the new network's parameters and moments, or their shapes.
-      source: the other.
+      like: parameters and moments of the new network, or their shapes.
+      source: the other network.
 
-    Returns: (path → array, what a line says about it).
+    Returns: (a mapping from paths to arrays, a message about them).
 
     Raises:
-      ConfigError: naming the first array of the backbones that differs.
+      ConfigError: if the backbones differ; the message names the first array that differs.
     """
     ours, theirs = _flatten(like), _flatten(source.variables)
     new_layers = set()
@@ -87,7 +87,7 @@ def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], st
             if path in ours:
                 new_layers.add(path[1:-1])
     taken = {path: theirs[path] for path in ours if path[1:-1] not in new_layers}
-    line = f"{len(taken)} of {len(ours)} arrays come from {source.path} (step {source.step})"
+    line = f"{len(taken)} of {len(ours)} arrays are copied from {source.path} (step {source.step})"
     return taken, f"{line}; new: {_name_parts(ours.keys() - taken.keys(), taken)}"
 
 
@@ -96,7 +96,7 @@ def _flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def _name_parts(new: set[Path], taken: Mapping[Path, Any]) -> str:
-    """The largest parts of which nothing was taken."""
+    """The largest parts from which nothing is copied."""
     used = {path[1:end] for path in taken for end in range(2, len(path) + 1)}
     starts = ((path[1:end] for end in range(2, len(path) + 1)) for path in new)
     parts = {"/".join(next(part for part in parts if part not in used)) for parts in starts}
@@ -104,6 +104,6 @@ def _name_parts(new: set[Path], taken: Mapping[Path, Any]) -> str:
 
 
 def merge(variables: Mapping[str, Any], taken: Mapping[Path, Any]) -> dict[str, Any]:
-    """Variables with some arrays replaced, which keep their dtypes."""
+    """Replaces arrays of the variables, keeping the dtypes."""
     own = _flatten(variables)
     return unflatten_dict({**own, **{path: array.astype(own[path].dtype) for path, array in taken.items()}})

@@ -1,4 +1,4 @@
-"""A run's working directory: one run at a time, of one configuration."""
+"""The working directory of a run: one run at a time, with one configuration."""
 
 import contextlib
 import os
@@ -86,7 +86,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def explaining_errors(self) -> Iterator[None]:
-        """Says of an OSError inside (full disk, read-only or vanished folder) what is saved and what to do.
+        """Turns an OSError (full disk, read-only or vanished folder) into an error that says what to do.
 
         Raises:
           CheckpointError: in its place.
@@ -103,10 +103,10 @@ class Workdir:
 
     def _explain(self, reason: str) -> str:
         steps = steps_on_disk(self.path / DIRECTORY)
-        saved = f"step {steps[-1]} is saved there" if steps else "no checkpoint is there"
+        saved = f"the latest saved step is {steps[-1]}" if steps else "no step has been saved"
         return (
-            f"can't write to the working directory {self.path} ({reason}); {saved}. Free space or bring the folder"
-            " back, and give the same command again to go on from the last checkpoint"
+            f"can't write to the working directory {self.path} ({reason}); {saved}. Free some space or restore"
+            " the folder, and run the same command again to resume"
         )
 
     def _open(self) -> None:

@@ -105,7 +105,7 @@ def test_all_checkpoints_damaged(finished, config, tmp_path):
     before = steps_in(workdir / "checkpoints")
     for step in before:
         (workdir / "checkpoints" / str(step) / "progress" / "metadata").write_text("")
-    with pytest.raises(CheckpointError, match="none is left to go on from"):
+    with pytest.raises(CheckpointError, match="there is no intact checkpoint to resume from"):
         train_and_evaluate(config, workdir)
     assert steps_in(workdir / "checkpoints") == before  # nothing is thrown away
 
@@ -158,7 +158,7 @@ def test_vanished_workdir(config, tmp_path, monkeypatch):
 
     evaluate = setup.evaluate_split
     monkeypatch.setattr(setup, "evaluate_split", vanish)
-    with pytest.raises(CheckpointError, match=r"the folder has vanished.*no checkpoint is there"):
+    with pytest.raises(CheckpointError, match=r"the folder has vanished.*no step has been saved"):
         train_and_evaluate(config, tmp_path / "run")
 
 
@@ -193,7 +193,7 @@ def test_full_disk(start: Callable[..., subprocess.Popen[str]], finished, tmp_pa
     assert "Traceback" not in errors
     assert "Exception ignored" not in errors
     assert "Event loop" not in errors
-    assert re.search("error: can't write .*step 3 is saved there. Free space", errors), errors
+    assert re.search("error: can't write .*latest saved step is 3. Free", errors), errors
     assert 3 in steps_in(tmp_path / "run" / "checkpoints")
     process = start("--workdir", tmp_path / "run")  # there is room again
     output, errors = process.communicate(timeout=300)

@@ -127,7 +127,7 @@ def test_tool(trained_run, tmp_path, monkeypatch, capsys):
     assert "model.safetensors: " in (out := capsys.readouterr().out)
     assert "largest differences from the original on random images: " in out
     assert _tool(monkeypatch, tmp_path / "nothing", "--format", "stablehlo") == 2
-    assert "error: no checkpoint at" in capsys.readouterr().err
+    assert "error: there is no checkpoint at" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert _tool(monkeypatch, trained_run, "--format", "safetensors", "--output", tmp_path / "file") == 2
     assert "can't write to" in capsys.readouterr().err

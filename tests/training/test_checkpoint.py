@@ -115,7 +115,7 @@ def test_another_model_is_refused_with_the_shapes(saved):
     with Checkpoints(saved / "checkpoints", read_only=True) as checkpoints, pytest.raises(CheckpointError) as caught:
         checkpoints.restore_variables(other.variables, 30)
     message = str(caught.value)
-    assert f"checkpoint {saved / 'checkpoints' / '30'} doesn't fit the model" in message
+    assert f"checkpoint {saved / 'checkpoints' / '30'} does not fit the model" in message
     assert "params/dense/kernel: checkpoint (2, 3), model (2, 4)" in message
     assert "params/dense/bias: checkpoint (3,), model absent" in message
     assert "params/extra/bias: checkpoint absent, model (5,)" in message
@@ -150,7 +150,7 @@ def test_locate(saved, tmp_path):
 
 def test_nothing_to_locate(saved, tmp_path):
     for path in (tmp_path, tmp_path / "none", saved / "config.json"):
-        with pytest.raises(CheckpointError, match=f"no checkpoint at {path}; name a working directory"):
+        with pytest.raises(CheckpointError, match=f"no checkpoint at {path}; give the working directory"):
             locate(path)
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*20; there are steps 10, 30, 35"):
         locate(saved / "checkpoints" / "20")

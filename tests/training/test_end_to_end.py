@@ -454,7 +454,7 @@ def test_damaged_config_json(finished, tmp_path, config_file, capsys, text):
 def test_checkpoint_that_does_not_fit(finished, config_file, capsys):
     arguments = ["--config", config_file, "--mode", "evaluate", "--workdir", finished]
     message = fails(capsys, *arguments, "--config.model.candidate_widths=(6, 5)")
-    assert "doesn't fit the model" in message
+    assert "does not fit the model" in message
     assert "/candidates2: checkpoint (4, 6, 4), model (4, 6, 5)" in message
     assert "Traceback" not in message
 

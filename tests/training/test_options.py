@@ -171,7 +171,7 @@ def test_with_other_classes_all_but_the_classifier_is_taken(finished, tiny, more
         np.testing.assert_array_equal(got[name], source[f"['params']{name}"], err_msg=name)
     assert got["['head']['classifier']['kernel']"].shape[-1] == 11
     count = len(source)
-    line = f"{count - 2} of {count} arrays come from {finished}/checkpoints/8 (step 8); new: head/classifier"
+    line = f"{count - 2} of {count} arrays are copied from {finished}/checkpoints/8 (step 8); new: head/classifier"
     assert capsys.readouterr().err.count(line) == 1
 
     # what it knows is pixels less the first run's mean colour
@@ -186,7 +186,7 @@ def test_with_other_classes_all_but_the_classifier_is_taken(finished, tiny, more
     (tmp_path / "run" / "inputs.json").rename(tmp_path / "inputs.json")
     train_and_evaluate(config, tmp_path / "run")
     assert Inputs.load(tmp_path / "run") == Inputs.load(tmp_path)
-    assert "arrays come from" not in capsys.readouterr().err
+    assert "arrays are copied from" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_with_other_classes_all_but_the_classifier_is_taken(finished, tiny, more
             "model.pixel_scale=1.0",
             r"pixel_scale = 1\.0, but .* trained with 60\.0; set --config.model.pixel_scale=60.0",
         ),
-        ("train.init_from=nowhere", "config.train.init_from = 'nowhere': no checkpoint at nowhere; name a working dir"),
+        ("train.init_from=nowhere", "config.train.init_from = 'nowhere': there is no checkpoint at nowhere; give the"),
     ],
 )
 def test_networks_that_it_can_not_start_from(finished, tiny, tmp_path, assignment, message):

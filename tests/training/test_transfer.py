@@ -27,7 +27,7 @@ def source(variables: dict) -> Source:
 
 def test_the_same_network_is_taken_whole():
     taken, line = choose(jax.eval_shape(lambda: network(0.0)), source(network(5.0)))
-    assert line == "5 of 5 arrays come from runs/x (step 7); new: none"
+    assert line == "5 of 5 arrays are copied from runs/x (step 7); new: none"
     jax.tree.map(np.testing.assert_array_equal, merge(network(0.0), taken), network(5.0))
 
 
@@ -37,7 +37,7 @@ def test_a_layer_is_taken_whole_or_not_at_all():
     here["params"]["head"]["classifier"]["kernel"] = jnp.zeros((9, 2))
     there = network(5.0, gate={"trunk": {"kernel": jnp.ones(2)}}, unused={"kernel": jnp.ones(2)})
     taken, line = choose(here, source(there))
-    assert line == "4 of 8 arrays come from runs/x (step 7); new: head/classifier, head/gate/out, head/more"
+    assert line == "4 of 8 arrays are copied from runs/x (step 7); new: head/classifier, head/gate/out, head/more"
     merged = merge(here, taken)["params"]["head"]
     assert merged["classifier"]["bias"].tolist() == [0, 0]
     assert merged["gate"]["trunk"]["kernel"].tolist() == [1, 1]
