@@ -317,9 +317,10 @@ def _silence_orbax() -> None:
     """Silences the messages of Orbax, except for the exceptions that it raises.
 
     Otherwise it logs every step, and errors a second time. When a save fails, the other writes in flight finish
-    after their event loop is closed, and each would print a traceback from a thread of TensorStore.
+    after their event loop is closed, and each would print a traceback from a thread of TensorStore or of asyncio.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     report = sys.unraisablehook
 
     def report_others(unraisable):
