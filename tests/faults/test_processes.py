@@ -170,6 +170,7 @@ def test_other_workdir_in_a_process(start, tmp_path):
 
 FAIL_IN_SET_UP = """
 import gmsop_jax.training.loop as loop
+from gmsop_jax.errors import UserError
 def prepare(*_):
     raise {error}
 loop.prepare = prepare
@@ -178,7 +179,7 @@ loop.prepare = prepare
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ["loop.UserError('wrong')", "ZeroDivisionError('wrong')"])
+@pytest.mark.parametrize("error", ["UserError('wrong')", "ZeroDivisionError('wrong')"])
 def test_failure_in_set_up(start, tmp_path, index, error):
     failing = FAIL_IN_SET_UP.format(error=error)
     processes = two_processes(start, tmp_path / "run", prologues=(failing, "") if index == 0 else ("", failing))
