@@ -30,7 +30,7 @@ def test_notebook_is_valid_and_kept_without_outputs(name):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
-    assert code[0].source.startswith("# Installs the package on Colab")
+    assert code[0].source.startswith("# Install the package on Colab")
     assert 'if "google.colab" in sys.modules:' in code[0].source
 
 
