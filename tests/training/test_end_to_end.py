@@ -217,7 +217,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
 def test_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monkeypatch, calls, stops):
     interrupt_at(monkeypatch, *calls)
     for step in stops:
-        with pytest.raises(Interrupted, match=f"SIGINT at step {step}, saved; the same command goes on") as caught:
+        with pytest.raises(Interrupted, match=f"SIGINT at step {step}, saved; run the same command again") as caught:
             train_and_evaluate(tiny, tmp_path / "run")
         assert caught.value.status == 130
         assert not (tmp_path / "run" / "result.json").exists()
