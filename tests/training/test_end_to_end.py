@@ -448,7 +448,9 @@ def test_what_does_not_change_the_computation_may_differ(finished, tmp_path, con
 def test_damaged_config_json(finished, tmp_path, config_file, capsys, text):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(text)
-    assert f"{tmp_path / 'run' / 'config.json'} has a damaged configuration" in fails(capsys, *train(config_file, tmp_path))
+    assert f"{tmp_path / 'run' / 'config.json'} has a damaged configuration" in fails(
+        capsys, *train(config_file, tmp_path)
+    )
 
 
 def test_checkpoint_that_does_not_fit(finished, config_file, capsys):
