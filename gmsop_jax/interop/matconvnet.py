@@ -162,7 +162,7 @@ def _momentum(config: ConfigDict, params: Mapping[str, Any], state: Any) -> Tree
     values = {}
     for (name, value), cell in zip(params.items(), cells.ravel(), strict=True):
         if not isinstance(cell, np.ndarray) or cell.dtype.kind != "f":
-            raise CheckpointError(f"state.momentum of parameter {name!r} is no array of numbers")
+            raise CheckpointError(f"state.momentum of parameter {name!r} is not an array of numbers")
         # a momentum that was never updated is the scalar 0
         values[name] = np.zeros_like(value) if cell.size == 1 and not cell.any() else -cell
     trained = {p.name: values[p.name] for p in parameters.parameters(config) if p.trained}
