@@ -95,7 +95,6 @@ def test_the_step_knows_no_files_and_no_configuration(module):
 # Private names that tests still reach for; to be removed, not added to.
 PRIVATE = {
     "data/test_augment.py": {"_read_one"},
-    "inference/test_export.py": {"_flatten"},
     "interop/test_matfile.py": {"_to_scipy"},
     "parallel/eight_devices/cases.py": {"_check_pairs"},
     "parallel/test_cpu_devices.py": {"_split_rows"},

@@ -14,6 +14,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import gmsop_jax
 from gmsop_jax import config as configs
@@ -67,8 +68,8 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
     """
     _need("flatbuffers")
     model, variables, info = gmsop_jax.load(path)
-    # the platform on which the artefact runs determines how the candidates are computed
-    on_cpu, elsewhere = (_step(info, dispatch) for dispatch in ("loop", "gather"))
+    # The best way to compute the candidates depends on the platform on which the artefact will run.
+    on_cpu, elsewhere = (_make_step(_with_dispatch(info, dispatch), info) for dispatch in ("loop", "gather"))
 
     def predict(images: jax.Array) -> dict[str, jax.Array]:
         return jax.lax.platform_dependent(variables, images, cpu=on_cpu, default=elsewhere)
@@ -79,7 +80,7 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
     description = _describe(info, variables) | {"platforms": list(PLATFORMS)}
     files = _write(output, description, STABLEHLO_FILE, artefact.serialize())
     restored: Any = jax.export.deserialize(bytearray(files[0].read_bytes()))
-    return Exported(files, _compare(_original(model, variables, info), restored.call, info))
+    return Exported(files, _compare(_run(model, variables, info), restored.call, info))
 
 
 def export_safetensors(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Exported:
@@ -95,8 +96,7 @@ def export_safetensors(path: str | os.PathLike[str], output: str | os.PathLike[s
     model, variables, info = gmsop_jax.load(path)
     data = save(_flatten(variables), metadata={"format": "flax", "gmsop_jax": gmsop_jax.__version__})
     files = _write(output, _describe(info, variables), SAFETENSORS_FILE, data)
-    again = load_safetensors(output)
-    return Exported(files, _compare(_original(model, variables, info), _original(*again, info), info))
+    return Exported(files, _compare(_run(model, variables, info), _run(*load_safetensors(output), info), info))
 
 
 def load_safetensors(folder: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
@@ -123,19 +123,11 @@ def load_safetensors(folder: str | os.PathLike[str]) -> tuple[Network, dict[str,
         raise CheckpointError(
             f"{folder}: {SAFETENSORS_FILE} and {JSON_FILE} list different arrays; export the network again"
         )
-    variables: dict[str, Any] = {"batch_stats": {}}
-    for name, array in arrays.items():
-        *parents, leaf = name.split(".")
-        node = variables
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array
-    return create_model(config.model), variables
+    return create_model(config.model), {"batch_stats": {}, **unflatten_dict(arrays, sep=".")}
 
 
-def _flatten(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten_dict(dict(variables), sep=".")  # pyright: ignore[reportReturnType]  # never keyed by tuples
 
 
 def _describe(info: Info, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,16 +155,18 @@ def _write(
     return folder / name, folder / JSON_FILE
 
 
-def _step(info: Info, dispatch: str) -> Callable[..., dict[str, jax.Array]]:
-    config = configs.from_json(configs.to_json(info.config))
-    config.model.dispatch = dispatch
-    return make_predict_step(
-        create_model(config.model), mean_rgb=info.inputs.mean_rgb, flip_average=info.config.eval.flip_average
-    )
+def _with_dispatch(info: Info, dispatch: str) -> Network:
+    model = configs.ConfigDict(info.config.model.to_dict())
+    model.dispatch = dispatch
+    return create_model(model)
 
 
-def _original(model: Network, variables: Mapping[str, Any], info: Info) -> Callable[[np.ndarray], Outputs]:
-    step = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=info.config.eval.flip_average))
+def _make_step(model: Network, info: Info) -> Callable[..., dict[str, jax.Array]]:
+    return make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=info.config.eval.flip_average)
+
+
+def _run(model: Network, variables: Mapping[str, Any], info: Info) -> Callable[[np.ndarray], Outputs]:
+    step = jax.jit(_make_step(model, info))
     return lambda images: step(variables, images)
 
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -32,8 +33,8 @@ class Prediction:
     Attributes:
       file: the name of the image file.
       probabilities: [classes], float32; they sum to 1.
-      gate_weights: [n], float32, of which k are not 0 (up to 2k with `eval.flip_average`, which averages two views);
-        [1] in a network without gate.
+      gate_weights: [n], float32, of which k are not 0 (up to 2k with `eval.flip_average`, which averages two views).
+        A network without a gate has a single weight of 1.
       features: [f], float32: the pooled vector, for retrieval or a linear probe.
     """
 
@@ -59,18 +60,20 @@ def make_predict_step(
     Args:
       model: a network that returns `(logits, aux)`.
       mean_rgb: [3], the mean colour, which is subtracted.
-      flip_average: average logits, gate weights and features over each image and its mirror image; the
-        probabilities are the softmax of the averaged logits.
+      flip_average: average the logits, gate weights and features over each image and its mirror image. The
+        probabilities are then the softmax of the averaged logits.
 
     Returns: a function of images, uint8 [b, h, w, 3] (RGB), that returns `logits` and `probabilities`
       [b, classes], `gate_weights` [b, n] and `features` [b, f].
     """
 
+    def forward(variables: Mapping[str, Any], images: Array) -> Any:
+        return model.apply(variables, normalize(images, mean_rgb), train=False)
+
     def predict_step(variables: Mapping[str, Any], images: Array) -> dict[str, Array]:
-        output: Any = model.apply(variables, normalize(images, mean_rgb), train=False)
+        output = forward(variables, images)
         if flip_average:
-            mirrored = model.apply(variables, normalize(images[:, :, ::-1], mean_rgb), train=False)
-            output = jax.tree.map(lambda a, b: (a + b) / 2, output, mirrored)
+            output = jax.tree.map(lambda a, b: (a + b) / 2, output, forward(variables, images[:, :, ::-1]))
         logits, aux = output
         return {
             "logits": logits,
@@ -87,14 +90,14 @@ def read_image(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Reads an image file and brings it to the size that a network expects.
 
-    The image is rotated as its EXIF data says, transparent pixels are composed over white, and gray is repeated to
-    three channels. Then it is resized (bicubic) and its centre is cut out.
+    The image is rotated according to its EXIF data, transparent pixels are composed over white, and a gray image is
+    repeated to three channels. Then the image is resized (bicubic) and its centre is cut out.
 
     Args:
-      file: an image in any format that Pillow reads; of an animation the first frame is used.
+      file: an image in any format that Pillow reads. If it is an animation, the first frame is used.
       size: height and width.
       shorter_side: `config.eval.resize` of the run: the length to which the shorter side is resized before the
-        centre is cut out, as in evaluation; 0 cuts off as little as possible.
+        centre is cut out, as in evaluation. With 0, the largest centred part with the right aspect ratio is resized.
 
     Raises:
       UnreadableImage: if the file is missing, is not a regular file, or is not an image.
@@ -116,8 +119,8 @@ def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Expands folders and lists to the names of image files.
 
     Args:
-      inputs: image files; folders, in which all images are taken, those in sub-folders included, in the order of
-        their names; `.txt` files with one path on each line. In folders, names that begin with a dot are ignored.
+      inputs: image files; folders, of which all images are used, including those in sub-folders, sorted by name;
+        and `.txt` files with one path per line. Hidden files and folders (`.name`) are ignored.
 
     Raises:
       DataError: if there are no images, or a list can't be read.
@@ -138,7 +141,7 @@ def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
 
 
 def _walk(folder: pathlib.Path) -> Iterator[str]:
-    """Yields what is named like an image in a folder and its sub-folders; links are followed, but no folder twice."""
+    """Yields the files with an image's suffix in a folder and its sub-folders. Links are followed; loops end."""
 
     def refuse(error: OSError) -> None:
         raise FileAccessError.from_os_error(error.filename or folder, error) from error
@@ -160,7 +163,7 @@ def _read_list(path: pathlib.Path) -> list[str]:
     try:
         lines = _read_bytes(path).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f"the list {path} can't be read ({error})") from error
+        raise DataError(f"the list {path} can't be read ({error}); write one path per line, in UTF-8") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -175,7 +178,7 @@ class Predictor:
     """A trained network that predicts the classes of image files.
 
     Args:
-      path: a working directory, or the folder of one step in it, as in `restore.load`.
+      path: a working directory, or the folder of one step in it, as in `gmsop_jax.load`.
 
     Attributes:
       info: configuration, classes and image size of the run.
@@ -195,24 +198,31 @@ class Predictor:
         model, variables, self.info = restore.load(path)
         self._mesh = parallel.create_mesh()
         self._variables = parallel.replicate(variables, self._mesh)
-        step = make_predict_step(
-            model, mean_rgb=self.info.inputs.mean_rgb, flip_average=self.info.config.eval.flip_average
-        )
-        self._step = jax.jit(step)
+        flip_average = self.info.config.eval.flip_average
+        self._step = jax.jit(make_predict_step(model, mean_rgb=self.info.inputs.mean_rgb, flip_average=flip_average))
 
-    def outputs(self, images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, np.ndarray]:
-        """The outputs of the prediction step for images of the network's size; see `make_predict_step`."""
-        placed = parallel.place_batch({"image": images}, self._mesh)
-        return jax.device_get(self._step(self._variables, placed["image"]))
+    def outputs(self, images: UInt8[np.ndarray, "b h w 3"], batch_size: int = 1) -> dict[str, np.ndarray]:
+        """The outputs of the prediction step for images of the network's size; see `make_predict_step`.
+
+        Args:
+          images: RGB.
+          batch_size: pad the batch with black images to at least this size, so that batches of several sizes share
+            one compiled program. The outputs for the padding are cut off.
+        """
+        rows = -(-max(len(images), batch_size) // self._mesh.size) * self._mesh.size  # split evenly over the devices
+        padded = np.pad(images, [(0, rows - len(images)), (0, 0), (0, 0), (0, 0)])
+        placed = parallel.place_batch({"image": padded}, self._mesh)
+        outputs = jax.device_get(self._step(self._variables, placed["image"]))
+        return {name: value[: len(images)] for name, value in outputs.items()}
 
     def predict(
         self, inputs: Iterable[str | os.PathLike[str]], *, batch_size: int = 256
     ) -> Iterator[Prediction | Unreadable]:
-        """Predicts the classes of images, in batches of one static shape, while it reads ahead.
+        """Predicts the classes of images in batches, and reads the next images meanwhile.
 
         Args:
           inputs: files, folders and lists; see `list_files`.
-          batch_size: number of images in a batch; at most the number of files is used.
+          batch_size: number of files in a batch; at most the number of files is used.
 
         Returns: an iterator over the results, in the order of the files. A file that can't be read gives an
           `Unreadable`.
@@ -224,44 +234,28 @@ class Predictor:
         return self._predict(files, min(batch_size, len(files)))
 
     def _predict(self, files: list[str], batch_size: int) -> Iterator[Prediction | Unreadable]:
-        read = functools.partial(_read, size=self.info.inputs.image_size, shorter_side=self.info.config.eval.resize)
+        read = functools.partial(_try_read, size=self.info.inputs.image_size, shorter_side=self.info.config.eval.resize)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
-        waiting: list[tuple[str, np.ndarray | Unreadable]] = []
-        readable = 0
-        for item in grain.MapDataset.source(files).map(read).to_iter_dataset(options):
-            waiting.append(item)
-            readable += isinstance(item[1], np.ndarray)
-            if readable == batch_size:
-                yield from self._run(waiting, batch_size)
-                waiting, readable = [], 0
-        yield from self._run(waiting, batch_size)
-
-    def _run(
-        self, items: Sequence[tuple[str, np.ndarray | Unreadable]], batch_size: int
-    ) -> Iterator[Prediction | Unreadable]:
-        """Yields the results of one batch of images and of the unreadable files between them, in their order."""
-        rows = -(-batch_size // self._mesh.size) * self._mesh.size  # split evenly over the devices
-        batch = np.zeros((rows, *self.info.inputs.image_size, 3), np.uint8)
-        images = [image for _, image in items if isinstance(image, np.ndarray)]
-        outputs: dict[str, np.ndarray] = {}
-        if images:
-            batch[: len(images)] = images
-            outputs = self.outputs(batch)
-        row = 0
-        for file, image in items:
-            if isinstance(image, Unreadable):
-                yield image
-                continue
-            yield Prediction(
-                file, outputs["probabilities"][row], outputs["gate_weights"][row], outputs["features"][row]
-            )
-            row += 1
+        items = iter(grain.MapDataset.source(files).map(read).to_iter_dataset(options))
+        blank = np.zeros((*self.info.inputs.image_size, 3), np.uint8)  # in place of an image that can't be read
+        for start in range(0, len(files), batch_size):
+            batch = list(itertools.islice(items, batch_size))
+            images = np.stack([blank if isinstance(item, Unreadable) else item for item in batch])
+            outputs = self.outputs(images, batch_size)
+            for row, item in enumerate(batch):
+                if isinstance(item, Unreadable):
+                    yield item
+                else:
+                    probabilities, weights, features = (
+                        outputs[name][row] for name in ("probabilities", "gate_weights", "features")
+                    )
+                    yield Prediction(files[start + row], probabilities, weights, features)
 
 
-def _read(file: str, *, size: tuple[int, int], shorter_side: int) -> tuple[str, np.ndarray | Unreadable]:
+def _try_read(file: str, *, size: tuple[int, int], shorter_side: int) -> np.ndarray | Unreadable:
     try:
-        return file, read_image(file, size, shorter_side)
+        return read_image(file, size, shorter_side)
     except UnreadableImage as error:
         if isinstance(error.__cause__, PIL.UnidentifiedImageError):
-            return file, Unreadable(file, "not an image in a format that Pillow reads")
-        return file, Unreadable(file, str(error).removeprefix(f"{file}: "))
+            return Unreadable(file, "not an image in a format that Pillow reads")
+        return Unreadable(file, str(error).removeprefix(f"{file}: "))

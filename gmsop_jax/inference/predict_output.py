@@ -9,7 +9,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,8 @@ def run(
 ) -> int:
     """Predicts the classes of images and prints them.
 
-    If the reader of standard output has gone (`| head`), the rest is not printed, but the features are saved.
+    If the reader of standard output stops reading (as `head` does), nothing more is printed, but the features are
+    still saved.
 
     Args:
       checkpoint: a working directory, or the folder of one step in it.
@@ -48,7 +49,7 @@ def run(
       UserError: if there are no images, the checkpoint can't be read, or the .npz file can't be written.
     """
     if top < 1:
-        raise ConfigError(f"--top must be at least 1, got {top}")
+        raise ConfigError(f"--top must be at least 1, but got {top}")
     if features and not features.endswith(".npz"):
         raise ConfigError(f"--features {features} must end in .npz")
     files = list_files(inputs)
@@ -73,7 +74,7 @@ def run(
 
 
 def _print(text: str) -> bool:
-    """Prints text as it is, at once; file names that are not UTF-8 are escaped. Returns whether anybody reads it."""
+    """Prints text at once, and escapes file names that are not UTF-8. Returns False if the reader has gone."""
     try:
         print(text.encode("utf-8", "backslashreplace").decode(), end="", flush=True)
     except BrokenPipeError:
@@ -82,16 +83,19 @@ def _print(text: str) -> bool:
     return True
 
 
-def _best(prediction: Prediction, top: int) -> np.ndarray:
-    """The labels of the most probable classes, in order of decreasing probability."""
-    return np.argsort(-prediction.probabilities, kind="stable")[:top]
+def _best(prediction: Prediction, info: Info, top: int) -> list[dict[str, Any]]:
+    """The most probable classes, in order of decreasing probability."""
+    labels = np.argsort(-prediction.probabilities, kind="stable")[:top]
+    return [
+        {"name": info.inputs.classes[i], "label": int(i), "probability": float(prediction.probabilities[i])}
+        for i in labels
+    ]
 
 
 def _table(results: Results, info: Info, top: int, files: Sequence[str]) -> Iterator[str]:
-    """Aligned columns, with a line for each class; the gate weights are on the first line of an image."""
-    classes = info.inputs.classes
-    name_width = max(len("file"), *(len(file) for file in files))
-    class_width = max(len("class"), *(len(name) for name in classes))
+    """Aligned columns, with one line per class. The first line of an image also has its gate weights."""
+    name_width = max(len("file"), *map(len, files))
+    class_width = max(len("class"), *map(len, info.inputs.classes))
     yield f"{'file':{name_width}}  {'class':{class_width}}  probability  gate weight × candidate\n"
     for result in results:
         if isinstance(result, Unreadable):
@@ -100,51 +104,44 @@ def _table(results: Results, info: Info, top: int, files: Sequence[str]) -> Iter
         weights = result.gate_weights
         used = [i for i in np.argsort(-weights, kind="stable") if weights[i] > 0]
         gate = "  ".join(f"{weights[i]:.2f} × {i}" for i in used) if len(weights) > 1 else "no gate"
-        for rank, label in enumerate(_best(result, top)):
+        for rank, best in enumerate(_best(result, info, top)):
             name, rest = ("", "") if rank else (result.file, gate)
-            line = f"{name:{name_width}}  {classes[label]:{class_width}}  {100 * result.probabilities[label]:9.2f} %"
-            yield f"{line}  {rest}".rstrip() + "\n"
+            line = f"{name:{name_width}}  {best['name']:{class_width}}  {100 * best['probability']:9.2f} %  {rest}"
+            yield line.rstrip() + "\n"
 
 
 def _json(results: Results, info: Info, top: int, files: Sequence[str]) -> Iterator[str]:
-    """One array, with an object for each file on a line of its own."""
+    """An array with one object per file, each on a line of its own."""
     separator = "[\n"
     for result in results:
-        value: dict[str, Any] = {"file": result.file}
         if isinstance(result, Unreadable):
-            value["error"] = result.reason
+            value = {"file": result.file, "error": result.reason}
         else:
-            value["classes"] = [
-                {"name": info.inputs.classes[i], "label": int(i), "probability": float(result.probabilities[i])}
-                for i in _best(result, top)
-            ]
-            value["gate_weights"] = result.gate_weights.tolist()
+            weights = result.gate_weights.tolist()
+            value = {"file": result.file, "classes": _best(result, info, top), "gate_weights": weights}
         yield separator + json.dumps(value, ensure_ascii=False)
         separator = ",\n"
     yield "\n]\n"
 
 
 def _csv(results: Results, info: Info, top: int, files: Sequence[str]) -> Iterator[str]:
-    """A header, and a row for each file."""
+    """A header and one row per file."""
     ranks = range(1, min(top, len(info.inputs.classes)) + 1)
     header = ["file", "error", *(f"{key}_{rank}" for rank in ranks for key in ("class", "probability"))]
-    header += [f"gate_{i}" for i in range(info.num_candidates)]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, header, lineterminator="\n")
-    writer.writeheader()
+    yield _csv_row([*header, *(f"gate_{i}" for i in range(info.num_candidates))])
     for result in results:
-        row: dict[str, Any] = {"file": result.file}
         if isinstance(result, Unreadable):
-            row["error"] = result.reason
-        else:
-            for rank, label in enumerate(_best(result, top), 1):
-                row[f"class_{rank}"] = info.inputs.classes[label]
-                row[f"probability_{rank}"] = f"{result.probabilities[label]:.6g}"
-            row |= {f"gate_{i}": f"{weight:.6g}" for i, weight in enumerate(result.gate_weights)}
-        writer.writerow(row)
-        yield buffer.getvalue()
-        buffer.seek(0)
-        buffer.truncate()
+            empty = len(header) - 2 + info.num_candidates
+            yield _csv_row([result.file, result.reason, *[""] * empty])
+            continue
+        best = [cell for c in _best(result, info, top) for cell in (c["name"], f"{c['probability']:.6g}")]
+        yield _csv_row([result.file, "", *best, *(f"{weight:.6g}" for weight in result.gate_weights)])
+
+
+def _csv_row(cells: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
 
 
 FORMATS: dict[str, Callable[[Results, Info, int, Sequence[str]], Iterator[str]]] = {
@@ -155,11 +152,11 @@ FORMATS: dict[str, Callable[[Results, Info, int, Sequence[str]], Iterator[str]]]
 
 
 class FeatureFile:
-    """A context manager that collects predictions and, on leaving, writes them to an .npz file.
+    """A context manager that collects predictions and writes them to an .npz file when it exits.
 
-    The file has the arrays `files` [m], `features` [m, f], `gate_weights` [m, n] and `labels` [m] (the most
-    probable class) of the m images that could be read. Until then the features are kept on disk, because all of
-    them may not fit into memory.
+    For the m images that could be read, the file has the arrays `files` [m], `features` [m, f], `gate_weights`
+    [m, n] and `labels` [m] (the most probable class). Until then, the features are kept in a temporary file beside
+    it, because they may not fit into memory.
 
     Raises:
       DataError: if the file can't be written.
@@ -167,43 +164,39 @@ class FeatureFile:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        self._files: list[str] = []
-        self._labels: list[int] = []
-        self._gate_weights: list[np.ndarray] = []
+        self._rows: list[tuple[str, np.ndarray, int]] = []
 
     def __enter__(self) -> "FeatureFile":
-        with self._errors():
-            self._scratch: IO[bytes] = tempfile.TemporaryFile(dir=self._path.parent)
+        with self._naming_the_file():
+            self._scratch = tempfile.TemporaryFile(dir=self._path.parent)
         return self
 
     def __exit__(self, kind: object, *details: object) -> None:
-        with self._errors(), self._scratch:
+        with self._naming_the_file(), self._scratch:
             if kind is None:
                 self._write()
 
     def add(self, prediction: Prediction) -> None:
         """Adds one row."""
-        with self._errors():
+        with self._naming_the_file():
             self._scratch.write(prediction.features.astype(np.float32).tobytes())
-        self._files.append(prediction.file)
-        self._labels.append(int(np.argmax(prediction.probabilities)))
-        self._gate_weights.append(prediction.gate_weights)
+        self._rows.append((prediction.file, prediction.gate_weights, int(np.argmax(prediction.probabilities))))
 
     def _write(self) -> None:
-        rows = len(self._files)
+        files, weights, labels = zip(*self._rows, strict=True) if self._rows else ((), (), ())
         self._scratch.flush()
-        features = np.memmap(self._scratch, np.float32, "r").reshape(rows, -1) if rows else np.zeros((0, 0), np.float32)
+        features = np.memmap(self._scratch, np.float32, "r") if files else np.zeros(0, np.float32)
+        arrays = {
+            "files": np.array(files, dtype=str),
+            "features": features.reshape(len(files), -1 if files else 0),
+            "gate_weights": np.array(weights, np.float32),
+            "labels": np.array(labels, np.int32),
+        }
         with replacing(self._path) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                files=np.array(self._files, dtype=str),
-                features=features,
-                gate_weights=np.array(self._gate_weights, np.float32),
-                labels=np.array(self._labels, np.int32),
-            )
+            np.savez(file, **arrays)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _naming_the_file(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

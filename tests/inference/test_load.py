@@ -41,7 +41,7 @@ def test_load_needs_no_data_set(trained_run, tmp_path):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
 
 
-def test_load_takes_one_step(trained_run):
+def test_load_of_one_step(trained_run):
     first = min(int(p.name) for p in (trained_run / "checkpoints").iterdir() if p.name.isdigit())
     assert gmsop_jax.load(trained_run / "checkpoints" / str(first))[2].step == first
 
@@ -57,7 +57,7 @@ def test_load_agrees_with_evaluation(trained_run, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"dataset": "d", "classes": ["a"], "mean_rgb": [1], "image_size": [1, 1]}']
 )
-def test_damaged_inputs_are_told(trained_run, tmp_path, text):
+def test_damaged_inputs_are_reported(trained_run, tmp_path, text):
     shutil.copytree(trained_run, tmp_path / "run")
     (tmp_path / "run" / "inputs.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"inputs\.json (is damaged|can't be read)"):
@@ -72,6 +72,6 @@ def test_inputs_of_another_run_are_refused(trained_run, tmp_path):
         gmsop_jax.load(tmp_path / "run")
 
 
-def test_no_checkpoint_is_told(tmp_path):
+def test_a_missing_checkpoint_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         gmsop_jax.load(tmp_path)
