@@ -45,10 +45,10 @@ def use_cpu_devices(count: int, batch_sizes: Sequence[int]) -> None:
     if count == 0:
         most, rows = min(cores, min(batch_sizes) // _LEAST_ROWS), math.gcd(*batch_sizes)
         count = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
-    if count > 1:
-        os.environ.setdefault("PJRT_NPROC", str(cores + count))
-    with contextlib.suppress(RuntimeError):  # JAX is at work already, in a notebook say: it keeps what it has
+    with contextlib.suppress(RuntimeError):  # JAX has started already, for example in a notebook: its devices stay
         jax.config.update("jax_num_cpu_devices", count)
+        if count > 1:
+            os.environ.setdefault("PJRT_NPROC", str(cores + count))
 
 
 def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:

@@ -111,7 +111,8 @@ def test_the_message_says_what_to_do(fashion: Path, refuse):
 def test_an_error_of_the_disk_is_not_damage(copy: Path):
     reader = ShardReader(copy, Manifest.load(copy).split("train").shards[1:2])
     reader.read(np.arange(1))
-    [file] = [name for name in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{name}").endswith(SHARD)]
+    shard = os.path.realpath(copy / SHARD)
+    [file] = [name for name in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{name}") == shard]
     unreadable = os.open("/proc/self/mem", os.O_RDONLY)  # reading its first page is an input/output error
     try:
         os.dup2(unreadable, int(file))

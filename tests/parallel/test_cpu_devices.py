@@ -4,10 +4,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from gmsop_jax import main
 from gmsop_jax.config import default_config
+from gmsop_jax.training import parallel
 
 
 def devices(count: int, batch_sizes: tuple[int, ...], cores: int, **environment: str) -> int:
@@ -46,6 +48,13 @@ def test_a_cpu_is_as_many_devices(count, batch_sizes, cores, expected):
 def test_the_environment_goes_first():
     assert devices(0, (64, 64), 4, XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
     assert devices(0, (64, 64), 4, JAX_NUM_CPU_DEVICES="2") == 2
+
+
+def test_the_environment_of_a_started_jax_stays(monkeypatch):
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    jax.devices()
+    parallel.use_cpu_devices(2, (64, 64))
+    assert "PJRT_NPROC" not in os.environ
 
 
 def test_rows_that_are_split_at_a_time():
