@@ -16,7 +16,9 @@ def main() -> None:
     """Parses the command line and converts the data set."""
     parser = ArgumentParser(description="Converts a data set to shards. Run again to resume.")
     parser.add_argument("source", choices=NAMES)
-    parser.add_argument("--input", help="the downloaded file or folder; by default, the sample of fashion-mnist")
+    parser.add_argument(
+        "--input", help="the downloaded file or folder; may be omitted for elpv, and for the sample of fashion-mnist"
+    )
     parser.add_argument("--output", required=True, help="a new folder, or that of an unfinished conversion")
     parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     parser.add_argument("--shards", type=int, help="number of training shards (default: about 128 MiB each)")
@@ -25,7 +27,14 @@ def main() -> None:
     parser.add_argument("--codec", choices=CODECS, default="raw", help="format of the pixels (default: raw)")
     parser.add_argument("--size", type=int, help="side of the images (default: 100 for places365, else unchanged)")
     parser.add_argument("--resize", choices=METHODS, help="bicubic resizing like MATLAB's imresize, or by Pillow")
-    parser.add_argument("--val-fraction", type=float, help="image-folder: share of the images to set aside as val")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        help="image-folder, fashion-mnist: share of the training images to set aside as val",
+    )
+    parser.add_argument("--train-fraction", type=float, help="share of the training images of each class to keep")
+    parser.add_argument("--fold", type=int, help="elpv, emoji, domains: which fifth of the images is test, 0 to 4")
+    parser.add_argument("--leave-out", help="emoji: the vendor whose drawings are test (google, twitter or fluent)")
     parser.add_argument(
         "--follow-links", action="store_true", default=None, help="also read files outside the input folder"
     )
@@ -46,7 +55,16 @@ def main() -> None:
         limit=args.limit,
         seed=args.seed,
         codec=args.codec,
-        options=Options(args.size, args.resize, args.val_fraction, args.follow_links, args.allow_partial),
+        options=Options(
+            size=args.size,
+            resize=args.resize,
+            val_fraction=args.val_fraction,
+            train_fraction=args.train_fraction,
+            fold=args.fold,
+            leave_out=args.leave_out,
+            follow_links=args.follow_links,
+            allow_partial=args.allow_partial,
+        ),
         shard_range=_range(args.shard_range),
         max_unreadable=args.max_unreadable,
     )

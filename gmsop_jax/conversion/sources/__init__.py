@@ -19,6 +19,9 @@ from gmsop_jax.data.resize import METHODS, Method
 from gmsop_jax.errors import ConfigError, DataError
 
 _MODULES = {
+    "domains": "domains",
+    "elpv": "elpv",
+    "emoji": "emoji",
     "fashion-mnist": "fashion_mnist",
     "image-folder": "image_folder",
     "imagenet64": "imagenet64",
@@ -81,6 +84,9 @@ class Options:
       size: side of the square images, in pixels.
       resize: 'matlab' or 'pillow', the implementation of bicubic resizing.
       val_fraction: share of the training images to set aside as the split 'val'.
+      train_fraction: share of the training images to keep, the same share of each class.
+      fold: which fifth of the images is the split 'test', 0 to 4.
+      leave_out: the vendor whose images are the split 'test'.
       follow_links: also read files outside the input folder, to which links or lists inside it lead. All
         sources accept it.
       allow_partial: convert an incomplete download of a source with several files.
@@ -89,6 +95,9 @@ class Options:
     size: int | None = None
     resize: Method | None = None
     val_fraction: float | None = None
+    train_fraction: float | None = None
+    fold: int | None = None
+    leave_out: str | None = None
     follow_links: bool | None = None
     allow_partial: bool | None = None
 
@@ -97,6 +106,10 @@ class Options:
             raise ConfigError(f"--size is {self.size}; it must be from 1 to {MAX_SIDE:,}")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ConfigError(f"--val-fraction is {self.val_fraction}; it must be between 0 and 1, such as 0.1")
+        if self.train_fraction is not None and not 0 < self.train_fraction <= 1:
+            raise ConfigError(f"--train-fraction is {self.train_fraction}; it must be in (0, 1], such as 0.1")
+        if self.fold is not None and not 0 <= self.fold < 5:
+            raise ConfigError(f"--fold is {self.fold}; it must be from 0 to 4")
         if self.resize not in (None, *METHODS):
             raise ConfigError(f"--resize is {self.resize!r}; it must be one of {', '.join(METHODS)}")
 

@@ -1,7 +1,7 @@
 """Fashion-MNIST: the sample that comes with the package, or the whole set's IDX files.
 
-28×28 gray images of ten kinds of clothing; the test images are the split 'val'. © 2017 Zalando SE,
-MIT licence (NOTICE).
+28×28 gray images of ten kinds of clothing. The test images are the split 'val'. With the option `val_fraction`,
+they are the split 'test', and 'val' is a part of the training images. © 2017 Zalando SE, MIT licence (NOTICE).
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from gmsop_jax.conversion.sources import Request
+from gmsop_jax.conversion.sources.table import subset
 from gmsop_jax.errors import DataError
 
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"val_fraction", "train_fraction"})
 CLASSES = (
     "t-shirt/top",
     "trouser",
@@ -60,12 +61,28 @@ class FashionMnist:
 
 
 def open_source(request: Request) -> FashionMnist:
-    """The embedded sample, or the IDX files (also .gz) in the folder `request.path`."""
-    if request.path is None:
-        with np.load(_SAMPLE) as sample:
-            images = {"train": sample["train_images"], "val": sample["test_images"]}
-            labels = {"train": sample["train_labels"], "val": sample["test_labels"]}
-        return FashionMnist(images, labels, (_SAMPLE,))
+    """Opens the embedded sample, or the IDX files (also .gz) in the folder `request.path`."""
+    source = _open_sample() if request.path is None else _open_folder(request)
+    fraction, seed = request.options.val_fraction, request.seed
+    images, labels = dict(source.images), dict(source.labels)
+    if fraction is not None:
+        images["test"], labels["test"] = images["val"], labels["val"]
+        val = subset(np.arange(len(labels["train"])), labels["train"], fraction, seed)
+        images["val"], labels["val"] = images["train"][val], labels["train"][val]
+        images["train"], labels["train"] = np.delete(images["train"], val, 0), np.delete(labels["train"], val)
+    kept = subset(np.arange(len(labels["train"])), labels["train"], request.options.train_fraction, seed)
+    images["train"], labels["train"] = images["train"][kept], labels["train"][kept]
+    return dataclasses.replace(source, images=images, labels=labels)
+
+
+def _open_sample() -> FashionMnist:
+    with np.load(_SAMPLE) as sample:
+        images = {"train": sample["train_images"], "val": sample["test_images"]}
+        labels = {"train": sample["train_labels"], "val": sample["test_labels"]}
+    return FashionMnist(images, labels, (_SAMPLE,))
+
+
+def _open_folder(request: Request) -> FashionMnist:
     folder = request.required_path
     images, labels, files = {}, {}, []
     for split, prefix in _PREFIXES.items():
