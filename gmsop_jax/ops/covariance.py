@@ -1,50 +1,75 @@
-"""Pooling of a map of features into one vector: first and second order."""
+"""Pooling of features over positions into one vector: first and second order.
+
+Every function takes `where`, which selects or weights the positions: the padding of tokens, or a region of a map.
+"""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
 from gmsop_jax.ops.triangle import triangle_vector
 
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-
-def _at_least_float32(x: Array) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+Where = Bool[Array, "*b p"] | Int[Array, "*b p"] | Float[Array, "*b p"]
 
 
-def average_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c"]:
-    """Global average pooling: μ = (1/p) Σ xₚ.
+def average_pool(x: Float[Array, "*b p c"], *, where: Where | None = None) -> Float[Array, "*b c"]:
+    """Global average pooling.
+
+    μ = (1/p) Σ xₚ,  or  μ = Σ wₚ xₚ / Σ wₚ  with weights w
 
     Args:
-      x: features; half precision is summed, and returned, in float32.
+      x: features of p positions. Half precision is converted to float32.
+      where: the positions to include, or their weights; see `covariance_pool`.
 
-    Returns: means over positions.
+    Returns: the means over positions, float32 or float64. The mean over no position is zero, with zero gradient.
+
+    Raises:
+      ValueError: if `where` does not have one entry for each position.
+      TypeError: if `where` is complex.
+
+    Example:
+      >>> average_pool(jnp.array([[1.0], [3.0], [jnp.nan]]), where=jnp.array([True, True, False]))
+      Array([2.], dtype=float32)
     """
-    return jnp.mean(_at_least_float32(x), axis=-2)
+    x = _at_least_float32(x)
+    if where is None:
+        return jnp.mean(x, axis=-2)
+    weights = position_weights(x, where)
+    return _weighted_mean(clear_masked(x, weights), weights)[..., 0, :]
 
 
-def covariance_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c c"]:
+def covariance_pool(
+    x: Float[Array, "*b p c"], *, where: Where | None = None, centered: bool = True
+) -> Float[Array, "*b c c"]:
     """Covariance of the features over positions.
 
     Σ = (1/p) Σ (xₚ − μ)(xₚ − μ)ᵀ   (iSQRT-COV, eq. 1: divided by p, not p − 1)
 
-    Args:
-      x: features of p positions; half precision is widened to float32 before it is centred.
+    With weights w, Σ = Σ wₚ (xₚ − μ)(xₚ − μ)ᵀ / Σ wₚ with the weighted mean μ.
 
-    Returns: symmetric PSD matrices, float32 or float64.
+    Args:
+      x: features of p positions. Half precision is converted to float32 before the mean is subtracted.
+      where: the positions to include (bool), or non-negative weights, of which only the ratios matter. The result
+        equals that of the input without the positions of weight 0, whose values may be NaN or infinite. Gradients
+        flow into x and into weights, and are 0 at positions of weight 0.
+      centered: whether the mean is subtracted. If not, the result is the second moment (1/p) Σ xₚ xₚᵀ.
+
+    Returns: symmetric positive semi-definite matrices, float32 or float64. The covariance of no position is zero,
+      with zero gradient.
 
     Raises:
-      ValueError: if x has no position or fewer than two axes.
-      TypeError: if x is not floating.
+      ValueError: if x has no position or fewer than two axes, or `where` does not have one entry for each position.
+      TypeError: if x is not floating-point, or `where` is complex.
 
     Example:
-      >>> covariance_pool(jnp.array([[1.0, 0.0], [3.0, 4.0]]))
+      >>> x = jnp.array([[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]])
+      >>> covariance_pool(x, where=jnp.array([True, True, False]))
       Array([[1., 2.],
              [2., 4.]], dtype=float32)
     """
@@ -53,49 +78,110 @@ def covariance_pool(x: Float[Array, "*b p c"]) -> Float[Array, "*b c c"]:
         raise ValueError(f"covariance_pool needs [..., p, c] with p ≥ 1 positions, got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"covariance_pool needs floating features, got {x.dtype}")
-    return _covariance(x)
+    return _covariance(x, None if where is None else position_weights(x, where), centered)
 
 
-@jax.custom_vjp
-def _covariance(x: Array) -> Any:
-    centred = _centre(x)
-    return _product("...pc,...pd->...cd", centred, centred) / x.shape[-2]
-
-
-def _centre(x: Array) -> Array:
-    x = _at_least_float32(x)
-    return x - jnp.mean(x, axis=-2, keepdims=True)
-
-
-def _covariance_forward(x):
-    return _covariance(x), x
-
-
-def _covariance_backward(x, g):
-    # one product where automatic differentiation makes two, and centred features need no centring again
-    dx = _product("...pc,...cd->...pd", _centre(x), g + jnp.swapaxes(g, -1, -2)) / x.shape[-2]
-    return (dx.astype(x.dtype),)
-
-
-_covariance.defvjp(_covariance_forward, _covariance_backward)
-
-
-def second_order_pool(x: Float[Array, "*b p c"], num_iters: int = 3) -> Float[Array, "*b t"]:
+def second_order_pool(
+    x: Float[Array, "*b p c"], num_iters: int = 3, *, where: Where | None = None, centered: bool = True
+) -> Float[Array, "*b t"]:
     """Square-root-normalised covariance pooling (SR-SOP, iSQRT-COV): t = c(c + 1)/2 entries.
 
     triangle_vector(newton_schulz_sqrt(covariance_pool(x), n))   (GM-SOP, section 2.2)
 
     Args:
       x: features of p positions.
-      num_iters: Newton–Schulz steps n.
+      num_iters: number n of Newton–Schulz iterations.
+      where, centered: see `covariance_pool`.
 
     Returns: vectors in the order of `numpy.triu_indices`, float32 or float64.
 
-    Raises: as `covariance_pool` and `newton_schulz_sqrt`.
+    Raises:
+      ValueError, TypeError: see `covariance_pool` and `newton_schulz_sqrt`.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (2, 64, 8))
       >>> second_order_pool(x).shape
       (2, 36)
     """
-    return triangle_vector(newton_schulz_sqrt(covariance_pool(x), num_iters))
+    return triangle_vector(newton_schulz_sqrt(covariance_pool(x, where=where, centered=centered), num_iters))
+
+
+def position_weights(x: Float[Array, "*b p c"], where: Where) -> Float[Array, "*b p"]:
+    """Returns a mask or weights as weights in the dtype of x, at least float32.
+
+    No gradient flows into weights of 0, since the positions that they exclude may hold anything.
+
+    Raises:
+      ValueError: if `where` does not have one entry for each position.
+      TypeError: if `where` is complex.
+    """
+    weights = jnp.asarray(where)
+    if weights.shape != x.shape[:-1]:
+        raise ValueError(
+            f"where must have one entry for each position, shape {x.shape[:-1]} for features of shape {x.shape},"
+            f" got shape {weights.shape}"
+        )
+    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise TypeError(f"where must be bool or non-negative weights, got {weights.dtype}")
+    weights = weights.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(weights == 0, 0, weights)
+
+
+def clear_masked(x: Float[Array, "*b p c"], weights: Float[Array, "*b p"]) -> Float[Array, "*b p c"]:
+    """Sets the features at positions of weight 0 to 0, so that NaN and infinity there reach no result."""
+    return jnp.where(weights[..., None] == 0, 0, x)
+
+
+def _at_least_float32(x: Array) -> Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _weighted_mean(x: Array, weights: Array) -> Array:
+    """Means of cleared features, [*b, 1, c]."""
+    return jnp.sum(weights[..., None] * x, axis=-2, keepdims=True) / _total(weights)
+
+
+def _total(weights: Array) -> Array:
+    """Σ wₚ as [*b, 1, 1], and 1 instead of 0."""
+    total = jnp.sum(weights, axis=-1)[..., None, None]
+    return jnp.where(total == 0, 1, total)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _covariance(x: Array, weights: Array | None, centered: bool) -> Any:
+    rows = _rows(x, weights, centered)
+    if weights is None:
+        return _product("...pc,...pd->...cd", rows, rows) / x.shape[-2]
+    rows = jnp.sqrt(weights)[..., None] * rows  # on both sides, for a result that is exactly symmetric
+    return _product("...pc,...pd->...cd", rows, rows) / _total(weights)
+
+
+def _rows(x: Array, weights: Array | None, centered: bool) -> Array:
+    """The features whose outer products are averaged: centered, and 0 at positions of weight 0."""
+    x = _at_least_float32(x)
+    if weights is None:
+        return x - jnp.mean(x, axis=-2, keepdims=True) if centered else x
+    x = clear_masked(x, weights)
+    return clear_masked(x - _weighted_mean(x, weights), weights) if centered else x
+
+
+def _covariance_forward(x, weights, centered):
+    return _covariance(x, weights, centered), (x, weights)
+
+
+def _covariance_backward(centered, residuals, g):
+    # One product, where automatic differentiation makes two. The weighted rows sum to 0, so the mean needs no gradient.
+    x, weights = residuals
+    rows = _rows(x, weights, centered)
+    slopes = _product("...pc,...cd->...pd", rows, g + jnp.swapaxes(g, -1, -2))
+    if weights is None:
+        return (slopes / x.shape[-2]).astype(x.dtype), None
+    dx = weights[..., None] * slopes / _total(weights)
+    # dΣ/dwₚ = (rowₚ rowₚᵀ − Σ)/Σw, of which <G, rowₚ rowₚᵀ> is half of <rowₚ, slopesₚ>
+    along_rows = jnp.sum(rows * slopes, axis=-1, keepdims=True) / 2
+    dweights = (along_rows - _weighted_mean(along_rows, weights)) / _total(weights)
+    return dx.astype(x.dtype), dweights[..., 0]
+
+
+_covariance.defvjp(_covariance_forward, _covariance_backward)

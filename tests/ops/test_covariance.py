@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,3 +81,120 @@ def test_second_order_pool_is_its_three_parts():
     expected = triangle_vector(newton_schulz_sqrt(covariance_pool(x), num_iters=5))
     np.testing.assert_array_equal(second_order_pool(x, 5), expected)
     assert expected.shape == (2, 10)
+
+
+# ---- masks and weights
+
+POOLS = {
+    "average": average_pool,
+    "covariance": covariance_pool,
+    "second moment": functools.partial(covariance_pool, centered=False),
+    "second order": second_order_pool,
+    "second order, not centered": functools.partial(second_order_pool, centered=False),
+}
+every_pool = pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+MASK = np.array([[True, False, True, True, False, True], [False, True, True, False, True, True]])
+
+
+def value_and_slope(pool, x, **options):
+    """The value of a pooling and the gradient of a sum of its sines."""
+    return pool(x, **options), jax.grad(lambda x: jnp.sum(jnp.sin(pool(x, **options))))(x)
+
+
+def test_second_moment_by_hand():
+    # rows (1, 0) and (3, 4): ((1 + 9, 12), (12, 16)) over 2
+    x = jnp.array([[1.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_array_equal(covariance_pool(x, centered=False), [[5.0, 6.0], [6.0, 8.0]])
+
+
+def test_second_moment_gradient(x64):
+    x, g = features(6, 3), np.random.default_rng(1).normal(size=(3, 3))
+    gradient = jax.grad(lambda x: jnp.sum(g * covariance_pool(x, centered=False)))(jnp.asarray(x))
+    np.testing.assert_allclose(gradient, x @ (g + g.T) / 6, rtol=1e-12, atol=1e-14)
+
+
+@every_pool
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+def test_masked_input_equals_shortened_input(x64, pool, dtype, tolerance):
+    x = (features(2, 6, 3) + 1).astype(dtype)
+    masked = x.copy()
+    masked[~MASK] = np.array([[np.nan], [np.inf], [-np.inf], [3e38]])
+    y, slope = value_and_slope(pool, jnp.asarray(masked), where=MASK)
+    shortened = jnp.asarray(x[MASK].reshape(2, 4, 3))
+    expected, expected_slope = value_and_slope(pool, shortened)
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(slope[MASK].reshape(2, 4, 3), expected_slope, rtol=tolerance, atol=tolerance)
+    assert not slope[~MASK].any()
+
+
+@every_pool
+def test_integer_weights_equal_repeated_positions(x64, pool):
+    x, counts = features(4, 3), np.array([2, 0, 1, 3])
+    expected, slope = value_and_slope(pool, jnp.asarray(np.repeat(x, counts, axis=0)))
+    summed = np.stack([rows.sum(0) for rows in np.split(slope, np.cumsum(counts)[:-1])])
+    for weights in (counts, counts * 0.25, (counts / 8).astype(np.float16)):  # only the ratios matter
+        y, got = value_and_slope(pool, jnp.asarray(x), where=weights)
+        np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(got, summed, rtol=1e-12, atol=1e-12)
+
+
+@every_pool
+def test_gradient_of_weights_is_the_finite_difference(x64, pool):
+    x, weights = jnp.asarray(features(5, 3)), jnp.array([0.5, 0.0, 2.0, 1.0, 0.25])
+
+    def loss(weights):
+        return jnp.sum(jnp.sin(pool(x, where=weights)))
+
+    slope = jax.grad(loss)(weights)
+    nudges = 1e-6 * jnp.eye(5)
+    expected = jax.vmap(lambda nudge: (loss(weights + nudge) - loss(weights - nudge)) / 2e-6)(nudges)
+    np.testing.assert_allclose(np.delete(slope, 1), np.delete(expected, 1), rtol=1e-7, atol=1e-9)
+    assert slope[1] == 0  # an excluded position may hold anything
+
+
+@every_pool
+def test_an_image_with_no_position_left_gives_zeros_and_zero_gradients(pool):
+    x = jnp.asarray(features(2, 6, 3, dtype=np.float32)).at[0, :3].set(np.nan)
+    weights = jnp.ones((2, 6)).at[0].set(0)
+    y, slope = value_and_slope(pool, x, where=weights)
+    assert not y[0].any()
+    assert not slope[0].any()
+    assert np.isfinite(y).all()
+    assert slope[1].all()
+    assert not jax.grad(lambda w: jnp.sum(pool(x, where=w)))(weights)[0].any()
+
+
+@every_pool
+def test_masks_under_jit_and_vmap(pool):
+    x = jnp.asarray(features(2, 6, 3, dtype=np.float32))
+
+    def run(x, where):
+        return value_and_slope(pool, x, where=where)
+
+    expected = run(x, jnp.asarray(MASK))
+    for got in (jax.jit(run)(x, MASK), jax.jit(jax.vmap(run))(x, MASK)):
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", [average_pool, covariance_pool, second_order_pool])
+def test_without_a_mask_the_program_selects_nothing(pool):
+    def program(**options):
+        return jax.jit(jax.grad(lambda x: jnp.sum(pool(x, **options)))).lower(jnp.ones((2, 6, 3))).as_text()
+
+    # newton_schulz_sqrt itself compares the trace with 0
+    from_root = program().count("select") if pool is second_order_pool else 0
+    assert program().count("select") == from_root
+    assert program(where=jnp.ones((2, 6), bool)).count("select") > from_root
+
+
+@pytest.mark.parametrize("pool", [average_pool, second_order_pool])
+@pytest.mark.parametrize("shape", [(6,), (2, 5), (2, 1), (2, 6, 1), (2, 6, 3), ()])
+def test_a_mask_of_another_shape_is_refused(pool, shape):
+    with pytest.raises(ValueError, match=r"one entry for each position, shape \(2, 6\) .* got shape"):
+        pool(jnp.ones((2, 6, 3)), where=np.ones(shape, bool))
+
+
+def test_complex_weights_are_refused():
+    with pytest.raises(TypeError, match="non-negative weights, got complex64"):
+        average_pool(jnp.ones((6, 3)), where=jnp.ones(6, jnp.complex64))

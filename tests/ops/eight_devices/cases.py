@@ -11,6 +11,7 @@ from gmsop_jax.ops import (
     balance_loss,
     covariance_pool,
     newton_schulz_sqrt,
+    second_order_pool,
     top_k_gate,
     triangle_matrix,
     triangle_vector,
@@ -93,3 +94,23 @@ def test_a_sharded_batch_ties_as_a_whole():
     expected = np.tile([0, 1], (64, 1))
     expected[63] = [5, 0]
     np.testing.assert_array_equal(select(jax.device_put(mixed, split)), expected)
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "jit"])
+def test_masks_are_split_with_the_batch(kind):
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("batch")
+    x = normal(16, 6, 4)
+    mask = x[..., 0] < 0.5
+    x = jnp.where(mask[..., None], x, jnp.nan)
+
+    def both(x, mask):
+        y, pullback = jax.vjp(lambda x: second_order_pool(x, where=mask), x)
+        return y, pullback(jnp.cos(y))[0]
+
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows))
+    run = mapped if kind == "shard_map" else both
+    placed = jax.device_put((x, mask), jax.sharding.NamedSharding(mesh, rows))
+    for got, expected in zip(jax.jit(run)(*placed), both(x, mask), strict=True):
+        assert np.isfinite(expected).all()
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
