@@ -1,8 +1,8 @@
 """Every head, and gates with other options, on the quickstart's backbone, images and recipe.
 
-    python -m gmsop_jax.main --config configs/heads.py:HEAD
+    gmsop train --config heads:HEAD
 
-HEAD: one of `ROWS`. `python tools/sweep.py configs/heads.py --seeds 0 1 2` trains them all and makes one table: a smoke
+HEAD: one of `ROWS`. `gmsop sweep heads --seeds 0 1 2` trains them all and makes one table: a smoke
 test of each rather than a comparison of methods, which 1,000 small gray images can't give.
 """
 

@@ -1,6 +1,6 @@
 """ImageNet's ResNet and ResNeXt with any head, on ImageNet-1K at 224×224 or 64×64.
 
-    python -m gmsop_jax.main --config configs/imagenet.py:BACKBONE,HEAD,SIDE
+    gmsop train --config imagenet:BACKBONE,HEAD,SIDE
 
 BACKBONE: resnet50, resnet101, resnext50_32x4d, resnext101_32x4d, resnext101_64x4d. HEAD: any of `config.model.head`.
 SIDE: 224 or 64. The defaults are resnet50, gap and 224.

@@ -1,6 +1,6 @@
 """ResNet-18 with global average pooling on 64×64 ImageNet-1K: the baseline.
 
-    python -m gmsop_jax.main --config configs/imagenet64_gap.py
+    gmsop train --config imagenet64_gap
 
 Published: 52.17 % top-1, 27.09 % top-5 error; 0.83M parameters, 128 dimensions.
 """

@@ -1,6 +1,6 @@
 """ResNet-18 with average pooling after a 1×1 convolution to 512 channels, on 64×64 ImageNet-1K.
 
-    python -m gmsop_jax.main --config configs/imagenet64_gap_512d.py
+    gmsop train --config imagenet64_gap_512d
 
 Published: 49.08 % top-1, 24.25 % top-5 error; 1.3M parameters, 512 dimensions. It is trained with the recipe
 of the network without the convolution.

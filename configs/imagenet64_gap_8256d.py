@@ -1,6 +1,6 @@
 """ResNet-18 with average pooling after a 1×1 convolution to 8256 channels, on 64×64 ImageNet-1K.
 
-    python -m gmsop_jax.main --config configs/imagenet64_gap_8256d.py
+    gmsop train --config imagenet64_gap_8256d
 
 Published: 47.29 % top-1 error; 10.0M parameters, 8256 dimensions. It is trained with the recipe of the network without
 the convolution.

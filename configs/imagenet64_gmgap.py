@@ -1,6 +1,6 @@
 """GM-GAP-16-8 + ResNet-18 on 64×64 ImageNet-1K.
 
-    python -m gmsop_jax.main --config configs/imagenet64_gmgap.py
+    gmsop train --config imagenet64_gmgap
 
 Published: 42.25 % top-1, 19.46 % top-5 error; 2.33M parameters, 512 dimensions.
 """

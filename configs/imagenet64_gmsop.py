@@ -1,6 +1,6 @@
 """GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet-1K.
 
-    python -m gmsop_jax.main --config configs/imagenet64_gmsop.py
+    gmsop train --config imagenet64_gmsop
 
 Published: 38.48 % top-1, 17.38 % top-5 error; 10.35M parameters, 8256 dimensions.
 """

@@ -1,6 +1,6 @@
 """The authors' "ResNet-50" on 64×64 ImageNet-1K: their ResNet-18 with 6 basic blocks per stage.
 
-    python -m gmsop_jax.main --config configs/imagenet64_resnet50.py:HEAD
+    gmsop train --config imagenet64_resnet50:HEAD
 
 Published: HEAD gap 43.28 % top-1, 19.39 % top-5 error (2.4M parameters); gap_512d 41.79 / 18.30 %; gap_8256d 41.42 /
 18.14 %; gmsop 35.73 / 14.96 % (11.9M). The recipes are those of ResNet-18's heads.

@@ -1,6 +1,6 @@
 """ResNet-18 with SR-SOP (iSQRT-COV, 3 iterations) on 64×64 ImageNet-1K.
 
-    python -m gmsop_jax.main --config configs/imagenet64_srsop.py
+    gmsop train --config imagenet64_srsop
 
 Published: 40.56 % top-1, 19.08 % top-5 error; 8.96M parameters, 8256 dimensions.
 """

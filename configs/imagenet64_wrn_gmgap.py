@@ -1,6 +1,6 @@
 """GM-GAP-16-8 + WRN-36-2 on 64×64 ImageNet-1K.
 
-    python -m gmsop_jax.main --config configs/imagenet64_wrn_gmgap.py
+    gmsop train --config imagenet64_wrn_gmgap
 
 Published: 35.98 % top-1, 14.62 % top-5 error; 8.69M parameters, 512 dimensions.
 """

@@ -1,6 +1,6 @@
 """GM-SOP-16-8 + WRN-36-2 on 64×64 ImageNet-1K.
 
-    python -m gmsop_jax.main --config configs/imagenet64_wrn_gmsop.py
+    gmsop train --config imagenet64_wrn_gmsop
 
 Published: 32.71 % top-1, 12.44 % top-5 error; 8256 dimensions. The published table counts 15.7M
 parameters; this network, the one that the authors' script builds, has 17.81M.

@@ -1,6 +1,6 @@
 """ResNet-18 with average pooling after a 1×1 convolution to 512 channels, on Places365 at 100×100.
 
-    python -m gmsop_jax.main --config configs/places365_gap_512d.py
+    gmsop train --config places365_gap_512d
 
 Published: 49.96 % top-1, 19.19 % top-5 error; 512 dimensions. The recipe is that of
 the ImageNet row, because the authors did not publish theirs for Places365.

@@ -1,6 +1,6 @@
 """ResNet-18 with average pooling after a 1×1 convolution to 8256 channels, on Places365 at 100×100.
 
-    python -m gmsop_jax.main --config configs/places365_gap_8256d.py
+    gmsop train --config places365_gap_8256d
 
 Published: 49.99 % top-1, 19.32 % top-5 error; 8256 dimensions. The recipe is that of
 the ImageNet row, because the authors did not publish theirs for Places365.

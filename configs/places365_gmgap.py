@@ -1,6 +1,6 @@
 """GM-GAP-16-8 + ResNet-18, on Places365 at 100×100.
 
-    python -m gmsop_jax.main --config configs/places365_gmgap.py
+    gmsop train --config places365_gmgap
 
 Published: 48.07 % top-1, 17.84 % top-5 error; 512 dimensions. The recipe is that of
 the ImageNet row, because the authors did not publish theirs for Places365.

@@ -1,6 +1,6 @@
 """GM-SOP-16-8 + ResNet-18, on Places365 at 100×100.
 
-    python -m gmsop_jax.main --config configs/places365_gmsop.py
+    gmsop train --config places365_gmsop
 
 Published: 47.18 % top-1, 17.02 % top-5 error; 8256 dimensions. The recipe is that of
 the ImageNet row, because the authors did not publish theirs for Places365.

@@ -1,6 +1,6 @@
 """ResNet-18 with parametric SR-SOP: one candidate of GM-SOP, no gate, on Places365 at 100×100.
 
-    python -m gmsop_jax.main --config configs/places365_parametric_srsop.py
+    gmsop train --config places365_parametric_srsop
 
 Published: 47.48 % top-1, 17.52 % top-5 error; 8256 dimensions. The recipe is that of
 the ImageNet row, because the authors did not publish theirs for Places365.

@@ -1,6 +1,6 @@
 """ResNet-18 with SR-SOP (iSQRT-COV, 3 iterations), on Places365 at 100×100.
 
-    python -m gmsop_jax.main --config configs/places365_srsop.py
+    gmsop train --config places365_srsop
 
 Published: 48.11 % top-1, 18.01 % top-5 error; 8256 dimensions. The recipe is that of
 the ImageNet row, because the authors did not publish theirs for Places365.

@@ -1,6 +1,6 @@
 """A small GM-SOP on 5,000 images of Fashion-MNIST, which come with the package.
 
-    python -m gmsop_jax.main --config configs/quickstart.py
+    gmsop train --config quickstart
 
 Expect below 15 % top-1 error on the 1,000 test images, within 3 minutes on two CPU cores.
 """

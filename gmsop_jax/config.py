@@ -155,8 +155,8 @@ FIELDS = {
     "model.balance_on": Field("weights", "balance the gate's `weights`, or the `softmax` over all N logits", _one_of("weights", "softmax")),
     "model.balance_ddof": Field(1, "1 divides the variance in the balance loss by N − 1, 0 by N", _one_of(0, 1)),
     # data
-    "data.dir": Field("data/imagenet64", "folder with the shards and dataset.json that tools/convert.py wrote", resumable=True),
-    "data.source": Field("imagenet64", "source that tools/convert.py converted the data from"),
+    "data.dir": Field("data/imagenet64", "folder with the shards and dataset.json that `gmsop convert` wrote", resumable=True),
+    "data.source": Field("imagenet64", "source that `gmsop convert` converted the data from"),
     "data.auto_convert": Field(False, "convert the source's embedded sample if `data.dir` does not exist", resumable=True),
     "data.image_size": Field(0, "side to which images are resized; 0 means that they keep their size", _between(0, 4096)),
     "data.flip": Field(True, "mirror half of the training images"),
@@ -237,7 +237,7 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a configuration file, applies overrides, and validates the result.
 
     Args:
-      path: `file.py` or `file.py:argument`.
+      path: `file.py`, `file.py:argument`, or the name of a packaged configuration, `name` or `name:argument`.
       overrides: assignments `field=value`, see `override`.
 
     Raises:
@@ -264,7 +264,11 @@ def run_file(file: pathlib.Path) -> types.ModuleType:
       ConfigError: if the file does not exist or raises an exception.
     """
     if not file.is_file():
-        raise ConfigError(f"there is no configuration file {file}; examples are in configs/")
+        names = [packaged.stem for packaged in packaged_files()]
+        raise ConfigError(
+            f"there is no configuration file {file}, and no packaged configuration of that name;"
+            f" {did_you_mean(file.stem, names)}"
+        )
     spec = importlib.util.spec_from_file_location(f"gmsop_config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{file} is not a Python file; a configuration is one with a function get_config()")
@@ -292,12 +296,35 @@ def _naming_line(file: pathlib.Path) -> Iterator[None]:
 def split_argument(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str]]:
     """Splits `file.py:argument` into the file and a list with the argument, which is empty if there is none.
 
+    Instead of `file.py`, a packaged configuration can be given by its name, as in `imagenet:resnet50,gmsop`.
+
     Example:
-      >>> split_argument("configs/imagenet.py:resnet50,gmsop")
-      (PosixPath('configs/imagenet.py'), ['resnet50,gmsop'])
+      >>> split_argument("my/imagenet.py:resnet50,gmsop")
+      (PosixPath('my/imagenet.py'), ['resnet50,gmsop'])
+      >>> file, arguments = split_argument("imagenet:resnet50,gmsop")
+      >>> file.name, file.exists(), arguments
+      ('imagenet.py', True, ['resnet50,gmsop'])
     """
     file, separator, argument = str(path).partition(".py:")
-    return pathlib.Path(file + ".py" if separator else file), [argument] if separator else []
+    if separator:
+        return pathlib.Path(f"{file}.py"), [argument]
+    name, separator, argument = file.partition(":")
+    packaged = _packaged_folder() / f"{name}.py"
+    if "/" not in name and packaged.is_file() and not pathlib.Path(file).is_file():
+        return packaged, [argument] if separator else []
+    return pathlib.Path(file), []
+
+
+def packaged_files() -> list[pathlib.Path]:
+    """The configuration files that come with the package."""
+    return sorted(_packaged_folder().glob("*.py"))
+
+
+def _packaged_folder() -> pathlib.Path:
+    """The folder `configs` of a checkout, which an installed package contains."""
+    package = pathlib.Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def run_name(path: str | pathlib.Path) -> str:

@@ -1,68 +1,136 @@
-"""Command line: `python -m gmsop_jax.main --config FILE [--mode …] [--config.field=value …]`."""
+"""The command line `gmsop COMMAND …`, and its older form `python -m gmsop_jax.main --config FILE [--mode …]`."""
 
 import argparse
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-from gmsop_jax.errors import ArgumentParser, run_command
+from gmsop_jax.errors import ArgumentParser, UserError, did_you_mean, run_command
 
 # The rest is imported late: it takes seconds, in which a mistake in the flags or a signal should have its effect too.
 
+MODES = {
+    "train": "train a network, or resume training it",
+    "evaluate": "evaluate a trained network on a split of its data set",
+    "predict": "predict the classes of image files",
+}
+COMMANDS = {  # each has its function run_… in a module of gmsop_jax.commands
+    "convert": ("data", "convert a data set to shards"),
+    "merge": ("data", "join the parts that several `convert --shard-range` wrote"),
+    "inspect": ("data", "describe a data set and draw a contact sheet"),
+    "verify": ("data", "compare a data set with its manifest"),
+    "report": ("study", "write an HTML page about one run or several"),
+    "sweep": ("study", "train several configurations with several seeds"),
+    "summary": ("study", "count the parameters and multiply-adds of networks"),
+    "export": ("weights", "write a trained network as safetensors or StableHLO"),
+    "import": ("weights", "turn PyTorch or MatConvNet weights into a run"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line. In a notebook, call `main(["--config", "configs/quickstart.py"])`.
+    """Runs the command line. In a notebook, call `main(["train", "--config", "quickstart"])`.
 
     Args:
-      arguments: by default, those of the process.
+      arguments: a command of `MODES` or `COMMANDS` and its flags, by default those of the process. Without a command,
+        `--mode` names one of `MODES` (default: train).
 
     Returns: the exit status: 0 if all went well; 2 after an error that the user can fix, which is printed in one line;
       130 after Ctrl-C and 75 ("start me again") after SIGTERM or SIGHUP. Training saves its state first.
     """
-    return run_command(lambda: _run(_parse(arguments)))
+    return run_command(lambda: _run_command(sys.argv[1:] if arguments is None else list(arguments)))
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def console() -> int:
+    """Runs the command line of the process, for `gmsop` and `python -m gmsop_jax`; returns the exit status."""
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python shuts down, Ctrl-C ends it without a traceback
+    return status
+
+
+def _run_command(arguments: list[str]) -> int | None:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name in COMMANDS:
+        module = importlib.import_module(f"gmsop_jax.commands.{COMMANDS[name][0]}")
+        return getattr(module, f"run_{name}")(rest)
+    if name in MODES:
+        return _run(_parse(rest, name))
+    if name in ("-h", "--help") or not name:
+        print(_overview())
+        return 0 if name else UserError.status
+    if not name.startswith("-"):
+        known = [*MODES, *COMMANDS]
+        raise UserError(f"there is no command {name!r}; {did_you_mean(name, known, otherwise='see gmsop --help')}")
+    return _run(_parse(arguments))
+
+
+def _overview() -> str:
+    commands = MODES | {name: summary for name, (_, summary) in COMMANDS.items()}
+    lines = [f"  {name:10}{summary}" for name, summary in commands.items()]
+    return "\n".join(
+        [
+            "usage: gmsop COMMAND …\n\nSecond-order pooling in JAX. The commands are:",
+            *lines,
+            "\nStart with `gmsop train --config quickstart`; `gmsop COMMAND --help` lists a command's flags.",
+            "`--config FILE [--mode train|evaluate|predict] …` without a command works too.",
+        ]
+    )
+
+
+def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
+    """Reads the flags of a command of `MODES`; without one, `--mode` is a flag too, and all flags are accepted."""
     parser = ArgumentParser(
-        prog="python -m gmsop_jax.main",
-        description="Trains, evaluates or uses a network with second-order pooling.",
+        prog=f"gmsop {mode}" if mode else "gmsop",
+        description=f"{MODES[mode].capitalize()}." if mode else "Train, evaluate or use a network.",
         epilog="--config.field=value sets a field of the configuration, as in --config.train.batch_size=64",
         takes_overrides=True,
     )
-    parser.add_argument("--config", metavar="FILE", type=_path, help="configuration, like configs/quickstart.py")
+    parser.add_argument(
+        "--config", metavar="FILE", type=_path, help="a configuration: a file, or a name such as quickstart"
+    )
     parser.add_argument("--workdir", metavar="DIR", type=_path, help="results (default: runs/<config name>)")
-    parser.add_argument("--mode", choices=("train", "evaluate", "predict"), default="train")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        type=_path,
-        help="working directory, or the folder of one step in it, to evaluate or predict with (default: the best step)",
-    )
-    _add_predict_options(parser)
+    if mode:
+        parser.set_defaults(mode=mode, checkpoint=None, profile=range(0))
+    else:
+        parser.add_argument("--mode", choices=MODES, default="train")
+    if mode != "train":
+        parser.add_argument(
+            "--checkpoint",
+            metavar="DIR",
+            type=_path,
+            help="working directory, or the folder of one step in it, to use (default: the best step)",
+        )
+    if mode in ("predict", ""):
+        _add_predict_options(parser)
+    if mode in ("train", ""):
+        parser.add_argument(
+            "--profile",
+            metavar="START:STOP",
+            type=_steps,
+            default=range(0),
+            help="training steps, counted from 1, to trace for TensorBoard's profiler",
+        )
     _add_process_options(parser)
-    parser.add_argument(
-        "--profile",
-        metavar="START:STOP",
-        type=_steps,
-        default=range(0),
-        help="training steps, counted from 1, to trace for TensorBoard's profiler",
-    )
     options = parser.parse_args(arguments)
-    trained = options.checkpoint or options.workdir
-    if options.mode == "train" and not options.config:
-        parser.error("--config is needed; start with --config configs/quickstart.py")
-    if options.mode == "evaluate" and not (trained or options.config):
-        parser.error("--mode evaluate needs --checkpoint, the working directory of a training run")
-    if options.mode == "predict" and not trained:
-        parser.error("--mode predict needs --checkpoint, the working directory of a training run")
-    if options.mode == "predict" and not options.input:
-        parser.error("--mode predict needs --input: images, folders, or .txt files that list images")
+    _check_needed(parser, options, f"gmsop {mode}" if mode else f"--mode {options.mode}")
     return options
 
 
+def _check_needed(parser: ArgumentParser, options: argparse.Namespace, command: str) -> None:
+    trained = options.checkpoint or options.workdir
+    if options.mode == "train" and not options.config:
+        parser.error("--config is needed; start with --config quickstart")
+    if options.mode == "evaluate" and not (trained or options.config):
+        parser.error(f"{command} needs --checkpoint, the working directory of a training run")
+    if options.mode == "predict" and not trained:
+        parser.error(f"{command} needs --checkpoint, the working directory of a training run")
+    if options.mode == "predict" and not options.input:
+        parser.error(f"{command} needs --input: images, folders, or .txt files that list images")
+
+
 def _add_predict_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("with --mode predict")
+    group = parser.add_argument_group("for predictions")
     group.add_argument(
         "--input", metavar="PATH", nargs="+", type=_path, help="images, folders, or .txt files that list images"
     )
@@ -169,6 +237,4 @@ def _use_compilation_cache() -> None:
 
 
 if __name__ == "__main__":
-    status = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python shuts down, Ctrl-C ends it without a traceback
-    sys.exit(status)
+    sys.exit(console())

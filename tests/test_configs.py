@@ -4,9 +4,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-import summary
 
 from gmsop_jax import config as configs
+from gmsop_jax.analysis import summary
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.models import count_parameters, create_model
 
@@ -19,8 +19,23 @@ SMALL = [path for path in CONFIGURATIONS if "imagenet.py" not in path and "heads
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_configuration_says_how_it_is_run(file):
     docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
-    assert f"python -m gmsop_jax.main --config configs/{file.name}" in docstring
+    assert f"gmsop train --config {file.stem}" in docstring
     assert "Published:" in docstring or file.stem in ("quickstart", "heads")
+
+
+def test_packaged_configurations_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.packaged_files() == FILES
+    for name, path in [("quickstart", "quickstart.py"), ("imagenet:resnet50,gmsop", "imagenet.py:resnet50,gmsop")]:
+        assert configs.load(name).to_dict() == configs.load(f"{ROOT}/configs/{path}").to_dict()
+        assert configs.run_name(name) == configs.run_name(path)
+    with pytest.raises(ConfigError, match=r"no configuration file quikstart.*did you mean quickstart\?"):
+        configs.load("quikstart")
+    with pytest.raises(ConfigError, match=r"no configuration file configs/quickstart\.py.*did you mean quickstart\?"):
+        configs.load("configs/quickstart.py")
+    (tmp_path / "quickstart").write_text("")  # a file of the user's comes first
+    with pytest.raises(ConfigError, match="quickstart is not a Python file"):
+        configs.load("quickstart")
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: pathlib.Path(path).name)

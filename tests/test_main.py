@@ -15,11 +15,11 @@ import jax
 import pytest
 
 from gmsop_jax.errors import ArgumentParser, UserError, run_command
-from gmsop_jax.main import main
+from gmsop_jax.main import COMMANDS, MODES, main
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
-TOOLS = [file for file in sorted((ROOT / "tools").glob("*.py")) if "ArgumentParser(" in file.read_text()]
+TOOLS = [file for file in sorted((ROOT / "tools").glob("*.py")) if "sys.exit(" in file.read_text()]
 
 
 def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -62,7 +62,11 @@ def test_an_empty_path_is_refused(capsys, flag, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--config is needed; start with --config configs/quickstart.py"),
+        (["train"], "--config is needed; start with --config quickstart"),
+        (["--config.seed=1"], "--config is needed; start with --config quickstart"),
+        (["evaluate"], "gmsop evaluate needs --checkpoint, the working directory of a training run"),
+        (["trian"], "there is no command 'trian'; did you mean train?"),
+        (["train", "--checkpoint", "x"], "unrecognized argument --checkpoint"),
         (["--mode", "evaluate"], "--mode evaluate needs --checkpoint, the working directory of a training run"),
         (["--mode", "predict"], "--mode predict needs --checkpoint, the working directory of a training run"),
         (["--mode", "predict", "--checkpoint", "x"], "--mode predict needs --input"),
@@ -85,7 +89,11 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 def test_help_returns(capsys):
     """In a notebook, `main` returns in any case, rather than ending the kernel."""
     assert main(["--help"]) == 0
-    assert "--workdir DIR" in capsys.readouterr().out
+    overview = capsys.readouterr().out
+    for command in [*MODES, *COMMANDS]:
+        assert f"\n  {command} " in overview
+        assert main([command, "--help"]) == 0
+        assert f"usage: gmsop {command} " in capsys.readouterr().out
 
 
 def test_a_user_without_passwd_entry_or_home_needs_none(capsys, monkeypatch, tmp_path):
@@ -168,7 +176,7 @@ def test_a_signal_during_start_up_leaves_no_traceback(tmp_path, signum, status, 
 
 
 def test_a_closed_pipe_is_no_error():
-    """As in `python tools/summary.py | head -1`."""
+    """As in `gmsop summary --all | head -1`."""
     command = "import sys; from gmsop_jax.errors import run_command; sys.exit(run_command(lambda: print('x' * 10**6)))"
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

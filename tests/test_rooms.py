@@ -48,7 +48,9 @@ ALLOWED = {
     "inference": {"config", "conversion.sources", "data", "models", "training"},
     "interop": {"config", "data", "models", "ops", "training"},
     "analysis": {"config", "data", "models", "inference", "training"},
-    "main": {"analysis", "config", "conversion", "inference", "training"},
+    "commands": {"analysis", "config", "conversion", "data", "inference", "interop", "training"},
+    "main": {"commands", "config", "conversion", "inference", "training"},
+    "__main__": {"main"},
 }
 GROUND = {"errors", "files"}
 

@@ -27,7 +27,7 @@ from gmsop_jax.data.records import Codec
 from gmsop_jax.errors import DataError
 from gmsop_jax.files import FileLock, LockHeldError, replacing, sha256, write_json
 
-SHEET_NAME = "contact_sheet.png"  # the file that tools/inspect_dataset.py adds to a data set
+SHEET_NAME = "contact_sheet.png"  # the file that `gmsop inspect` adds to a data set
 _LOG = logging.getLogger(__name__)
 _OWN_FILES = re.compile(
     rf"{re.escape(SHEET_NAME)}|({re.escape(JOB_DIR)}|{re.escape(FILE_NAME)}|\w+-\d+-of-\d+\.arrayrecord)(\.tmp-\d+)?"

@@ -35,7 +35,7 @@ def prepare_data(data: Any) -> None:
     elif not exists:
         raise DataError(
             f"no data set at {directory.absolute()} (config.data.dir). Make it with\n"
-            f"  python tools/convert.py {data.source} --input DOWNLOADS --output {directory}\n"
+            f"  gmsop convert {data.source} --input DOWNLOADS --output {directory}\n"
             "or name another with --config.data.dir=DIR. Without any data, try\n"
-            "  python -m gmsop_jax.main --config configs/quickstart.py"
+            "  gmsop train --config quickstart"
         )

@@ -21,7 +21,7 @@ _MIN_RECORD_BYTES = 20  # the header
 _MAX_SIDE = 2**16 - 1  # of an image, which a record's header limits
 _MAX_NAME = 255  # bytes of a file's name, which file systems limit
 _MAX_BYTES = 2**26  # of dataset.json
-_CONVERT = "make it with `python tools/convert.py SOURCE --output DIR`"
+_CONVERT = "make it with `gmsop convert SOURCE --output DIR`"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +204,8 @@ def _what_is_there(path: Path) -> str:
         raise FileAccessError.from_os_error(path, error) from error
     if JOB_DIR in names:
         return (
-            "it is half-written: run the same tools/convert.py command again to finish it (after --shard-range,"
-            " tools/merge_manifests.py)"
+            "it is half-written: run the same `gmsop convert` command again to finish it (after --shard-range,"
+            " `gmsop merge`)"
         )
     return f"the folder {f'holds other files and no {FILE_NAME}' if names else 'is empty'}; {_CONVERT}"
 

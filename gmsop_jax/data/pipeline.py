@@ -225,7 +225,7 @@ class _Rows:
         if label.max(initial=0) >= self.num_classes:
             raise DataError(
                 f"a record has label {label.max()}; labels of {self.num_classes} classes go from 0 "
-                f"to {self.num_classes - 1}: run tools/verify_dataset.py and convert the data set "
+                f"to {self.num_classes - 1}: run `gmsop verify` and convert the data set "
                 "again"
             )
         return {"image": image, "label": label}

@@ -14,7 +14,7 @@ from gmsop_jax.training.workdir import Workdir
 
 _CONFIG_FILE = '''"""The configuration of an imported run, for further training.
 
-python -m gmsop_jax.main --config DIR/config.py --workdir DIR
+gmsop train --config DIR/config.py --workdir DIR
 """
 
 import pathlib

@@ -128,7 +128,7 @@ def _check_has_layers(m: ConfigDict) -> None:
         if value not in values:
             raise CheckpointError(
                 f"config.model.{name} = {value!r} has no layer in the authors' code, which knows"
-                f" {' and '.join(map(repr, values))}; tools/export.py writes any network as safetensors"
+                f" {' and '.join(map(repr, values))}; `gmsop export` writes any network as safetensors"
             )
 
 

@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-import summary
 from PIL import Image
 
 from gmsop_jax import config, main
+from gmsop_jax.analysis import summary
 from gmsop_jax.analysis.report.published import find_published
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -2,10 +2,7 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from gmsop_jax.commands import weights
 from gmsop_jax.config import from_json
 from gmsop_jax.config import load as load_config
 from gmsop_jax.conversion.convert import convert
@@ -21,29 +19,17 @@ from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint, save
 from gmsop_jax.interop.matconvnet_run import import_checkpoint, run_config
+from gmsop_jax.main import main
 from gmsop_jax.models import create_model
 from gmsop_jax.training.checkpoint import Checkpoints
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.optimizer import create_optimizer
 from gmsop_jax.training.step import create_state
 
-TOOL = pathlib.Path(__file__).parents[2] / "tools/import_matconvnet.py"
 
-
-@pytest.fixture
-def tool(monkeypatch):
-    """A function that runs the tool with some arguments, and the tool's module."""
-    spec = importlib.util.spec_from_file_location("import_matconvnet", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["import_matconvnet.py", *map(str, arguments)])
-        return module.run_command(module.main)
-
-    return run, module
+def run_import(*arguments) -> int:
+    """Runs `gmsop import`; returns its exit status."""
+    return main(["import", *map(str, arguments)])
 
 
 def data_set(checkpoint_path, folder, mean_rgb):
@@ -130,9 +116,9 @@ def test_evaluation_gives_the_authors_errors(checkpoint_path, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_mean_colour_or_number_of_classes_is_told(checkpoint_path, small_model, tmp_path, tool, capsys):
+def test_another_mean_colour_or_number_of_classes_is_told(checkpoint_path, small_model, tmp_path, capsys):
     data = data_set(checkpoint_path, tmp_path, (126.0, 115.0, 120.0))
-    assert tool[0](checkpoint_path, "--output", tmp_path / "run", f"--config.data.dir={data}") == 0
+    assert run_import(checkpoint_path, "--output", tmp_path / "run", f"--config.data.dir={data}") == 0
     assert "differs from the file's by up to 4.76 of 255" in capsys.readouterr().out
     save(tmp_path / "x.mat", *small_model("gap"))
     with pytest.raises(CheckpointError, match=r"has 3 classes and the data set .* 10"):
@@ -153,12 +139,11 @@ def test_a_wrong_override_is_refused_before_anything_is_written(checkpoint_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_the_tool_tells_what_it_imports(tool, small_model, tmp_path, capsys, monkeypatch):
-    run, module = tool
+def test_the_command_tells_what_it_imports(small_model, tmp_path, capsys, monkeypatch):
     save(
         tmp_path / "net-epoch-3.mat", *small_model("gmsop", stage_widths=(16, 32, 64, 128), stage_strides=(1, 2, 2, 1))
     )
-    assert run(tmp_path / "net-epoch-3.mat", "--output", tmp_path / "a") == 0
+    assert run_import(tmp_path / "net-epoch-3.mat", "--output", tmp_path / "a") == 0
     told = capsys.readouterr().out
     assert "not one of the six released files" in told
     params = json.loads((tmp_path / "a/config.json").read_text())["model"]
@@ -168,30 +153,30 @@ def test_the_tool_tells_what_it_imports(tool, small_model, tmp_path, capsys, mon
         assert [line.split()[-1] for line in told.splitlines() if line.split()[:-1] == part.split()] == [count]
 
     digest = hashlib.md5((tmp_path / "net-epoch-3.mat").read_bytes()).hexdigest()
-    monkeypatch.setitem(module.RELEASED, digest, "GM-SOP-16-8 + ResNet-18")
-    assert run(tmp_path / "net-epoch-3.mat", "--output", tmp_path / "b", "--config.seed=4") == 0
+    monkeypatch.setitem(weights.RELEASED, digest, "GM-SOP-16-8 + ResNet-18")
+    assert run_import(tmp_path / "net-epoch-3.mat", "--output", tmp_path / "b", "--config.seed=4") == 0
     assert f"the released GM-SOP-16-8 + ResNet-18 (md5 {digest})" in capsys.readouterr().out
     assert json.loads((tmp_path / "b/config.json").read_text())["seed"] == 4
 
 
-def test_the_tool_prints_the_published_count(tool, checkpoint_path, tmp_path, capsys):
-    assert tool[0](checkpoint_path, "--output", tmp_path / "run") == 0
+def test_the_command_prints_the_published_count(checkpoint_path, tmp_path, capsys):
+    assert run_import(checkpoint_path, "--output", tmp_path / "run") == 0
     lines = capsys.readouterr().out.splitlines()
     # 10 classes: 700,192 + 8256 · 10 + 10
     assert any("782,762" in line and "published: 9.0M for ResNet-18-SR-SOP" in line for line in lines)
-    assert any("--mode evaluate" in line for line in lines)
+    assert any("gmsop evaluate" in line for line in lines)
 
 
-def test_the_tools_errors_are_one_line(tool, tmp_path, capsys):
-    assert tool[0](tmp_path / "none.mat", "--output", tmp_path / "run") == 2
+def test_the_commands_errors_are_one_line(tmp_path, capsys):
+    assert run_import(tmp_path / "none.mat", "--output", tmp_path / "run") == 2
     captured = capsys.readouterr()
     assert captured.err == f"error: there is no file {tmp_path / 'none.mat'}\n"
     assert not captured.out
-    assert tool[0](tmp_path / "none.mat", "--output", tmp_path / "run", "--unknown") == 2
+    assert run_import(tmp_path / "none.mat", "--output", tmp_path / "run", "--unknown") == 2
     assert "unrecognized argument --unknown" in capsys.readouterr().err
 
 
-def test_the_md5_sums_are_the_published_six(tool):
-    released = tool[1].RELEASED
+def test_the_md5_sums_are_the_published_six():
+    released = weights.RELEASED
     assert len(released) == len(set(released.values())) == 6
-    assert set(released.values()) == {name for name, _ in tool[1].PUBLISHED.values()}
+    assert set(released.values()) == {name for name, _ in weights.PUBLISHED.values()}

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from gmsop_jax.config import default_config, from_json
 from gmsop_jax.config import load as load_config
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.interop.torch_run import import_weights
+from gmsop_jax.main import main
 from gmsop_jax.models import create_model
 from gmsop_jax.training.parallel import create_mesh, replicated
 from gmsop_jax.training.step import normalize
@@ -39,14 +39,12 @@ def maker():
 
 @pytest.fixture(scope="module")
 def run_tool():
-    """A function that runs the tool with some arguments: (exit status, output, errors)."""
-    tool = module(ROOT / "tools/import_torch.py")
+    """A function that runs `gmsop import` with some arguments: (exit status, output, errors)."""
 
     def run(*arguments):
         out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            patch.setattr(sys, "argv", ["import_torch.py", *map(str, arguments)])
-            status = tool.run_command(tool.main)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(["import", *map(str, arguments)])
         return status, out.getvalue(), err.getvalue()
 
     return run
@@ -112,8 +110,8 @@ def test_the_tool_tells_what_it_imported_and_what_to_do(imported, weights, run_t
     folder, told = imported
     # 23,508,032 parameters of the backbone, 2048 · 10 + 10
     assert "resnet50, head gap, 10 classes, 23,528,522 parameters" in told
-    assert f"--mode evaluate --workdir {folder}" in told
-    assert f"--config configs/imagenet.py:resnet50,srsop --config.train.init_from={folder}" in told
+    assert f"gmsop evaluate --workdir {folder}" in told
+    assert f"gmsop train --config imagenet:resnet50,srsop --config.train.init_from={folder}" in told
     status, _, errors = run_tool(weights, "--output", folder)
     assert status == 2
     assert errors.startswith(f"error: {folder} holds checkpoints already")

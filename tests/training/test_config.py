@@ -16,7 +16,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_files_are_valid_and_say_their_command(file):
     config = load(file)
-    assert f"python -m gmsop_jax.main --config configs/{file.name}" in file.read_text()
+    assert f"gmsop train --config {file.stem}" in file.read_text()
     assert sum(epochs for _, epochs in config.train.learning_rates) == config.train.num_epochs
 
 

@@ -372,7 +372,7 @@ def test_missing_data_names_the_converter_and_the_quickstart(tmp_path, capsys, m
     config = Path(__file__).parents[2] / "configs" / "imagenet64_gmsop.py"
     message = fails(capsys, "--config", config)
     assert str(tmp_path / "data" / "imagenet64") in message
-    assert "python tools/convert.py imagenet64 --input" in message
+    assert "gmsop convert imagenet64 --input" in message
     assert "--config configs/quickstart.py" in message
     assert not (tmp_path / "runs").exists()
 

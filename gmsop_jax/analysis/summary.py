@@ -1,0 +1,114 @@
+"""Parameters, features and multiply-adds of networks, beside the published values."""
+
+import dataclasses
+import math
+
+from gmsop_jax import config as configs
+from gmsop_jax.analysis.costs import Cost, cost
+from gmsop_jax.analysis.report.published import Published, find_published
+from gmsop_jax.analysis.report.runs import describe_network
+from gmsop_jax.analysis.sweep import expand
+
+_DATA_SETS = {"imagenet64": (1000, 64), "places365": (365, 100), "fashion-mnist": (10, 28), "image-folder": (1000, 224)}
+HEADER = ["configuration", "network", "side", "features", "parameters", "GMAC", "GMAC, XLA", "published error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One configuration's network.
+
+    Attributes:
+      name: name of the configuration, with its argument.
+      network: short description of the network.
+      image_size: side of the images.
+      cost: the cost, counted from the code.
+      published: the published result; its fields are None where there is no value.
+    """
+
+    name: str
+    network: str
+    image_size: int
+    cost: Cost
+    published: Published
+
+    @property
+    def parameters(self) -> str:
+        """The number of parameters, with as many digits as the published number."""
+        return _like(self.cost.parameters, self.published.parameters)
+
+    @property
+    def gmacs(self) -> str:
+        """Billions of multiply-adds by formula, with as many digits as the published number."""
+        if self.published.gmacs:
+            return _like(self.cost.macs, f"{self.published.gmacs}G").removesuffix("G")
+        return f"{self.cost.macs / 1e9:.2f}"
+
+    @property
+    def differences(self) -> list[str]:
+        """The counts that differ from the published ones."""
+        pairs = {"parameters": (self.parameters, self.published.parameters), "GMAC": (self.gmacs, self.published.gmacs)}
+        return [name for name, (ours, theirs) in pairs.items() if theirs and ours != theirs]
+
+
+def _like(count: int, printed: str | None) -> str:
+    """Formats a count like a published one, which may be rounded or truncated; without one, with two decimals."""
+    if printed and printed[-1].isdigit():
+        return f"{count:,}"
+    unit, digits = (printed[-1], 1) if printed else ("M", 2)
+    value = count / {"M": 1e6, "G": 1e9}[unit]
+    cut = f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}{unit}"
+    return cut if cut == printed else f"{value:.{digits}f}{unit}"
+
+
+def summarize(path: str) -> Row:
+    """The row of a configuration `file.py` or `file.py:argument`, with the classes and image size of its data set."""
+    config = configs.load(path)
+    num_classes, image_size = _DATA_SETS[config.data.source]
+    image_size = config.data.image_size or image_size
+    config.model.num_classes = config.model.num_classes or num_classes
+    published = find_published(config) or Published("")
+    file, argument = configs.split_argument(path)
+    name = ":".join([file.name, *argument])
+    return Row(name, describe_network(config.model), image_size, cost(config.model, image_size), published)
+
+
+def all_configurations() -> list[str]:
+    """The package's configurations; a file with `ROWS` stands for all of them."""
+    return [path for file in configs.packaged_files() for path in expand(str(file))]
+
+
+def cells(row: Row) -> list[str]:
+    """The cells of a row."""
+    published = row.published
+    errors = [f"{error:g}" for error in (published.top1_error, published.top5_error) if error is not None]
+
+    def beside(ours: str, theirs: str | None) -> str:
+        return ours if not theirs else f"{ours} = {theirs}" if ours == theirs else f"{ours} ≠ {theirs}"
+
+    compiled = row.cost.compiled_macs
+    return [
+        row.name,
+        row.network,
+        str(row.image_size),
+        f"{row.cost.features}",
+        beside(row.parameters, published.parameters),
+        beside(row.gmacs, published.gmacs),
+        "–" if math.isnan(compiled) else f"{compiled / 1e9:.2f}",
+        " / ".join(errors) + " %" if errors else "–",
+    ]
+
+
+def markdown(rows: list[Row], columns: list[str]) -> str:
+    """The table in Markdown, with the named columns of `HEADER`."""
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        shown = dict(zip(HEADER, cells(row), strict=True)) | {"configuration": f"`{row.name}`"}
+        lines.append([shown[column] for column in columns])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def text(rows: list[Row]) -> str:
+    """The table in columns."""
+    lines = [HEADER, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines) + "\n"

@@ -1,0 +1,101 @@
+"""The commands that study networks and runs: report, sweep and summary."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from gmsop_jax.analysis import summary, sweep
+from gmsop_jax.errors import ArgumentParser, ConfigError, UserError
+from gmsop_jax.files import write_atomic
+
+
+def run_report(arguments: Sequence[str]) -> None:
+    """Writes a page about one run, or about several side by side: `gmsop report runs/quickstart`."""
+    parser = ArgumentParser(
+        prog="gmsop report", description="Writes a self-contained HTML page about one run or several."
+    )
+    parser.add_argument("workdir", nargs="+", type=pathlib.Path, help="working directory of a training run")
+    parser.add_argument("--output", type=pathlib.Path, help="the HTML file (default: report.html in the first folder)")
+    parser.add_argument("--data", type=pathlib.Path, help="folder of the data set (default: as in the configuration)")
+    parser.add_argument("--max-images", type=int, default=5000, help="images per split at most (default: 5000)")
+    args = parser.parse_args(arguments)
+    if args.max_images < 1:
+        raise ConfigError(f"--max-images must be at least 1, got {args.max_images}")
+    try:
+        from gmsop_jax.analysis.report import build_report
+    except ImportError as error:
+        raise UserError(f"the report needs {error.name}: pip install 'gmsop-jax[report]'") from error
+    page = build_report(args.workdir, data=args.data, max_images=args.max_images)
+    output = args.output or args.workdir[0] / "report.html"
+    try:
+        output.write_text(page, "utf-8")
+    except OSError as error:
+        raise UserError(f"the report can't be written to {output} ({error.strerror}); give another --output") from error
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+def run_sweep(arguments: Sequence[str]) -> int:
+    """Trains configurations with several seeds, and writes one table: `gmsop sweep heads --seeds 0 1 2`.
+
+    Returns: 1 if a run failed, and otherwise 0.
+    """
+    parser = ArgumentParser(
+        prog="gmsop sweep",
+        description="Trains configurations with several seeds, and writes one table of the results. Run the same"
+        " command again to resume.",
+        epilog="--config.field=value sets a field of every run",
+        takes_overrides=True,
+    )
+    parser.add_argument("configs", nargs="+", help="configurations; a file with ROWS stands for all its rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
+    parser.add_argument("--part", default="0/1", type=_part, metavar="I/N", help="every N-th run from the I-th, from 0")
+    parser.add_argument("--gather", action="store_true", help="only write the table of the runs that are finished")
+    options = parser.parse_args(arguments)
+    jobs = sweep.plan_sweep(options.configs, options.seeds, options.output, options.overrides)
+    part, parts = options.part
+    options.output.mkdir(parents=True, exist_ok=True)
+    failed = [] if options.gather else sweep.run(jobs[part::parts])
+    table = sweep.table(jobs)
+    write_atomic(options.output / "table.md", table)
+    print(f"{table}{options.output / 'table.md'}")
+    return 1 if failed else 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, separator, count = text.partition("/")
+    if not (separator and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 ≤ I < N, such as 0/4")
+    return int(index), int(count)
+
+
+def run_summary(arguments: Sequence[str]) -> None:
+    """Prints what networks cost: `gmsop summary imagenet64_gmsop imagenet:resnet50,srsop`."""
+    parser = ArgumentParser(
+        prog="gmsop summary",
+        description="Counts parameters, features and multiply-adds; '= x' and '≠ x' compare with the published x.",
+    )
+    parser.add_argument("configs", nargs="*", help="configurations: names, file.py or file.py:argument")
+    parser.add_argument("--all", action="store_true", help="every configuration of the package")
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args(arguments)
+    paths = [*options.configs, *(summary.all_configurations() if options.all else [])]
+    if not paths:
+        parser.error("name configurations, or --all")
+    rows = summarize_all(paths)
+    print(summary.markdown(rows, summary.HEADER) if options.markdown else summary.text(rows), end="")
+    different = [f"{row.name}: {', '.join(row.differences)}" for row in rows if row.differences]
+    print(f"\n{len(rows)} networks; counts that differ from the published ones: {'; '.join(different) or 'none'}")
+
+
+def summarize_all(paths: Sequence[str]) -> list[summary.Row]:
+    """Summarizes configurations, with a progress line on a terminal."""
+    rows = []
+    for i, path in enumerate(paths, 1):
+        if sys.stderr.isatty():
+            print(f"\r{i}/{len(paths)}", end="", file=sys.stderr, flush=True)
+        rows.append(summary.summarize(path))
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # clears the line
+    return rows

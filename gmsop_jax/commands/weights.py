@@ -1,0 +1,151 @@
+"""The commands that move networks in and out: export and import."""
+
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+from gmsop_jax.errors import ArgumentParser
+from gmsop_jax.inference.export import export_safetensors, export_stablehlo
+from gmsop_jax.interop.matconvnet_run import ImportedRun, import_checkpoint
+from gmsop_jax.interop.torch_run import ImportedWeights, import_weights
+from gmsop_jax.training import checkpoint
+
+RELEASED = {
+    "cf9bcf22e416773052358870f7786e05": "ResNet-18",
+    "b4c60d7955d93e6145071a5157e2a2af": "ResNet-18-SR-SOP",
+    "f80738566ffe9cabb7a1e88ea6c79dcf": "GM-GAP-16-8 + ResNet-18",
+    "ae26d1ccf77a568ceccaa878acc4d230": "GM-GAP-16-8 + WRN-36-2",
+    "6f0db9de2cbe233278ba8acca67a6f78": "GM-SOP-16-8 + ResNet-18",
+    "d89ea02e557d087622eb1ea617d516be": "GM-SOP-16-8 + WRN-36-2",
+}
+
+# (head, blocks per stage, width factor) → name and parameters in the published table, 1000 classes
+PUBLISHED = {
+    ("gap", 2, 1): ("ResNet-18", "0.9M"),
+    ("srsop", 2, 1): ("ResNet-18-SR-SOP", "9.0M"),
+    ("gmgap", 2, 1): ("GM-GAP-16-8 + ResNet-18", "2.3M"),
+    ("gmgap", 4, 2): ("GM-GAP-16-8 + WRN-36-2", "8.7M"),
+    ("gmsop", 2, 1): ("GM-SOP-16-8 + ResNet-18", "10.3M"),
+    ("gmsop", 4, 2): ("GM-SOP-16-8 + WRN-36-2", "15.7M"),
+}
+
+
+def run_export(arguments: Sequence[str]) -> None:
+    """Exports a network and checks the copy: `gmsop export runs/quickstart --format stablehlo`."""
+    parser = ArgumentParser(prog="gmsop export", description="Exports a trained network.")
+    parser.add_argument("run", type=pathlib.Path, help="working directory, or one step's folder in it")
+    parser.add_argument("--format", choices=("stablehlo", "safetensors"), required=True)
+    parser.add_argument("--output", type=pathlib.Path, help="folder (default: export/FORMAT in the run's)")
+    args = parser.parse_args(arguments)
+    export = {"stablehlo": export_stablehlo, "safetensors": export_safetensors}[args.format]
+    output = args.output or checkpoint.locate(args.run)[0].parent / "export" / args.format
+    exported = export(args.run, output)
+    for file in exported.files:
+        print(f"{file}: {file.stat().st_size:,} bytes")
+    largest = ", ".join(f"{name} {difference:.2g}" for name, difference in exported.differences.items())
+    print(f"largest differences from the original on random images: {largest}")
+
+
+def run_import(arguments: Sequence[str]) -> None:
+    """Turns foreign weights into a working directory: `gmsop import resnet50.safetensors --output runs/resnet50`.
+
+    A `.mat` file is a checkpoint of the authors' MatConvNet code; any other file holds PyTorch weights of a ResNet or
+    ResNeXt.
+    """
+    parser = ArgumentParser(
+        prog="gmsop import",
+        description="Makes a working directory from a MatConvNet checkpoint (net-epoch-N.mat), or from the PyTorch"
+        " weights of a ResNet or ResNeXt with 50 or 101 layers.",
+        epilog="--config.field=value sets a field of the configuration, as in --config.data.dir=data/imagenet",
+        takes_overrides=True,
+    )
+    parser.add_argument(
+        "file", help=".mat (MATLAB v7 or v7.3), .safetensors, or a file of torch.save (which needs PyTorch)"
+    )
+    parser.add_argument("--output", required=True, help="working directory to create")
+    group = parser.add_argument_group("for PyTorch weights")
+    group.add_argument("--classes", metavar="FILE", help="the classes' names, one on each line (default: 0, 1, …)")
+    group.add_argument(
+        "--triangle",
+        choices=("row", "column"),
+        help="order of a second-order classifier's columns; `column` is MATLAB's (default: row)",
+    )
+    options = parser.parse_args(arguments)
+    if not options.file.endswith(".mat"):
+        weights = import_weights(
+            options.file,
+            options.output,
+            options.overrides,
+            classes=options.classes,
+            triangle=options.triangle or "row",
+        )
+        _report_torch(weights, options.file, options.output)
+        return
+    if options.classes or options.triangle:
+        parser.error(f"--classes and --triangle apply to PyTorch weights; {options.file} is a MatConvNet checkpoint")
+    run = import_checkpoint(options.file, options.output, options.overrides)
+    print(f"{options.file}: {_origin(options.file)}")
+    _report_matconvnet(run, options.output)
+
+
+def _report_torch(run: ImportedWeights, file: str, output: str) -> None:
+    """Prints what was imported and the next steps."""
+    model = run.config.model
+    print(
+        f"{file}: {model.backbone}, head {model.head}, {model.num_classes} classes, {run.num_parameters:,} parameters"
+    )
+    print(f"evaluate:   gmsop evaluate --workdir {output} --config.data.dir=…")
+    print(f"predict:    gmsop predict --checkpoint {output} --input PHOTOS")
+    new = f"--config imagenet:{model.backbone},srsop --config.train.init_from={output}"
+    print(f"fine-tune:  gmsop train {new} --config.data.dir=… --workdir …")
+
+
+def _origin(file: str) -> str:
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "md5").hexdigest()
+    if digest in RELEASED:
+        return f"the released {RELEASED[digest]} (md5 {digest})"
+    return f"not one of the six released files (md5 {digest})"
+
+
+def _report_matconvnet(run: ImportedRun, output: str) -> None:
+    """Prints what was imported and the next steps."""
+    counts = count_parts(run.checkpoint.variables["params"])
+    for part, count in counts.items():
+        print(f"  {part:12} {count:12,}")
+    model = run.config.model
+    name, published = PUBLISHED.get((model.head, model.blocks_per_stage, model.width_factor), (None, None))
+    compared = f"  (published: {published} for {name}, 1000 classes)" if name else "  (no published network)"
+    print(f"  {'parameters':12} {sum(counts.values()):12,}{compared}")
+    print(f"epoch {run.epoch}, step {run.step}, {model.num_classes} classes")
+    if run.checkpoint.momentum is None:
+        print("the file has no optimiser state: further training starts with momentum 0")
+    if run.mean_rgb_difference is not None and run.mean_rgb_difference > 0.01:
+        print(
+            f"warning: the mean colour of the data set {run.config.data.dir} differs from the file's by up to"
+            f" {run.mean_rgb_difference:.3g} of 255; the network was trained with {run.checkpoint.mean_rgb}"
+        )
+    print(f"evaluate:   gmsop evaluate --workdir {output}")
+    if run.epoch < run.config.train.num_epochs:
+        print(f"train on:   gmsop train --config {output}/config.py --workdir {output}")
+    else:
+        more = f"--config {output}/config.py --workdir {output} --config.train.num_epochs=…"
+        print(f"all {run.config.train.num_epochs} epochs are done; more: gmsop train {more}")
+
+
+def count_parts(params: dict) -> dict[str, int]:
+    """Counts the trained parameters of each part of a network, which excludes batch norm's moments."""
+    head = params["head"]
+    mixture = head.get("mixture", {})
+    parts = {
+        "backbone": params["backbone"],
+        "gate": mixture.get("gate", {}),
+        "candidates": {name: leaf for name, leaf in mixture.items() if name != "gate"},
+        "batch norm": head.get("bn", {}),
+        "classifier": head["classifier"],
+    }
+    return {name: _count(tree) for name, tree in parts.items() if tree}
+
+
+def _count(tree) -> int:
+    return sum(map(_count, tree.values())) if isinstance(tree, dict) else tree.size
