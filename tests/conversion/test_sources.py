@@ -1,13 +1,14 @@
 import concurrent.futures
 import gzip
 import io
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign import imagenet_batches, images, jpeg, write_imagenet, write_imdb, write_places
+from foreign import imagenet_batches, images, jpeg, write_imagenet, write_imdb, write_places, write_tar
 from PIL import Image
 
 from gmsop_jax.conversion.sources import (
@@ -24,6 +25,7 @@ from gmsop_jax.conversion.sources.images import Names, decode_image
 from gmsop_jax.data.resize import imresize
 from gmsop_jax.errors import ConfigError, DataError
 from gmsop_jax.files import sha256
+from gmsop_jax.interop.matfile import hdf5
 
 
 def opened(name: str, path: Path | None, tmp_path: Path, **options) -> Source:
@@ -241,6 +243,34 @@ def test_fuzzed_npz_files_raise_one_error(tmp_path: Path, compressed: bool):
     assert refused > 500
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zip", "zip-npz"])
+def test_fuzzed_zip_archives_raise_one_error(tmp_path: Path, layout: str):
+    """2,500 damaged archives of each kind, mostly in their headers: the images are read, or there is a DataError."""
+    write_imagenet(tmp_path / "in", layout, count=3)
+    for name in ("train_part2", "val"):
+        (tmp_path / "in" / f"Imagenet64_{name}.zip").unlink()
+    file = tmp_path / "in" / "Imagenet64_train_part1.zip"
+    good, draw, refused = file.read_bytes(), np.random.default_rng(len(layout)), 0
+    directory = good.index(b"PK\1\2")  # the headers at the end
+    for case in range(2500):
+        damaged = bytearray(good)
+        for _ in range(draw.integers(1, 4)):
+            damaged[draw.integers(directory if case % 2 else 0, len(good))] = draw.integers(256)
+        if case % 10 == 0:
+            del damaged[draw.integers(len(good)) :]
+        file.write_bytes(damaged)
+        request = Request(tmp_path / "in", tmp_path / "scratch", options=Options(allow_partial=True))
+        try:
+            source = open_source("imagenet64", request)
+            for at in range(source.num_images["train"]):
+                source.load("train", at)
+        except DataError:
+            refused += 1
+        shutil.rmtree(request.scratch, ignore_errors=True)
+    assert refused > 500
+
+
 def test_imagenet_published_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_imagenet(tmp_path, "zip")
     archive = tmp_path / "Imagenet64_val.zip"
@@ -304,8 +334,9 @@ def test_imdb_truncated(tmp_path: Path, v7: bool, share: float):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("v7", [False, True])
-def test_fuzzed_imdb_raises_one_error(tmp_path: Path, v7: bool):
+def test_fuzzed_imdb_raises_one_error(tmp_path: Path, v7: bool, monkeypatch: pytest.MonkeyPatch):
     """5,000 damaged files of each version: the images are read, or there is a DataError."""
+    monkeypatch.setattr(hdf5, "SECONDS", 1)
     write_imdb(tmp_path / "good.mat", [1, 1, 2], [1, 2, 1], v7=v7)
     good, draw, refused = (tmp_path / "good.mat").read_bytes(), np.random.default_rng(0), 0
     for case in range(5000):
@@ -320,6 +351,14 @@ def test_fuzzed_imdb_raises_one_error(tmp_path: Path, v7: bool):
         except DataError:
             refused += 1
     assert refused > 500
+
+
+def test_imdb_of_version_7_3_is_read_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """HDF5 can crash or hang on a damaged file, so reading has a time limit."""
+    write_imdb(tmp_path / "imdb.mat", [1], [1])
+    monkeypatch.setattr(hdf5, "SECONDS", 1e-6)
+    with pytest.raises(DataError, match=r"imdb.mat is damaged or truncated \(HDF5 did not read it within 0 seconds\)"):
+        opened("imdb-mat", tmp_path / "imdb.mat", tmp_path)
 
 
 def test_imdb_foreign(tmp_path: Path):
@@ -373,6 +412,73 @@ def test_places_damaged(tmp_path: Path):
         opened("places365", tmp_path, tmp_path)
     (tmp_path / "places365_val.txt").write_text("what is this\n")
     with pytest.raises(DataError, match="is not a list of `name number` lines"):
+        opened("places365", tmp_path, tmp_path)
+
+
+def small_places(folder: Path) -> Path:
+    """One category with three images of 8×8 pixels in each split; returns the archive of the training images."""
+    names = [f"/a/arch/{at}.jpg" for at in range(3)]
+    (folder / "categories_places365.txt").write_text("/a/arch 0\n")
+    for listing, archive in (
+        ("places365_val.txt", "val_256.tar"),
+        ("places365_train_standard.txt", "train_256_places365standard.tar"),
+    ):
+        (folder / listing).write_text("".join(f"{name} 0\n" for name in names))
+        write_tar(
+            folder / archive, [f"data{name}" for name in names], [jpeg(images(1, 8, 8, seed=at)[0]) for at in range(3)]
+        )
+    return folder / archive
+
+
+@pytest.mark.slow
+def test_fuzzed_tar_archives_raise_one_error(tmp_path: Path):
+    """5,000 damaged archives, mostly in their headers: the images are read, or there is a DataError."""
+    file = small_places(tmp_path)
+    good, draw, refused = file.read_bytes().rstrip(b"\0") + bytes(1024), np.random.default_rng(0), 0
+    headers = [at for at in range(0, len(good), 512) if good[at + 257 : at + 262] == b"ustar"]
+    assert len(headers) == 3
+    for case in range(5000):
+        damaged = bytearray(good)
+        for _ in range(draw.integers(1, 5)):
+            header = int(draw.choice(headers))
+            at = draw.integers(len(good)) if case % 4 == 0 else header + draw.integers(512)
+            damaged[at] = draw.integers(256)
+            # a header whose checksum is right gets further
+            total = 256 + sum(damaged[header : header + 148]) + sum(damaged[header + 156 : header + 512])
+            damaged[header + 148 : header + 156] = b"%06o\0 " % total
+        if case % 10 == 0:
+            del damaged[draw.integers(len(good)) :]
+        file.write_bytes(damaged)
+        try:
+            everything(opened("places365", tmp_path, tmp_path, size=8, resize="pillow"), "train")
+        except DataError:
+            refused += 1
+    assert refused > 500
+
+
+def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
+    """The header of a member of a tar archive."""
+    head = bytearray(name.ljust(100, b"\0") + b"0000644\0" * 3 + size + b"0" * 11 + b"\0" + b" " * 8 + kind).ljust(
+        512, b"\0"
+    )
+    head[257:265] = b"ustar  \0"
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(b"data/a/arch/0.jpg", b"\xff" * 11 + b"\x00") * 2,  # a size of -256
+        header(b"data/a/arch/0.jpg", b"\xff" * 10 + b"\xfc\x00") * 4,  # a size of -1024: the same headers for ever
+        (header(b"././@LongLink", b"%011o\0" % 512, b"L") + b"x".ljust(512, b"\0"))
+        * 3000,  # each is read inside the last
+    ],
+    ids=["negative", "circle", "nested"],
+)
+def test_tar_archives_that_run_in_circles_are_refused(tmp_path: Path, content: bytes):
+    small_places(tmp_path).write_bytes(content + bytes(1024))
+    with pytest.raises(DataError, match=r"is not a complete tar archive|lacks 3 of the 3"):
         opened("places365", tmp_path, tmp_path)
 
 

@@ -18,8 +18,8 @@ from gmsop_jax.conversion.sources.files import FileArray, check_space
 from gmsop_jax.errors import CheckpointError, DataError
 from gmsop_jax.files import replacing
 from gmsop_jax.interop import matfile
+from gmsop_jax.interop.matfile import hdf5
 from gmsop_jax.interop.matfile.budget import Budget
-from gmsop_jax.interop.matfile.hdf5 import check_array
 
 OPTIONS: frozenset[str] = frozenset()
 _SETS = {1: "train", 2: "val", 3: "test"}
@@ -59,10 +59,10 @@ def open_source(request: Request) -> ImdbMat:
     path = request.required_path
     if path.is_dir():
         raise DataError(f"--input {path.absolute()} is a folder; give the .mat file itself")
-    if h5py.is_hdf5(path):
-        data, fields = _open_hdf5(path, request.scratch)
-    else:
-        data, fields = _open_v7(path)
+    try:
+        data, fields = _open_hdf5(path, request.scratch) if matfile.is_hdf5(path) else _open_v7(path)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
     labels, sets = (_codes(fields[name], name, len(data), path) for name in ("labels", "set"))
     if labels.min() < 1:
         raise DataError(f"{path}: images.labels go down to {labels.min()}, but labels must start at 1")
@@ -79,18 +79,19 @@ def open_source(request: Request) -> ImdbMat:
 
 def _open_hdf5(path: Path, scratch: Path) -> tuple[FileArray, dict[str, Any]]:
     try:
-        with h5py.File(path) as file:
-            budget = Budget(path.stat().st_size)
-            data, labels, sets = (_dataset(file, f"images/{name}", budget) for name in ("data", "labels", "set"))
-            _check_images(data.shape, data.dtype, path)
-            mean = _dataset(file, "meta/rgbMean", budget)[()] if "meta/rgbMean" in file else None
-            fields = {"labels": labels[()], "set": sets[()], "mean": mean}
-            return _flat(data, path, scratch), fields
+        return hdf5.call_limited(_read_hdf5, path, scratch)
     except DataError:
         raise
-    except Exception as error:  # h5py raises exceptions of many types for damaged files
-        detail = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path} is damaged or truncated ({detail}); download it again") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged or truncated ({error}); download it again") from error
+
+
+def _read_hdf5(path: Path, budget: Budget, scratch: Path) -> tuple[FileArray, dict[str, Any]]:
+    with h5py.File(path, "r") as file:
+        data, labels, sets = (_dataset(file, f"images/{name}", budget) for name in ("data", "labels", "set"))
+        _check_images(data.shape, data.dtype, path)
+        mean = _dataset(file, "meta/rgbMean", budget)[()] if "meta/rgbMean" in file else None
+        return _flat(data, path, scratch), {"labels": labels[()], "set": sets[()], "mean": mean}
 
 
 def _dataset(file: h5py.File, name: str, budget: Budget) -> h5py.Dataset:
@@ -102,7 +103,7 @@ def _dataset(file: h5py.File, name: str, budget: Budget) -> h5py.Dataset:
         node = node[part]
     if not isinstance(node, h5py.Dataset):
         raise DataError(f"{file.filename} is not an imdb file: {name.replace('/', '.')} is not an array")
-    check_array(node)
+    hdf5.check_array(node)
     budget.take_bytes(node.nbytes)
     return node
 
@@ -125,10 +126,7 @@ def _flat(data: h5py.Dataset, path: Path, scratch: Path) -> FileArray:
 
 
 def _open_v7(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    try:
-        variables = matfile.read(path, ("images", "meta"))
-    except CheckpointError as error:
-        raise DataError(str(error)) from error
+    variables = matfile.read(path, ("images", "meta"))
     images, meta = variables.get("images"), variables.get("meta")
     for name in ("data", "labels", "set"):
         if not isinstance(images, dict) or not isinstance(images.get(name), np.ndarray):

@@ -26,19 +26,25 @@ def read(path: str | pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
         memory than its size justifies.
     """
     path = pathlib.Path(path)
+    reader = hdf5 if is_hdf5(path) else v7
+    try:
+        return reader.read(path, names)
+    except Exception as error:  # damaged files make the readers raise exceptions of many types
+        detail = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged or truncated ({detail}); download it again") from error
+
+
+def is_hdf5(path: pathlib.Path) -> bool:
+    """Returns whether a MATLAB file has version 7.3; CheckpointError if there is no such file or it is another kind."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     with path.open("rb") as file:
         head = file.read(520)
-    is_hdf5 = _HDF5_SIGNATURE in (head[:8], head[512:520])
-    if not is_hdf5 and not head.startswith(b"MATLAB 5.0"):
+    if _HDF5_SIGNATURE in (head[:8], head[512:520]):
+        return True
+    if not head.startswith(b"MATLAB 5.0"):
         raise CheckpointError(f"{path} is not a MATLAB file of version 7 or 7.3")
-    reader = hdf5 if is_hdf5 else v7
-    try:
-        return reader.read(path, names)
-    except Exception as error:  # damaged files make the readers raise exceptions of many types
-        detail = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is damaged or truncated ({detail}); download it again") from error
+    return False
 
 
 def write(path: str | pathlib.Path, variables: Mapping[str, Any], *, v73: bool = False) -> None:

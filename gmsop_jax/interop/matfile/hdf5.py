@@ -5,18 +5,14 @@ into the group `#refs#`. An empty array stores its shape.
 """
 
 import math
-import os
 import pathlib
-import pickle
-import resource
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import h5py
 import numpy as np
 
+from gmsop_jax.interop.matfile import isolated
 from gmsop_jax.interop.matfile.budget import Budget
 
 _MAX_DEPTH = 32  # of structs within structs; a deeper one contains itself
@@ -26,44 +22,42 @@ _CLASSES = {"f8": "double", "f4": "single", "b1": "logical"}
 
 
 def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads variables as `matfile.read` describes them, in a process of its own.
-
-    HDF5 can crash or hang on a damaged file.
+    """Reads variables as `matfile.read` describes them, in another process.
 
     Raises:
       ValueError: if the file is damaged.
     """
-    program = f"import {__name__}, sys; {__name__}.dump(*sys.argv[1:])"
-    command = [sys.executable, "-c", program, str(path.absolute()), *names]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    seconds = SECONDS + path.stat().st_size / BYTES_PER_SECOND
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False, env=environment)
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(f"HDF5 did not read it within {seconds:.0f} seconds") from error
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ValueError(lines[-1] if lines else f"HDF5 ended with status {done.returncode}")
-    return pickle.loads(done.stdout)
+    return call_limited(_read, path, names)
 
 
-def dump(path: str, *names: str) -> None:
-    """Writes the variables of a file, pickled, to the standard output."""
-    budget = Budget(pathlib.Path(path).stat().st_size)
-    _limit_memory(4 * budget.bytes)  # with copies in other types and orders
+def call_limited(function: Callable[..., Any], path: pathlib.Path, *arguments: Any) -> Any:
+    """Calls a function that reads an HDF5 file in another process, with limits that fit the size of the file.
+
+    Args:
+      function: a function of a module; its arguments are the path, a `Budget` and `arguments`.
+      path: the HDF5 file.
+      *arguments: further arguments.
+
+    Raises:
+      UserError: if the function raises one.
+      ValueError: if the file is damaged.
+    """
+    size = path.stat().st_size
+    budget = Budget(size)
+    return isolated.call(
+        function,
+        path.absolute(),
+        budget,
+        *arguments,
+        seconds=SECONDS + size / BYTES_PER_SECOND,
+        memory_bytes=4 * budget.bytes,  # with copies in other types and orders
+    )
+
+
+def _read(path: pathlib.Path, budget: Budget, names: Sequence[str]) -> dict[str, Any]:
     with h5py.File(path, "r") as file:
         reader = _Reader(file, budget)
-        variables = {name: reader.read(_own(file, name)) for name in names if name in file}
-    pickle.dump(variables, sys.stdout.buffer, protocol=5)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Limits what this process can allocate from now on, on Linux: HDF5 itself allocates what a file claims."""
-    if sys.platform == "linux":
-        used = int(pathlib.Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = used + num_bytes if hard == resource.RLIM_INFINITY else min(hard, used + num_bytes)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        return {name: reader.read(_own(file, name)) for name in names if name in file}
 
 
 def _own(group: h5py.Group, name: str) -> Any:
