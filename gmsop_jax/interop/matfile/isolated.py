@@ -79,7 +79,7 @@ def _server(pid: int) -> tuple[subprocess.Popen, socket.socket]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
     with theirs:  # its own process group: Ctrl-C is handled here
-        return subprocess.Popen(command, stdin=theirs, env=environment, process_group=0), ours
+        return subprocess.Popen(command, stdin=theirs.fileno(), env=environment, process_group=0), ours
 
 
 @atexit.register
