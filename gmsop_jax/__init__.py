@@ -11,7 +11,11 @@ __version__ = "0.1.0"
 
 
 def load(path: str | os.PathLike[str]) -> "tuple[Network, dict[str, Any], Info]":
-    """Restores a trained network: `model, variables, info = gmsop_jax.load(DIR)`; see `restore.load`."""
+    """Restores a trained network: `model, variables, info = gmsop_jax.load(PATH)`.
+
+    The path is the working directory of a run, an exported folder, or a repository's name on the Hugging Face Hub; see
+    `restore.load`.
+    """
     from gmsop_jax.training import restore  # imported late: Orbax takes seconds, and the layers don't need it
 
     return restore.load(path)

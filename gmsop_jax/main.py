@@ -218,9 +218,9 @@ def _load_config(options: argparse.Namespace):
 
     if options.config:
         return configs.load(options.config, options.overrides)
-    from gmsop_jax.training.checkpoint import read_config
+    from gmsop_jax.training.restore import read_description
 
-    config = configs.from_json(read_config(options.checkpoint or options.workdir))
+    config, _ = read_description(options.checkpoint or options.workdir)
     for item in options.overrides:
         configs.override(config, item)
     configs.validate(config)

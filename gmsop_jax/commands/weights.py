@@ -8,7 +8,7 @@ from gmsop_jax.errors import ArgumentParser
 from gmsop_jax.inference.export import export_safetensors, export_stablehlo
 from gmsop_jax.interop.matconvnet_run import ImportedRun, import_checkpoint
 from gmsop_jax.interop.torch_run import ImportedWeights, import_weights
-from gmsop_jax.training import checkpoint
+from gmsop_jax.training.restore import folder_of
 
 RELEASED = {
     "cf9bcf22e416773052358870f7786e05": "ResNet-18",
@@ -36,10 +36,15 @@ def run_export(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=pathlib.Path, help="working directory, or one step's folder in it")
     parser.add_argument("--format", choices=("stablehlo", "safetensors"), required=True)
     parser.add_argument("--output", type=pathlib.Path, help="folder (default: export/FORMAT in the run's)")
+    parser.add_argument("--license", help="safetensors: licence of the weights, for the model card, as in cc-by-4.0")
     args = parser.parse_args(arguments)
-    export = {"stablehlo": export_stablehlo, "safetensors": export_safetensors}[args.format]
-    output = args.output or checkpoint.locate(args.run)[0].parent / "export" / args.format
-    exported = export(args.run, output)
+    output = args.output or folder_of(args.run) / "export" / args.format
+    if args.format == "safetensors":
+        exported = export_safetensors(args.run, output, license_name=args.license or "unknown")
+    elif args.license:
+        parser.error("--license goes into the model card, which only --format safetensors writes")
+    else:
+        exported = export_stablehlo(args.run, output)
     for file in exported.files:
         print(f"{file}: {file.stat().st_size:,} bytes")
     largest = ", ".join(f"{name} {difference:.2g}" for name, difference in exported.differences.items())

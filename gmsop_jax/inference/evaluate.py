@@ -10,11 +10,10 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
-from gmsop_jax.training import checkpoint, parallel
+from gmsop_jax.training import parallel
 from gmsop_jax.training.evaluation import create_eval_step, evaluate_split, image_shape, resolve
-from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.processes import ending_together
-from gmsop_jax.training.restore import load_variables
+from gmsop_jax.training.restore import folder_of, load_variables, read_description
 from gmsop_jax.training.workdir import check_same_config
 
 
@@ -32,7 +31,7 @@ def run(config: ConfigDict, path: str | pathlib.Path) -> None:
         flush=True,
     )
     if jax.process_index() == 0:
-        file = checkpoint.locate(path)[0].parent / f"evaluation-{config.eval.split}.json"
+        file = folder_of(path) / f"evaluation-{config.eval.split}.json"
         try:
             write_json(file, result)
         except OSError as error:
@@ -48,8 +47,8 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
 
     Args:
       config: the configuration; its model must fit the checkpoint.
-      path: a working directory, or the directory of one step in it. In a working directory, the best
-        checkpoint is evaluated, or the last if none has been evaluated yet.
+      path: a working directory, the directory of one step in it, or an exported network, as in `restore.load`. In a
+        working directory, the best checkpoint is evaluated, or the last if none has been evaluated yet.
 
     Returns: `step`, and what `evaluate_split` returns.
 
@@ -58,7 +57,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
       DataError: if the data set is missing or damaged.
     """
     check_same_config(config)
-    folder, _ = checkpoint.locate(path)
+    _, inputs = read_description(path)
     checked = [config.eval.split] if config.data.on_corrupt == "stop" else []
     manifest = Manifest.load(config.data.dir, config.data.verify, splits=checked)
     config = resolve(config, manifest)
@@ -66,5 +65,5 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     shape = image_shape(config, manifest)
     variables, step, _ = load_variables(create_model(config.model), shape, path, parallel.replicated(mesh))
-    eval_step = create_eval_step(config, Inputs.load(folder.parent), mesh)
+    eval_step = create_eval_step(config, inputs, mesh)
     return {"step": step, **evaluate_split(eval_step, variables, config, mesh)}

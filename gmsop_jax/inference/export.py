@@ -1,4 +1,4 @@
-"""Exports trained networks: StableHLO that runs without this package, and safetensors.
+"""Exports trained networks: StableHLO that runs without this package, and a folder for model hubs.
 
 After writing, each artefact is read back and compared with the original on random images.
 """
@@ -14,18 +14,20 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 import gmsop_jax
 from gmsop_jax import config as configs
-from gmsop_jax.errors import CheckpointError, UserError
-from gmsop_jax.files import write_atomic, write_json
+from gmsop_jax.errors import UserError
+from gmsop_jax.files import write_atomic
+from gmsop_jax.inference.model_card import model_card
 from gmsop_jax.inference.predict import make_predict_step
-from gmsop_jax.models import Network, create_model
+from gmsop_jax.models import Network, count_parameters, create_model
+from gmsop_jax.training import exported
+from gmsop_jax.training.checkpoint import DIRECTORY
 from gmsop_jax.training.restore import Info
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-STABLEHLO_FILE, SAFETENSORS_FILE, JSON_FILE = "model.stablehlo", "model.safetensors", "model.json"
+STABLEHLO_FILE, JSON_FILE = "model.stablehlo", "model.json"
 _BATCHES = (1, 3)  # sizes of the random batches for the comparison
 _TOLERANCE = 1e-3  # relative to the largest output; compilers order sums differently
 
@@ -78,56 +80,53 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
     images = jax.ShapeDtypeStruct((*batch, *info.inputs.image_size, 3), jnp.uint8)
     artefact = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(images)
     description = _describe(info, variables) | {"platforms": list(PLATFORMS)}
-    files = _write(output, description, STABLEHLO_FILE, artefact.serialize())
+    files = _write(output, {STABLEHLO_FILE: artefact.serialize(), JSON_FILE: _json(description)})
     restored: Any = jax.export.deserialize(bytearray(files[0].read_bytes()))
     return Exported(files, _compare(_run(model, variables, info), restored.call, info))
 
 
-def export_safetensors(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Exported:
-    """Writes `model.safetensors`, with parameters and moments, and `model.json`, with the architecture.
+def export_safetensors(
+    path: str | os.PathLike[str], output: str | os.PathLike[str], *, license_name: str = "unknown"
+) -> Exported:
+    """Writes a folder as model hubs expect it; `gmsop_jax.load` opens it as it opens a run.
 
-    Arrays are named by their paths in the tree of variables, joined by dots: `params.backbone.stem.kernel`.
+    `model.safetensors` contains parameters and moments, named by their paths in the tree of variables, joined by dots:
+    `params.backbone.stem.kernel`. `config.json` contains the configuration of the run, its classes, mean colour, image
+    size and metrics, and `README.md` is the model card.
 
-    Args, Raises: as in `export_stablehlo`.
+    Args:
+      path, output: as in `export_stablehlo`.
+      license_name: the licence of the weights, for the model card, as the hub names it (`mit`, `cc-by-4.0`, …).
+
+    Raises: as `export_stablehlo`.
     """
     _need("safetensors")
     from safetensors.flax import save
 
     model, variables, info = gmsop_jax.load(path)
-    data = save(_flatten(variables), metadata={"format": "flax", "gmsop_jax": gmsop_jax.__version__})
-    files = _write(output, _describe(info, variables), SAFETENSORS_FILE, data)
+    arrays = exported.flatten(variables)
+    number = count_parameters(variables["params"])
+    files = _write(
+        output,
+        {
+            exported.WEIGHTS: save(arrays, metadata={"format": "flax", "gmsop_jax": gmsop_jax.__version__}),
+            exported.DESCRIPTION: _json(exported.describe(info.config, info.inputs, info.step, info.metrics)),
+            exported.CARD: model_card(info, number, license_name=license_name).encode(),
+        },
+    )
     return Exported(files, _compare(_run(model, variables, info), _run(*load_safetensors(output), info), info))
 
 
 def load_safetensors(folder: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
-    """Loads a network that `export_safetensors` wrote.
+    """Loads a network that `export_safetensors` wrote, as `gmsop_jax.load` does.
 
     Returns: `(model, variables)`.
 
     Raises:
       CheckpointError: if a file is missing or damaged, or the two don't match.
     """
-    _need("safetensors")
-    from safetensors.flax import load_file
-
-    folder = pathlib.Path(folder)
-    try:
-        description = json.loads((folder / JSON_FILE).read_text("utf-8"))
-        model = description["model"]
-        config = configs.from_json(json.dumps({"model": model, "compute_dtype": model["compute_dtype"]}))
-        shapes = {name: tuple(shape) for name, shape in description["shapes"].items()}
-        arrays = load_file(folder / SAFETENSORS_FILE)
-    except Exception as error:  # safetensors has an error class of its own, of no common base
-        raise CheckpointError(f"{folder} holds no readable {JSON_FILE} and {SAFETENSORS_FILE} ({error})") from error
-    if {name: array.shape for name, array in arrays.items()} != shapes:
-        raise CheckpointError(
-            f"{folder}: {SAFETENSORS_FILE} and {JSON_FILE} list different arrays; export the network again"
-        )
-    return create_model(config.model), {"batch_stats": {}, **unflatten_dict(arrays, sep=".")}
-
-
-def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-    return flatten_dict(dict(variables), sep=".")  # pyright: ignore[reportReturnType]  # never keyed by tuples
+    model, variables, _ = gmsop_jax.load(folder)
+    return model, variables
 
 
 def _describe(info: Info, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,21 +137,25 @@ def _describe(info: Info, variables: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": info.metrics,
         **dataclasses.asdict(info.inputs),
         "model": info.config.model.to_dict(),
-        "shapes": {name: list(leaf.shape) for name, leaf in _flatten(variables).items()},
+        "shapes": {name: list(leaf.shape) for name, leaf in exported.flatten(variables).items()},
     }
 
 
-def _write(
-    output: str | os.PathLike[str], description: Mapping[str, Any], name: str, data: bytes | bytearray
-) -> tuple[pathlib.Path, pathlib.Path]:
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _write(output: str | os.PathLike[str], contents: Mapping[str, bytes | bytearray]) -> tuple[pathlib.Path, ...]:
     folder = pathlib.Path(output)
+    if (folder / DIRECTORY).exists():
+        raise ExportError(f"{folder} is the working directory of a run; name another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / name, bytes(data))
-        write_json(folder / JSON_FILE, description)
+        for name, data in contents.items():
+            write_atomic(folder / name, bytes(data))
     except OSError as error:
         raise ExportError(f"can't write to {folder} ({error.strerror or error}); name another --output") from error
-    return folder / name, folder / JSON_FILE
+    return tuple(folder / name for name in contents)
 
 
 def _with_dispatch(info: Info, dispatch: str) -> Network:

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import ORDER_VERSION
@@ -92,7 +93,12 @@ class Inputs:
           CheckpointError: if neither can be read.
         """
         path = pathlib.Path(workdir)
-        value = json.loads(read_file(path, FILE_NAME))
+        remedy = "if you delete it, the copy in the last checkpoint is used"
+        return cls.from_dict(json.loads(read_file(path, FILE_NAME)), path / FILE_NAME, remedy)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], file: pathlib.Path, remedy: str) -> "Inputs":
+        """Makes inputs of their fields; CheckpointError with the name of the file and a remedy if one is wrong."""
         try:
             red, green, blue = (float(x) for x in value["mean_rgb"])
             height, width = (int(x) for x in value["image_size"])
@@ -102,6 +108,4 @@ class Inputs:
                 str(value["dataset"]), classes, (red, green, blue), (height, width), splits, int(value.get("order", 1))
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path / FILE_NAME} is damaged ({error!r}); if you delete it, the copy in the last checkpoint is used"
-            ) from error
+            raise CheckpointError(f"{file} is damaged ({error!r}); {remedy}") from error

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.models import Network, create_model
-from gmsop_jax.training import checkpoint
+from gmsop_jax.training import checkpoint, exported
 from gmsop_jax.training.inputs import Inputs
 
 
@@ -43,8 +44,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
     """Restores a trained network. Its data set is not needed.
 
     Args:
-      path: a working directory (its best checkpoint is taken, or the last if none was evaluated), or
-        one step's folder in it.
+      path: a working directory (its best checkpoint is taken, or the last if none was evaluated), one step's folder in
+        it, a folder that `gmsop export --format safetensors` wrote, or the name of a repository on the Hugging Face Hub
+        with the contents of such a folder (needs huggingface_hub).
 
     Returns: `(model, variables, info)` for `model.apply(variables, images)`, images being float
       [b, h, w, 3] with `info.inputs.mean_rgb` subtracted (`train_step.normalize`); the variables,
@@ -59,18 +61,32 @@ def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
 
 def load_onto(path: str | os.PathLike[str], sharding: Sharding) -> tuple[Network, dict[str, Any], Info]:
     """Restores a network like `load`, and places its variables by a sharding."""
-    folder, _ = checkpoint.locate(os.fspath(path))
-    config = configs.from_json(checkpoint.read_config(os.fspath(path)))
-    inputs = Inputs.load(folder.parent)
+    config, inputs = read_description(path)
     configs.validate(config)
     if config.model.num_classes != len(inputs.classes):
         raise CheckpointError(
-            f"{folder.parent}: config.json has {config.model.num_classes} classes, inputs.json names"
+            f"{os.fspath(path)}: config.json has {config.model.num_classes} classes, inputs.json names"
             f" {len(inputs.classes)}; they belong to different runs"
         )
     model = create_model(config.model)
     variables, step, metrics = load_variables(model, (*inputs.image_size, 3), path, sharding)
     return model, variables, Info(config, inputs, step, metrics)
+
+
+def read_description(path: str | os.PathLike[str]) -> tuple[ConfigDict, Inputs]:
+    """Reads the configuration and the inputs of a trained network, without its arrays.
+
+    Args, Raises: as in `load`.
+    """
+    if exported_folder := exported.find(path):
+        return exported.read_description(exported_folder)
+    config = configs.from_json(checkpoint.read_config(os.fspath(path)))
+    return config, Inputs.load(folder_of(path))
+
+
+def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The working directory of a run, or the folder of an exported network. Args, Raises: as in `load`."""
+    return exported.find(path) or checkpoint.locate(os.fspath(path))[0].parent
 
 
 def load_variables(
@@ -89,10 +105,12 @@ def load_variables(
     Raises:
       CheckpointError: if there is no checkpoint, it doesn't fit the model, or is damaged.
     """
-    folder, step = checkpoint.locate(os.fspath(path))
     images = jax.ShapeDtypeStruct((1, *image_shape), "float32")
     like = dict(jax.eval_shape(model.init, jax.random.key(0), images))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+    if exported_folder := exported.find(path):
+        return exported.load_variables(exported_folder, like, sharding)
+    folder, step = checkpoint.locate(os.fspath(path))
     with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         if step is None:
             best = checkpoints.best_step

@@ -2,23 +2,29 @@ import json
 import pathlib
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import gmsop_jax
-from gmsop_jax.config import model_defaults
-from gmsop_jax.errors import CheckpointError
+from gmsop_jax.config import default_config, load, model_defaults
+from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.inference import export
 from gmsop_jax.inference.predict import make_predict_step
+from gmsop_jax.main import main
 from gmsop_jax.models import create_model
 from gmsop_jax.models.network import HEADS
+from gmsop_jax.training.parallel import create_mesh, replicated
+from gmsop_jax.training.transfer import read_source
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -77,7 +83,87 @@ def test_safetensors_contain_the_same_numbers(trained_run, safetensors):
     assert len(arrays) == len(jax.tree.leaves(variables))
     description = json.loads(safetensors.files[1].read_text())
     assert description["classes"] == list(info.inputs.classes)
-    assert description["shapes"]["params.head.classifier.kernel"] == list(kernel.shape)
+    assert [file.name for file in safetensors.files] == ["model.safetensors", "config.json", "README.md"]
+
+
+def test_an_exported_folder_opens_as_a_run_does(trained_run, safetensors, tmp_path, capsys):
+    folder = shutil.copytree(safetensors.files[0].parent, tmp_path / "hub")
+    _, variables, info = gmsop_jax.load(trained_run)
+    _, copied, about = gmsop_jax.load(folder)
+    assert jax.tree.structure(copied) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, copied, variables)
+    assert (about.step, about.metrics, about.inputs) == (info.step, info.metrics, info.inputs)
+    assert about.config.model.to_dict() == info.config.model.to_dict()
+    Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save(tmp_path / "black.png")
+    assert main(["predict", "--checkpoint", str(folder), "--input", str(tmp_path / "black.png"), "--top", "1"]) == 0
+    predicted = capsys.readouterr().out
+    assert (
+        main(["predict", "--checkpoint", str(trained_run), "--input", str(tmp_path / "black.png"), "--top", "1"]) == 0
+    )
+    assert predicted == capsys.readouterr().out
+    assert main(["evaluate", "--checkpoint", str(folder), f"--config.data.dir={info.config.data.dir}"]) == 0
+    assert info.metrics is not None
+    assert f"top-1 error {info.metrics['top1_error']:.2f} %" in capsys.readouterr().out
+    config = default_config()
+    config.train.init_from = str(folder)
+    np.testing.assert_array_equal(
+        read_source(config, replicated(create_mesh())).variables["params"]["head"]["classifier"]["kernel"],
+        variables["params"]["head"]["classifier"]["kernel"],
+    )
+
+
+def test_the_model_card_names_data_recipe_result_command_and_licence(trained_run, safetensors, tmp_path, monkeypatch):
+    _, _, info = gmsop_jax.load(trained_run)
+    card = safetensors.files[2].read_text()
+    assert card.startswith("---\nlicense: unknown\nlibrary_name: gmsop_jax\n")
+    assert info.metrics is not None
+    for text in ("fashion-mnist", "10 classes (t-shirt/top,", "28×28", f"{info.metrics['top1_error']:.2f} %"):
+        assert text in card
+    assert str(trained_run.parent) not in card + safetensors.files[1].read_text()  # no names of the user's folders
+    command = re.findall(r"```sh\n(gmsop train .*?)```", card, re.S)[0].replace("\\\n", "")
+    _, _, _, name, *flags = shlex.split(command)
+    again = load(name, [flag.removeprefix("--config.") for flag in flags])
+    again.data.dir, again.model.num_classes = info.config.data.dir, info.config.model.num_classes
+    assert again.to_dict() == info.config.to_dict()
+
+
+def test_a_repository_is_downloaded_by_its_name(safetensors, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "owner/absent":
+            raise OSError("404 Client Error\nlong explanation")
+        return str(safetensors.files[0].parent)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"no folder owner/network; .* pip install 'gmsop-jax\[hub\]'"):
+        gmsop_jax.load("owner/network")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert gmsop_jax.load("owner/network")[2].inputs.classes[0] == "t-shirt/top"
+    with pytest.raises(CheckpointError, match=r"no folder owner/absent, and no such .*OSError: 404 Client Error\)$"):
+        gmsop_jax.load("owner/absent")
+    (tmp_path / "runs").mkdir()  # the folder `runs` exists, so this is a mistyped path
+    with pytest.raises(CheckpointError, match="no checkpoint at runs/quikstart"):
+        gmsop_jax.load("runs/quikstart")
+    assert asked == [(name, ["model.safetensors", "config.json"]) for name in ("owner/network", "owner/absent")]
+
+
+def test_the_working_directory_of_a_run_is_not_overwritten(trained_run):
+    before = (trained_run / "config.json").read_bytes()
+    with pytest.raises(export.ExportError, match="is the working directory of a run"):
+        export.export_safetensors(trained_run, trained_run)
+    assert (trained_run / "config.json").read_bytes() == before
+
+
+def test_exports_of_earlier_versions_open(safetensors, tmp_path):
+    folder = shutil.copytree(safetensors.files[0].parent, tmp_path / "old")
+    description = json.loads((folder / "config.json").read_text())
+    description["model"] = description.pop("config")["model"]
+    (folder / "config.json").unlink()
+    (folder / "model.json").write_text(json.dumps(description))
+    assert set(export.load_safetensors(folder)[1]) == {"params", "batch_stats"}
 
 
 def test_the_documented_code_loads_safetensors(safetensors):
@@ -89,9 +175,9 @@ def test_the_documented_code_loads_safetensors(safetensors):
 
 def test_the_compute_dtype_is_kept(safetensors, tmp_path):
     folder = shutil.copytree(safetensors.files[0].parent, tmp_path / "copy")
-    description = json.loads((folder / "model.json").read_text())
-    description["model"]["compute_dtype"] = "bfloat16"
-    (folder / "model.json").write_text(json.dumps(description))
+    description = json.loads((folder / "config.json").read_text())
+    description["config"]["compute_dtype"] = description["config"]["model"]["compute_dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(description))
     assert export.load_safetensors(folder)[0].backbone.dtype == "bfloat16"
 
 
@@ -103,8 +189,13 @@ def test_mismatched_files_are_refused(safetensors, tmp_path):
     with pytest.raises(CheckpointError, match="different arrays"):
         export.load_safetensors(folder)
     (folder / "model.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(CheckpointError, match="no readable"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
         export.load_safetensors(folder)
+    shutil.copy(safetensors.files[0], folder)
+    for text in ("", "[]", "{}", '{"config": {"seed": "x"}}', '{"config": 3}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises((CheckpointError, ConfigError), match=r"config\.json|stored configuration"):
+            export.load_safetensors(folder)
 
 
 def test_a_copy_that_differs_is_refused(trained_run, tmp_path, monkeypatch):

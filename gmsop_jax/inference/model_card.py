@@ -1,0 +1,98 @@
+"""Model cards: the `README.md` of an exported network."""
+
+import shlex
+
+import gmsop_jax
+from gmsop_jax import config as configs
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.training import exported
+from gmsop_jax.training.restore import Info
+
+_TEMPLATE = """---
+license: {license}
+library_name: gmsop_jax
+pipeline_tag: image-classification
+tags: [jax, flax, second-order-pooling, {head}]
+---
+
+# {head} on {dataset}
+
+An image classifier with second-order pooling, trained with [gmsop_jax]({home}) {version}.
+
+```python
+import gmsop_jax
+
+model, variables, info = gmsop_jax.load("THIS FOLDER")
+```
+
+```sh
+gmsop predict --checkpoint "THIS FOLDER" --input PHOTOS
+```
+
+| | |
+|---|---|
+| data | {dataset}: {num_classes} classes ({classes}), images of {height}×{width} pixels |
+| network | backbone `{backbone}`, head `{head}`, {parameters:,} parameters |
+| result | {result} |
+| training | {steps:,} steps of {batch_size} images ({epochs} epochs), {optimizer} |
+
+Images are RGB with values from 0 to 255, from which the mean colour {mean_rgb} is subtracted.
+
+To train this network again, convert the data set and run
+
+```sh
+{command}
+```
+"""
+_HOME = "https://papers.nips.cc/paper_files/paper/2018/hash/17c276c8e723eb46aef576537e9d56d0-Abstract.html"
+_BASE = "imagenet64_gmsop"  # its fields have the defaults of `default_config`
+
+
+def model_card(info: Info, num_parameters: int, *, license_name: str) -> str:
+    """Describes a trained network in Markdown: data, recipe, result, command and licence.
+
+    Args:
+      info: the network.
+      num_parameters: number of its trained parameters.
+      license_name: the licence of the weights.
+    """
+    inputs, train = info.inputs, info.config.train
+    shown = ", ".join(inputs.classes[:10])
+    return _TEMPLATE.format(
+        license=license_name,
+        home=_HOME,
+        version=gmsop_jax.__version__,
+        dataset=inputs.dataset,
+        num_classes=len(inputs.classes),
+        classes=shown if len(inputs.classes) <= 10 else f"{shown}, …",
+        height=inputs.image_size[0],
+        width=inputs.image_size[1],
+        mean_rgb=", ".join(f"{value:.2f}" for value in inputs.mean_rgb),
+        backbone=info.config.model.backbone,
+        head=info.config.model.head,
+        parameters=num_parameters,
+        result=_result(info),
+        steps=info.step,
+        batch_size=train.batch_size,
+        epochs=train.num_epochs,
+        optimizer=train.optimizer,
+        command=command(info.config),
+    )
+
+
+def _result(info: Info) -> str:
+    if not info.metrics:
+        return "not evaluated"
+    errors = f"top-1 error {info.metrics['top1_error']:.2f} %, top-5 error {info.metrics['top5_error']:.2f} %"
+    return f"{errors} on the split `{info.config.eval.split}`"
+
+
+def command(config: ConfigDict) -> str:
+    """The command that trains with a configuration: every field that differs from its default is a flag."""
+    stored = exported.public_config(config)
+    flags = [f"--config {_BASE}"]
+    for name, value in configs.flatten(stored):
+        field = configs.FIELDS[name]
+        if configs.as_tuples(value) != field.default and name != "model.compute_dtype":
+            flags.append(shlex.quote(f"--config.{name}={value}"))
+    return " \\\n  ".join(["gmsop train", *flags])
