@@ -7,7 +7,7 @@ from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order
 from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates, mix_candidates
 from gmsop_jax.ops.gate import balance_loss, select_top_k, selection_weights, top_k_gate
 from gmsop_jax.ops.matrix_power import matrix_power
-from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
+from gmsop_jax.ops.matrix_sqrt import newton_schulz_inverse_sqrt, newton_schulz_sqrt
 from gmsop_jax.ops.random import draw_rows
 from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
@@ -20,6 +20,7 @@ __all__ = [
     "draw_rows",
     "matrix_power",
     "mix_candidates",
+    "newton_schulz_inverse_sqrt",
     "newton_schulz_sqrt",
     "second_order_pool",
     "select_top_k",

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
@@ -45,7 +46,7 @@ def average_pool(x: Float[Array, "*b p c"], *, where: Where | None = None) -> Fl
 
 
 def covariance_pool(
-    x: Float[Array, "*b p c"], *, where: Where | None = None, centered: bool = True
+    x: Float[Array, "*b p c"], *, where: Where | None = None, centered: bool = True, forward_mode: bool = False
 ) -> Float[Array, "*b c c"]:
     """Covariance of the features over positions.
 
@@ -59,6 +60,8 @@ def covariance_pool(
         equals that of the input without the positions of weight 0, whose values may be NaN or infinite. Gradients
         flow into x and into weights, and are 0 at positions of weight 0.
       centered: whether the mean is subtracted. If not, the result is the second moment (1/p) Σ xₚ xₚᵀ.
+      forward_mode: with True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` work too, and the backward pass takes two
+        matrix products instead of one.
 
     Returns: symmetric positive semi-definite matrices, float32 or float64. The covariance of no position is zero,
       with zero gradient.
@@ -78,11 +81,17 @@ def covariance_pool(
         raise ValueError(f"covariance_pool needs [..., p, c] with p ≥ 1 positions, got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"covariance_pool needs floating features, got {x.dtype}")
-    return _covariance(x, None if where is None else position_weights(x, where), centered)
+    covariance = _weighted_covariance if forward_mode else _covariance
+    return covariance(x, None if where is None else position_weights(x, where), centered)
 
 
 def second_order_pool(
-    x: Float[Array, "*b p c"], num_iters: int = 3, *, where: Where | None = None, centered: bool = True
+    x: Float[Array, "*b p c"],
+    num_iters: int = 3,
+    *,
+    where: Where | None = None,
+    centered: bool = True,
+    forward_mode: bool = False,
 ) -> Float[Array, "*b t"]:
     """Square-root-normalised covariance pooling (SR-SOP, iSQRT-COV): t = c(c + 1)/2 entries.
 
@@ -92,6 +101,8 @@ def second_order_pool(
       x: features of p positions.
       num_iters: number n of Newton–Schulz iterations.
       where, centered: see `covariance_pool`.
+      forward_mode: with True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` work too, at the price of a backward pass
+        that stores every iterate.
 
     Returns: vectors in the order of `numpy.triu_indices`, float32 or float64.
 
@@ -103,7 +114,9 @@ def second_order_pool(
       >>> second_order_pool(x).shape
       (2, 36)
     """
-    return triangle_vector(newton_schulz_sqrt(covariance_pool(x, where=where, centered=centered), num_iters))
+    sigma = covariance_pool(x, where=where, centered=centered, forward_mode=forward_mode)
+    root = newton_schulz_sqrt(sigma, num_iters, forward_mode=forward_mode)
+    return root[(..., *np.triu_indices(root.shape[-1]))] if forward_mode else triangle_vector(root)
 
 
 def position_weights(x: Float[Array, "*b p c"], where: Where) -> Float[Array, "*b p"]:
@@ -150,10 +163,15 @@ def _total(weights: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _covariance(x: Array, weights: Array | None, centered: bool) -> Any:
+    return _weighted_covariance(x, weights, centered)
+
+
+def _weighted_covariance(x: Array, weights: Array | None, centered: bool) -> Array:
     rows = _rows(x, weights, centered)
     if weights is None:
         return _product("...pc,...pd->...cd", rows, rows) / x.shape[-2]
-    rows = jnp.sqrt(weights)[..., None] * rows  # on both sides, for a result that is exactly symmetric
+    roots = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights)))
+    rows = roots[..., None] * rows  # on both sides, for a result that is exactly symmetric
     return _product("...pc,...pd->...cd", rows, rows) / _total(weights)
 
 

@@ -1,5 +1,7 @@
 import functools
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,3 +200,34 @@ def test_a_mask_of_another_shape_is_refused(pool, shape):
 def test_complex_weights_are_refused():
     with pytest.raises(TypeError, match="non-negative weights, got complex64"):
         average_pool(jnp.ones((6, 3)), where=jnp.ones(6, jnp.complex64))
+
+
+# ---- forward mode
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("pool", [covariance_pool, second_order_pool])
+def test_forward_mode_equals_finite_differences_with_and_without_a_mask(x64, pool, centered):
+    rng = np.random.default_rng(0)
+    x, dx = jnp.asarray(rng.normal(size=(7, 3))), jnp.asarray(rng.normal(size=(7, 3)))
+    for where in (None, jnp.arange(7.0)):  # the first position has no weight
+        lean = functools.partial(pool, where=where, centered=centered)
+        value, tangent = jax.jvp(functools.partial(lean, forward_mode=True), (x,), (dx,))
+        np.testing.assert_allclose(value, lean(x), rtol=1e-12)
+        numeric = (lean(x + 1e-6 * dx) - lean(x - 1e-6 * dx)) / 2e-6
+        np.testing.assert_allclose(tangent, numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_forward_mode_in_the_weights_and_in_hessian_vector_products(x64):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    weights, dweights = jnp.arange(5.0), jnp.ones(5)
+
+    def loss(x, weights, forward_mode=True):
+        return jnp.sum(second_order_pool(x, where=weights, forward_mode=forward_mode) ** 3)
+
+    _, slope = jax.jvp(lambda w: loss(x, w), (weights,), (dweights,))
+    lean = jax.grad(loss, 1)(x, weights, False)
+    np.testing.assert_allclose(slope, jnp.sum(lean * dweights), rtol=1e-9)  # no gradient flows into a weight of 0
+    _, forward_over_reverse = jax.jvp(lambda x: jax.grad(loss)(x, weights), (x,), (x,))
+    reverse_over_reverse = jax.grad(lambda x: jnp.sum(jax.grad(loss)(x, weights, False) * jax.lax.stop_gradient(x)))(x)
+    np.testing.assert_allclose(forward_over_reverse, reverse_over_reverse, rtol=1e-8, atol=1e-10)

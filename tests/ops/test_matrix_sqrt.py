@@ -1,23 +1,38 @@
+import math
+import runpy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import DTypeLike
 
-from gmsop_jax.ops import covariance_pool, newton_schulz_sqrt
+from gmsop_jax.ops import covariance_pool, newton_schulz_inverse_sqrt, newton_schulz_sqrt
+from gmsop_jax.ops.coefficients import iteration_steps, two_step_factors
 
 ITERATIONS = range(1, 9)
 
 
-def plain(sigma: jax.Array, num_iters: int) -> jax.Array:
-    """The iteration as the paper writes it (iSQRT-COV, eq. 4–7)."""
+def plain_iteration(sigma: jax.Array, num_iters: int, coefficients: Any = "newton_schulz"):
+    """Root and inverse root by the iteration as the paper writes it (iSQRT-COV, eq. 4–7)."""
     eye = jnp.eye(sigma.shape[-1], dtype=sigma.dtype)
     trace = jnp.trace(sigma, axis1=-2, axis2=-1)[..., None, None]
     y, z = sigma / trace, eye
-    for _ in range(num_iters):
-        t = (3 * eye - z @ y) / 2
+    for a, b in iteration_steps(num_iters, coefficients):
+        t = a * eye - b * z @ y
         y, z = y @ t, t @ z
-    return jnp.sqrt(trace) * y
+    return jnp.sqrt(trace) * y, z / jnp.sqrt(trace)
+
+
+def plain(sigma: jax.Array, num_iters: int, coefficients: Any = "newton_schulz") -> jax.Array:
+    return plain_iteration(sigma, num_iters, coefficients)[0]
+
+
+def plain_inverse(sigma: jax.Array, num_iters: int, coefficients: Any = "newton_schulz") -> jax.Array:
+    return plain_iteration(sigma, num_iters, coefficients)[1]
 
 
 def covariance(d: int, *batch: int, positions: int = 20, dtype: DTypeLike = np.float64) -> jax.Array:
@@ -54,19 +69,45 @@ def test_values_and_gradients_are_those_of_the_plain_iteration(x64, n):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("n", [1, 3, 5])
-def test_gradient_through_covariance_by_finite_differences(x64, n):
+VARIANTS = {
+    "sqrt": (newton_schulz_sqrt, plain),
+    "inverse": (newton_schulz_inverse_sqrt, plain_inverse),
+    "minimax": (partial(newton_schulz_sqrt, coefficients="minimax"), partial(plain, coefficients="minimax")),
+    "minimax inverse": (
+        partial(newton_schulz_inverse_sqrt, coefficients="minimax"),
+        partial(plain_inverse, coefficients="minimax"),
+    ),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@every_variant
+@pytest.mark.parametrize("n", [3, 4])
+def test_values_and_gradients_of_every_variant_are_those_of_the_plain_loop(x64, variant, n):
+    function, expected = VARIANTS[variant]
+    sigma = covariance(5, 3)
+    g = cotangent(sigma)
+    np.testing.assert_allclose(function(sigma, n), expected(sigma, n), rtol=1e-11, atol=1e-12)
+    slopes = gradient(expected, sigma, n, g)
+    np.testing.assert_allclose(gradient(function, sigma, n, g), slopes, rtol=0, atol=1e-11 * abs(slopes).max())
+    differentiated = gradient(partial(function, forward_mode=True), sigma, n, g)
+    np.testing.assert_allclose(differentiated, slopes, rtol=0, atol=1e-11 * abs(slopes).max())
+
+
+@every_variant
+@pytest.mark.parametrize("n", [1, 3])
+def test_gradient_through_covariance_by_finite_differences(x64, variant, n):
     x = np.random.default_rng(0).normal(size=(9, 4))
     g = np.random.default_rng(1).normal(size=(4, 4))
 
     def loss(x):
-        return jnp.sum(g * newton_schulz_sqrt(covariance_pool(x), n))
+        return jnp.sum(g * VARIANTS[variant][0](covariance_pool(x), n))
 
     direction = np.random.default_rng(2).normal(size=x.shape)
     step = 1e-5
     numeric = (loss(jnp.asarray(x + step * direction)) - loss(jnp.asarray(x - step * direction))) / (2 * step)
     analytic = np.sum(np.asarray(jax.grad(loss)(jnp.asarray(x))) * direction)
-    np.testing.assert_allclose(analytic, numeric, rtol=1e-8)
+    np.testing.assert_allclose(analytic, numeric, rtol=1e-7)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
@@ -82,19 +123,30 @@ def test_second_derivatives_through_covariance(x64, n):
     np.testing.assert_allclose(directional(newton_schulz_sqrt), directional(plain), rtol=1e-9, atol=1e-11)
 
 
-def test_converges_to_the_square_root(x64):
+def test_converges_to_the_square_root_and_its_inverse(x64):
     sigma = covariance(4, positions=40)
-    root = newton_schulz_sqrt(sigma, 15)
+    root, inverse = newton_schulz_sqrt(sigma, 15), newton_schulz_inverse_sqrt(sigma, 15)
     np.testing.assert_allclose(root @ root, sigma, atol=1e-12)
+    np.testing.assert_allclose(inverse @ sigma @ inverse, np.eye(4), atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_root_is_sigma_times_the_inverse_root(x64):
+    sigma = covariance(5, 2)
+    for n in ITERATIONS:
+        product = sigma @ newton_schulz_inverse_sqrt(sigma, n)
+        np.testing.assert_allclose(product, newton_schulz_sqrt(sigma, n), rtol=1e-10, atol=1e-12)
+
+
+@every_variant
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_zero_matrix_gives_zero_with_zero_gradient(x64, n, dtype):
+def test_zero_matrix_gives_zero_with_zero_gradient(x64, variant, forward_mode, n, dtype):
+    function = partial(VARIANTS[variant][0], forward_mode=forward_mode)
     sigma = jnp.zeros((2, 3, 3), dtype).at[0].set(jnp.eye(3, dtype=dtype))  # beside one that is not zero
-    root = newton_schulz_sqrt(sigma, n)
+    root = function(sigma, n)
     np.testing.assert_array_equal(root[1], np.zeros((3, 3)))
-    slope = gradient(newton_schulz_sqrt, sigma, n, cotangent(sigma))
+    slope = gradient(function, sigma, n, cotangent(sigma))
     np.testing.assert_array_equal(slope[1], np.zeros((3, 3)))
     assert np.isfinite(slope).all()
     assert np.any(slope[0] != 0)
@@ -158,19 +210,27 @@ def test_dtype_is_kept(x64):
         assert gradient(newton_schulz_sqrt, sigma, 3, cotangent(sigma)).dtype == dtype
 
 
-def test_backward_keeps_no_iterate():
+@every_variant
+def test_backward_keeps_no_iterate(variant):
+    function, expected = VARIANTS[variant]
     sigma = covariance(8, 2, dtype=np.float32)
-    _, pullback = jax.vjp(lambda s: newton_schulz_sqrt(s, 5), sigma)
-    kept = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", ()) == sigma.shape]
-    assert len(kept) <= 2  # sigma and the root; the plain iteration keeps more than ten
-    _, pullback = jax.vjp(lambda s: plain(s, 5), sigma)
-    assert len([leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", ()) == sigma.shape]) > 10
+
+    def kept(function) -> int:
+        _, pullback = jax.vjp(lambda s: function(s, 5), sigma)
+        return sum(getattr(leaf, "shape", ()) == sigma.shape for leaf in jax.tree.leaves(pullback))
+
+    assert kept(function) <= 2  # sigma and the result
+    assert kept(expected) > 10
 
 
+@every_variant
 @pytest.mark.parametrize(("n", "products"), [(1, 1), (2, 3), (3, 5), (4, 8), (5, 10)])
-def test_number_of_matrix_products(n, products):
-    # two steps: W², q·q', W·q, and Y·q where Y is no longer W, and W·q·q to go on; the last odd step: Y·W
-    jaxpr = jax.make_jaxpr(lambda s: newton_schulz_sqrt(s, n))(jnp.eye(3))
+def test_number_of_matrix_products(variant, n, products):
+    # Two steps take W², q·q', W·q, and Y·q or Z·q, unless Y is W or Z is I; to continue, W·q·q. The last odd step takes
+    # Y·W or Z·W.
+    if "inverse" in variant and n == 1:
+        products = 0
+    jaxpr = jax.make_jaxpr(lambda s: VARIANTS[variant][0](s, n))(jnp.eye(3))
     assert str(jaxpr).count("dot_general") == products
 
 
@@ -196,9 +256,96 @@ def test_other_than_square_is_refused(shape):
         newton_schulz_sqrt(jnp.ones(shape))
 
 
-def test_forward_mode_is_refused_and_not_wrong():
+@every_variant
+def test_forward_mode_is_refused_unless_asked_for(variant):
     with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(newton_schulz_sqrt, (jnp.eye(3),), (jnp.eye(3),))
+        jax.jvp(VARIANTS[variant][0], (jnp.eye(3),), (jnp.eye(3),))
+
+
+@every_variant
+@pytest.mark.parametrize("n", [1, 3])
+def test_forward_mode_jacobians_and_hessian_vector_products(x64, variant, n):
+    lean = VARIANTS[variant][0]
+    function = partial(lean, num_iters=n, forward_mode=True)
+    sigma, direction = covariance(3), covariance(3, positions=4)
+    value, tangent = jax.jvp(function, (sigma,), (direction,))
+    np.testing.assert_allclose(value, lean(sigma, n), rtol=1e-12)
+    step = 1e-6
+    numeric = (lean(sigma + step * direction, n) - lean(sigma - step * direction, n)) / (2 * step)
+    np.testing.assert_allclose(tangent, numeric, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(jax.jacfwd(function)(sigma), jax.jacrev(function)(sigma), rtol=1e-9, atol=1e-11)
+
+    def slope(function):
+        return jax.grad(lambda s: jnp.sum(direction * function(s, num_iters=n) ** 2))
+
+    forward_over_reverse = jax.jvp(slope(function), (sigma,), (direction,))[1]
+    reverse_over_reverse = jax.grad(lambda s: jnp.sum(direction * slope(lean)(s)))(sigma)
+    np.testing.assert_allclose(forward_over_reverse, reverse_over_reverse, rtol=1e-8, atol=1e-9)
+
+
+# ---- coefficients
+
+
+def root_error(n: int, coefficients: Any) -> tuple[np.ndarray, np.ndarray]:
+    """√λ on a fine grid, and the error of the root there."""
+    x = np.concatenate([np.geomspace(1e-8, 1, 100_001), np.linspace(0, 1, 100_001)])
+    s = x
+    for a, b in iteration_steps(n, coefficients):
+        s = s * (a - b * s**2)
+    return x, np.abs(x * (s - 1))
+
+
+BOUNDS = [(1, 0.175, 0.115), (2, 0.119, 0.059), (3, 0.080, 0.029), (4, 0.054, 0.013), (5, 0.036, 0.0058)]
+BOUNDS += [(6, 0.024, 0.0025), (8, 0.011, 0.00045), (10, 0.0048, 7.8e-5), (12, 0.0021, 1.4e-5)]
+
+
+@pytest.mark.parametrize(("n", "plain_bound", "minimax_bound"), BOUNDS)
+def test_bounds_of_the_root_over_all_matrices(n, plain_bound, minimax_bound):
+    # of the docstring's table; n = 3 takes 6 products as the formulas are written
+    for coefficients, bound in (("newton_schulz", plain_bound), ("minimax", minimax_bound)):
+        error = root_error(n, coefficients)[1].max()
+        assert 0.93 * bound < error <= bound
+    assert n != 3 or minimax_bound / plain_bound < 0.37
+
+
+def test_minimax_bound_holds_for_matrices_in_float32():
+    for eigenvalues in (np.geomspace(1e-6, 1, 8), np.linspace(0, 1, 8), [1, 0, 0], [0.5, 0.3, 0.2, 1e-9]):
+        basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(len(eigenvalues),) * 2))
+        sigma, root = ((basis * np.power(eigenvalues, power)) @ basis.T for power in (1, 0.5))
+        for n, _, bound in BOUNDS[:6]:
+            got = newton_schulz_sqrt(jnp.asarray(sigma, jnp.float32), n, coefficients="minimax")
+            assert np.linalg.norm(got - root, 2) <= (bound + 2e-5) * np.sqrt(np.trace(sigma))
+
+
+def test_relative_error_of_the_inverse_root():
+    # of its docstring: the plain iteration's is below 10 % from λ on, that of minimax below its bound
+    for n, value in ((1, 0.53), (3, 0.14), (5, 0.030)):
+        x, error = root_error(n, "newton_schulz")
+        assert (error[x >= np.sqrt(value * 1.03)] <= 0.1 * x[x >= np.sqrt(value * 1.03)]).all()
+    for n, value, bound, most in ((1, 0.2, 0.115, 2.3), (3, 0.021, 0.029, 9.5), (5, 0.0013, 0.0058, 47)):
+        x, error = root_error(n, "minimax")
+        assert (error[x >= np.sqrt(value)] <= bound * x[x >= np.sqrt(value)]).all()
+        assert math.prod(a for a, _ in iteration_steps(n, "minimax")) < most
+
+
+def test_the_tool_computes_the_stored_coefficients():
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "minimax_coefficients.py"))
+    assert tool["best_lower_end"](3) == pytest.approx(tool["MINIMAX_LOWER_ENDS"][2], rel=1e-6)
+
+
+def test_the_plain_coefficients_are_exact():
+    # 12 − 9w + 6w² − w³ has the root 2 + 2 cosh(acosh(5)/3); the second quadratic follows by division
+    root = 2 + 2 * math.cosh(math.acosh(5) / 3)
+    assert iteration_steps(4) == ((1.5, 0.5),) * 4
+    assert two_step_factors((1.5, 0.5), (1.5, 0.5)) == ((-(3 + root), 3 * root), (root - 6, 12 / root), 1 / 16)
+
+
+@pytest.mark.parametrize("function", [newton_schulz_sqrt, newton_schulz_inverse_sqrt])
+def test_coefficients_that_do_not_exist_are_refused(function):
+    with pytest.raises(ValueError, match="coefficients must be 'newton_schulz' or 'minimax', got 'chebyshev'"):
+        function(jnp.eye(3), coefficients="chebyshev")
+    with pytest.raises(ValueError, match="coefficients='minimax' is available for num_iters from 1 to 12, got 13"):
+        function(jnp.eye(3), 13, coefficients="minimax")
 
 
 @pytest.mark.parametrize(("num_iters", "error"), [(1, 0.80), (3, 0.57), (5, 0.24), (7, 0.03), (9, 0.0)])
