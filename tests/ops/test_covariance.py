@@ -1,7 +1,5 @@
 import functools
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
