@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -169,9 +168,9 @@ def _run(options: argparse.Namespace) -> int:
     from gmsop_jax.training import interrupt, parallel, processes
 
     config = _load_config(options)
-    parallel.use_cpu_devices(config.parallel.cpu_devices, _split_rows(config))
+    parallel.use_cpu_devices(config)
     processes.start_processes(options.coordinator, options.num_processes, options.process_id)
-    _use_compilation_cache()
+    parallel.use_compilation_cache()
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":
         from gmsop_jax.inference import predict_output
@@ -206,12 +205,6 @@ def _evaluate_or_train(options: argparse.Namespace, config, workdir: str) -> int
     return 0
 
 
-def _split_rows(config) -> tuple[int, int]:
-    """Numbers of images that are split over the devices: of a sub-batch, by pairs if mixed up, and of evaluation."""
-    t = config.train
-    return t.batch_size // t.sub_batches // (2 if t.mixup_alpha else 1), config.eval.batch_size
-
-
 def _load_config(options: argparse.Namespace):
     """The configuration that the flags name, or that of the run whose checkpoint is used."""
     from gmsop_jax import config as configs
@@ -225,15 +218,6 @@ def _load_config(options: argparse.Namespace):
         configs.override(config, item)
     configs.validate(config)
     return config
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs for later starts in JAX_COMPILATION_CACHE_DIR, or in the user's cache folder."""
-    import jax
-
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not jax.config.jax_compilation_cache_dir and os.path.isabs(cache):  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "gmsop_jax"))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,6 @@ PRIVATE = {
     "data/test_augment.py": {"_read_one"},
     "interop/test_matfile.py": {"_to_scipy"},
     "parallel/eight_devices/cases.py": {"_check_pairs"},
-    "parallel/test_cpu_devices.py": {"_split_rows"},
     "training/test_mixup.py": {"_STREAM"},
     "training/test_train_step.py": {"_cache_size"},  # of jax.jit, which has no public count
 }

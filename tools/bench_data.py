@@ -23,7 +23,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from gmsop_jax.data.augment import Crop, PaddedCrop, ResizedCrop
+from gmsop_jax.config import default_config
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import train_batches
 from gmsop_jax.data.records import CODECS, HEADER, decode, decode_batch, encode
@@ -102,12 +102,16 @@ def _memory(pid: int) -> int:
 
 def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: float) -> None:
     """Prints the median images/s of the pipeline, of a plain chain and of a memory copy, measured in turn."""
-    height, width = Manifest.load(directory).split("train").image_size or (_SIDE, _SIDE)
+    manifest = Manifest.load(directory)
+    height, width = manifest.split("train").image_size or (_SIDE, _SIDE)
     # larger than the processor's caches, like the page cache
     memory = [np.full((batch_size, height, width, 3), at, np.uint8) for at in range(64)]
 
-    def pipeline(num_threads: int, crop: Crop | None = None) -> Iterator[Any]:
-        return train_batches(directory, batch_size=batch_size, seed=0, num_threads=num_threads, crop=crop)
+    def pipeline(num_threads: int, crop: str = "none") -> Iterator[Any]:
+        config = default_config()
+        config.train.batch_size = batch_size
+        config.data.update(dir=str(directory), num_threads=num_threads, crop=crop)
+        return train_batches(config.data, config.train, manifest, seed=0)
 
     chains: dict[str, Callable[[], Iterator[Any]]] = {
         "plain chain": lambda: _plain_chain(directory, batch_size),
@@ -115,8 +119,8 @@ def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: floa
         "pipeline, 1 thread": lambda: pipeline(1),
         "pipeline, 2 threads (default)": lambda: pipeline(2),
         "pipeline, 4 threads": lambda: pipeline(4),
-        "pipeline, 2 threads, padded crop": lambda: pipeline(2, PaddedCrop()),
-        "pipeline, 2 threads, resized crop": lambda: pipeline(2, ResizedCrop()),
+        "pipeline, 2 threads, padded crop": lambda: pipeline(2, "padded"),
+        "pipeline, 2 threads, resized crop": lambda: pipeline(2, "resized"),
         "memory copy of a batch": lambda: map(np.copy, itertools.cycle(memory)),
     }
     speeds: dict[str, list[float]] = {name: [] for name in chains}

@@ -206,7 +206,8 @@ class JaxTrainer:
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
         self.batch = {"image": images(batch), "label": np.arange(batch, dtype=np.int32)}
         self.state = create_state(variables, optimizer)
-        step = make_train_step(model, optimizer, mean_rgb=(120.0, 120.0, 120.0), seed=0, balance_weight=100.0)
+        mean_rgb, ddof = (120.0, 120.0, 120.0), config.model.balance_ddof
+        step = make_train_step(model, optimizer, config.train, seed=0, mean_rgb=mean_rgb, balance_ddof=ddof)
         program = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
         self.program = program.lower(self.state, self.batch).compile()
 

@@ -5,41 +5,17 @@ same numbers give the same pixels in any thread or process.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from gmsop_jax.data.resize import resize
-from gmsop_jax.errors import ConfigError
 
 Pixels = np.ndarray | list[np.ndarray]  # uint8 [n, h, w, c], or n of [h, w, c] if they differ in shape; c = 1 or 3
 
 _TRIES = 10  # attempts to find a part that lies inside the image
 _ASPECTS = 3 / 4, 4 / 3  # smallest and largest width / height of a part
-_LONGEST = 16  # images longer than this many times their shorter side are cut to that before they are resized
-
-
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """Resizes the whole image."""
-
-    num_draws: ClassVar[int] = 0
-
-    def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """Prepares a block of images.
-
-        Args:
-          pixels: n images.
-          draws: random numbers in [0, 1), float64 [n, num_draws].
-          size: height and width of the result.
-          mean_rgb: colour that surrounds an image, uint8 [3].
-
-        Returns: uint8 [n, *size, c], or n of [*size, c].
-        """
-        del draws, mean_rgb
-        if isinstance(pixels, np.ndarray) and pixels.shape[1:3] == size:
-            return pixels
-        return [resize(image, size, "pillow") for image in pixels]
+_MAX_ASPECT = 16  # images longer than this many times their shorter side are cut to that before they are resized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +26,19 @@ class Centre:
     num_draws: ClassVar[int] = 0
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """Prepares a block of images as `Whole` does; the size must fit into a square of `shorter_side`."""
-        if not self.shorter_side:
-            return Whole()(pixels, draws, size, mean_rgb)
+        """Prepares a block of images.
+
+        Args:
+          pixels: n images.
+          draws: random numbers in [0, 1), float64 [n, num_draws].
+          size: height and width of the result; neither is more than `shorter_side`, unless that is 0.
+          mean_rgb: colour that surrounds an image, uint8 [3].
+
+        Returns: uint8 [n, *size, c], or n of [*size, c].
+        """
+        del draws, mean_rgb
+        if not self.shorter_side and isinstance(pixels, np.ndarray) and pixels.shape[1:3] == size:
+            return pixels
         return [evaluation_image(image, size, self.shorter_side) for image in pixels]
 
 
@@ -64,12 +50,12 @@ class PaddedCrop:
     mean, which is equivalent.
     """
 
-    padding: int = 4
+    padding: int
     num_draws: ClassVar[int] = 2  # top, left
 
-    def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> np.ndarray:
-        """Prepares a block of images as `Whole` does; returns uint8 [n, *size, 3]."""
-        padded = pad(Whole()(pixels, draws, size, mean_rgb), self.padding, mean_rgb)
+    def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
+        """Prepares a block of images as `Centre` does; returns uint8 [n, *size, 3]."""
+        padded = pad(Centre(0)(pixels, draws, size, mean_rgb), self.padding, mean_rgb)
         return windows(padded, np.floor(draws * (2 * self.padding + 1)).astype(int), size)
 
 
@@ -80,11 +66,11 @@ class ResizedCrop:
     Szegedy et al., "Going Deeper with Convolutions", 2015, §6.
     """
 
-    area: tuple[float, float] = (0.08, 1.0)
+    area: tuple[float, float]
     num_draws: ClassVar[int] = 2 * _TRIES + 2  # areas, aspects, top, left
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """Prepares a block of images as `Whole` does; returns n of uint8 [*size, c]."""
+        """Prepares a block of images as `Centre` does; returns n of uint8 [*size, c]."""
         del mean_rgb
         parts = random_parts(np.array([image.shape[:2] for image in pixels]), draws, self.area)
         return [
@@ -93,23 +79,18 @@ class ResizedCrop:
         ]
 
 
-Crop = PaddedCrop | ResizedCrop
-Preparation = Whole | Centre | Crop
+Preparation = Centre | PaddedCrop | ResizedCrop
 
 
-def create_crop(kind: str, *, padding: int, area: tuple[float, float]) -> Crop | None:
-    """Creates the crop that `config.data.crop` names: `padded`, `resized` or `none`.
+def training_preparation(data: Any) -> Preparation:
+    """Creates the preparation of training images that `config.data.crop` names.
 
-    Raises:
-      ConfigError: if there is no such crop.
+    Args:
+      data: the section `data` of a configuration.
     """
-    if kind == "none":
-        return None
-    if kind == "padded":
-        return PaddedCrop(padding)
-    if kind == "resized":
-        return ResizedCrop((float(area[0]), float(area[1])))
-    raise ConfigError(f"crop is {kind!r}; it must be none, padded or resized")
+    low, high = data.crop_area
+    crops = {"padded": PaddedCrop(data.crop_padding), "resized": ResizedCrop((float(low), float(high)))}
+    return {"none": Centre(0), **crops}[data.crop]
 
 
 def evaluation_image(image: np.ndarray, size: tuple[int, int], shorter_side: int) -> np.ndarray:
@@ -124,7 +105,7 @@ def evaluation_image(image: np.ndarray, size: tuple[int, int], shorter_side: int
     """
     if not shorter_side:
         return resize(image, size, "pillow")
-    longest = _LONGEST * min(image.shape[:2])
+    longest = _MAX_ASPECT * min(image.shape[:2])
     image = middle(image, (min(image.shape[0], longest), min(image.shape[1], longest)))
     height, width = image.shape[:2]
     shape = (shorter_side * height // min(height, width), shorter_side * width // min(height, width))

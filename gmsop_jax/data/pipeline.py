@@ -17,128 +17,115 @@ copies, and those of a crop, find their bytes in the processor's cache.
 import dataclasses
 import functools
 import logging
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import grain
 import numpy as np
 
-from gmsop_jax.data.augment import Centre, Crop, Pixels, Preparation, Whole, copy_images
-from gmsop_jax.data.manifest import Manifest, Split
+from gmsop_jax.data.augment import Centre, Pixels, Preparation, copy_images, training_preparation
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.randomness import Shuffle, coin_flips, uniforms
 from gmsop_jax.data.records import decode_batch
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.data.workers import Batch, WorkerIterator
 from gmsop_jax.errors import DataError
 
-Directory = str | os.PathLike[str]
-Size = int | tuple[int, int] | None
-
-_BLOCK_BYTES = 2**19  # bytes of images that are read and flipped at a time, few enough to stay in the cache
-OnCorrupt = Literal["stop", "skip"]
-
 ORDER_VERSION = 2  # version of the order in which a seed shuffles the images; 1 used a stored permutation
+_BLOCK_BYTES = 2**19  # bytes of images that are read and flipped at a time, few enough to stay in the cache
 _MAX_REPLACEMENTS = 20  # records that are tried in place of one that can't be read
 _ORDER, _FLIP, _CROP = range(3)  # part of the key of each random number, so that the streams of one seed differ
 
 
-def steps_per_epoch(num_images: int, batch_size: int, drop_remainder: bool = True) -> int:
+def steps_per_epoch(num_images: int, batch_size: int, drop_last: bool) -> int:
     """Returns the number of batches in an epoch.
 
     Raises:
       DataError: if there isn't a single one.
 
     Example:
-      >>> steps_per_epoch(10, 4), steps_per_epoch(10, 4, drop_remainder=False)
+      >>> steps_per_epoch(10, 4, drop_last=True), steps_per_epoch(10, 4, drop_last=False)
       (2, 3)
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be at least 1")
-    steps = num_images // batch_size if drop_remainder else -(-num_images // batch_size)
+    steps = num_images // batch_size if drop_last else -(-num_images // batch_size)
     if steps < 1:
         raise DataError(f"{num_images} images make no batch of {batch_size}; use a smaller batch_size or more images")
     return steps
 
 
 def train_batches(
-    directory: Directory,
+    data: Any,
+    train: Any,
+    manifest: Manifest,
     *,
-    batch_size: int,
     seed: int,
     start_step: int = 0,
-    flip: bool = True,
-    crop: Crop | None = None,
     padding_rgb: Sequence[float] | None = None,
-    image_size: Size = None,
-    drop_remainder: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-    num_threads: int = 2,
-    num_workers: int = 0,
-    on_corrupt: OnCorrupt = "stop",
 ) -> grain.DatasetIterator[Batch]:
     """Yields batches of the training split for ever, in another order each epoch.
 
     The sizes of the shards are not compared with the manifest here; `Manifest.load` does that.
 
     Args:
-      directory: the data set.
-      batch_size: size of the global batch. Each process gets a contiguous share of its rows.
+      data: the section `data` of a configuration.
+      train: the section `train`, of which `batch_size` (of the global batch) and `drop_last` are used. Each process
+        gets a contiguous share of the rows of the global batch.
+      manifest: of the data set in `data.dir`.
       seed: non-negative. Seed and step determine the batch.
       start_step: number of the first step. An uninterrupted run sees the same batch at that step.
-      flip: mirror each image left to right with probability ½.
-      crop: cut a random part out of each image; None uses the whole image.
       padding_rgb: colour of the parts of a crop that lie outside the image; by default the mean of the training split.
-      image_size: side, or (height, width), to which images are resized. It is required if the images differ in size.
-      drop_remainder: drop the smaller last batch of an epoch; otherwise it is returned as it is.
       process_index: index of this process among those that share the global batch.
       process_count: number of these processes.
-      num_threads: number of threads that prepare batches.
-      num_workers: number of processes that prepare batches instead, which helps if resizing is slow. Close the iterator
-        after use.
-      on_corrupt: what to do with a record that is damaged or whose shard is missing: `stop` raises an error; `skip`
-        uses another record in training, and leaves it out in evaluation.
 
     Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b]}. Its state is the next step or, with
-      workers, their positions since `start_step`.
+      workers, their positions since `start_step`. With workers, close it after use.
 
     Raises:
-      DataError: if the data set is missing or damaged, or if an argument doesn't fit it.
+      DataError: if the data set is damaged, or if an argument doesn't fit it.
       FileAccessError: if the system refuses to read a file.
     """
-    prepare = crop or Whole()
-    split, rows = _open(directory, "train", image_size, prepare, process_index, process_count, on_corrupt, padding_rgb)
     if seed < 0 or start_step < 0:
         raise DataError(f"seed {seed} and start_step {start_step} must not be negative")
-    _check_share(batch_size, process_count)
-    steps_per_epoch(split.num_images, batch_size, drop_remainder)
-    order = _Shuffled(split.num_images, batch_size, seed, drop_remainder)
-    read = functools.partial(_train_batch, rows=rows, seed=seed, flip=flip)
-    return _iterate(order, read, num_threads, num_workers, start_step)
+    rows = _open(
+        data, "train", manifest, training_preparation(data), train.batch_size, process_index, process_count, padding_rgb
+    )
+    batch_size, num_images, flip = train.batch_size, len(rows.reader), data.flip
+    num_steps = steps_per_epoch(num_images, batch_size, train.drop_last)
+
+    def read(step: int) -> Batch:
+        epoch, at = divmod(step, num_steps)
+        positions = np.arange(at * batch_size, min((at + 1) * batch_size, num_images))
+        count = len(positions)
+        flips, draws = rows.undrawn(count)
+        if flip:
+            flips = coin_flips(count, seed, _FLIP, step)
+        if draws.size:
+            draws = uniforms(draws.size, seed, _CROP, step).reshape(draws.shape)
+        indices, flips, draws = map(rows.mine, (_shuffle(num_images, seed, epoch)(positions), flips, draws))
+        try:
+            return rows.read(indices, flips, draws)
+        except DataError:
+            return rows.read(rows.replace_unreadable(indices), flips, draws)
+
+    return _iterate(read, sys.maxsize, data, start_step)
 
 
 def eval_batches(
-    directory: Directory,
-    split: str,
-    *,
-    batch_size: int,
-    image_size: Size = None,
-    resize: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 2,
-    num_workers: int = 0,
-    on_corrupt: OnCorrupt = "stop",
+    data: Any, evaluation: Any, manifest: Manifest, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator[Batch]:
     """Yields the images of a split once, in the order of the shards; the last batch is padded to full size.
 
     Args:
-      split: name of the split.
-      resize: length to which the shorter side is resized before the centre of `image_size` is cut out; 0 resizes the
-        whole image to `image_size`. The other arguments are those of `train_batches`.
+      data: the section `data` of a configuration.
+      evaluation: the section `eval`, of which `split`, `batch_size` and `resize` are used.
+      manifest: of the data set in `data.dir`.
+      process_index, process_count: as in `train_batches`.
 
     Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'mask': bool [b]}. The mask is False
       for padding, which consists of black images with label 0.
@@ -147,31 +134,24 @@ def eval_batches(
       DataError: as in `train_batches`.
       FileAccessError: as in `train_batches`.
     """
-    images, rows = _open(directory, split, image_size, Centre(resize), process_index, process_count, on_corrupt)
+    batch_size, resize = evaluation.batch_size, evaluation.resize
+    rows = _open(data, evaluation.split, manifest, Centre(resize), batch_size, process_index, process_count)
     if 0 < resize < max(rows.size):
         raise DataError(f"resize is {resize}; a centre of {rows.size[0]}×{rows.size[1]} can't be cut out of that")
-    _check_share(batch_size, process_count)
-    steps_per_epoch(images.num_images, batch_size, drop_remainder=False)
-    read = functools.partial(_eval_batch, rows=rows)
-    return _iterate(_InOrder(images.num_images, batch_size), read, num_threads, num_workers)
 
+    def read(step: int) -> Batch:
+        mine = rows.mine(np.arange(step * batch_size, (step + 1) * batch_size))
+        images = mine[mine < len(rows.reader)]
+        try:
+            batch = rows.read(images, *rows.undrawn(len(images)))
+        except DataError:
+            images = images[rows.readable(images)]
+            batch = rows.read(images, *rows.undrawn(len(images)))
+        missing = len(mine) - len(images)
+        padded = {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
+        return {**(padded if missing else batch), "mask": np.arange(len(mine)) < len(images)}
 
-@dataclasses.dataclass
-class _Shuffled:
-    """The indices of the global batch of each step; training has no last step."""
-
-    num_images: int
-    batch_size: int
-    seed: int
-    drop_remainder: bool
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        epoch, row = divmod(int(index), steps_per_epoch(self.num_images, self.batch_size, self.drop_remainder))
-        stop = min((row + 1) * self.batch_size, self.num_images)
-        return _shuffle(self.num_images, self.seed, epoch)(np.arange(row * self.batch_size, stop))
+    return _iterate(read, steps_per_epoch(len(rows.reader), batch_size, drop_last=False), data)
 
 
 @functools.lru_cache(maxsize=4)  # threads that read ahead are at most in two epochs
@@ -179,19 +159,42 @@ def _shuffle(num_images: int, seed: int, epoch: int) -> Shuffle:
     return Shuffle(num_images, seed, _ORDER, epoch)
 
 
-@dataclasses.dataclass
-class _InOrder:
-    """The indices of the global batch of each step of one pass; −1 stands for padding."""
+def _open(
+    data: Any,
+    name: str,
+    manifest: Manifest,
+    prepare: Preparation,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    padding_rgb: Sequence[float] | None = None,
+) -> "_Rows":
+    split = manifest.split(name)
+    size = (data.image_size, data.image_size) if data.image_size else split.image_size
+    if size is None:
+        raise DataError(f"the images of split {name!r} in {data.dir} differ in size: set config.data.image_size")
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)")
+    if batch_size % process_count:
+        raise DataError(f"batch_size {batch_size} doesn't divide over {process_count} processes; use a multiple")
+    reader = ShardReader(Path(data.dir), split.shards)
+    padding = np.round(padding_rgb or manifest.mean_rgb).astype(np.uint8)
+    return _Rows(
+        reader, size, prepare, padding, manifest.num_classes, process_index, process_count, data.on_corrupt == "skip"
+    )
 
-    num_images: int
-    batch_size: int
 
-    def __len__(self) -> int:
-        return steps_per_epoch(self.num_images, self.batch_size, drop_remainder=False)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        indices = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        return np.where(indices < self.num_images, indices, -1)
+def _iterate(
+    read: Callable[[int], Batch], num_steps: int, data: Any, start_step: int = 0
+) -> grain.DatasetIterator[Batch]:
+    batches = grain.MapDataset.range(num_steps).map(read)
+    # Twice as many batches as threads, so that no thread waits.
+    options = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=2 * data.num_threads)
+    if data.num_workers:
+        return WorkerIterator(batches[start_step:].to_iter_dataset(options), data.num_workers)
+    iterator = iter(batches.to_iter_dataset(options))
+    grain.experimental.set_next_index(iterator, start_step)
+    return iterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +208,7 @@ class _Rows:
     num_classes: int
     process_index: int
     process_count: int
-    on_corrupt: OnCorrupt
+    skips_unreadable: bool
 
     def mine(self, values: np.ndarray) -> np.ndarray:
         """Returns this process's contiguous share of values that belong to the rows of the global batch."""
@@ -224,9 +227,8 @@ class _Rows:
             _fill(image[rows], pixels, flips[rows])
         if label.max(initial=0) >= self.num_classes:
             raise DataError(
-                f"a record has label {label.max()}; labels of {self.num_classes} classes go from 0 "
-                f"to {self.num_classes - 1}: run `gmsop verify` and convert the data set "
-                "again"
+                f"a record has label {label.max()}; labels of {self.num_classes} classes go from 0 to"
+                f" {self.num_classes - 1}: run `gmsop verify` and convert the data set again"
             )
         return {"image": image, "label": label}
 
@@ -245,10 +247,10 @@ class _Rows:
             try:
                 self.read(indices[row : row + 1], *self.undrawn(1))
             except DataError as error:
-                if self.on_corrupt == "stop":
+                if not self.skips_unreadable:
                     hint = "or skip such records with --config.data.on_corrupt=skip"
                     raise DataError(f"{self.reader.where(index)}: {error}; {hint}") from error
-                _log_once(f"leaving out {self.reader.where(index)}: {error}")
+                _log_once(f"skipping {self.reader.where(index)}: {error}")
                 readable[row] = False
         return readable
 
@@ -257,49 +259,17 @@ class _Rows:
 
         The replacement is a function of the index alone, so that every run uses the same.
         """
-        replaced, stride = indices.copy(), max(1, round(len(self.reader) * 0.618))
+        replaced, stride = indices, max(1, round(len(self.reader) * 0.618))
         unreadable = ~self.readable(replaced)
         for tries in range(1, 1 + _MAX_REPLACEMENTS):
-            if not unreadable.any():
-                return replaced
             replaced = np.where(unreadable, (indices + tries * stride) % len(self.reader), replaced)
             unreadable = ~self.readable(replaced)
+            if not unreadable.any():
+                return replaced
         raise DataError(
             f"{self.reader.where(int(indices[unreadable][0]))} and the {_MAX_REPLACEMENTS} tried in its place "
             "can't be read: too much of the data set is damaged; convert it again"
         )
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logging.getLogger(__name__).warning(message)
-
-
-def _train_batch(step: int, indices: np.ndarray, *, rows: _Rows, seed: int, flip: bool) -> Batch:
-    flips, draws = rows.undrawn(len(indices))
-    if flip:
-        flips = coin_flips(len(indices), seed, _FLIP, step)
-    if draws.size:
-        draws = uniforms(draws.size, seed, _CROP, step).reshape(draws.shape)
-    indices, flips, draws = rows.mine(indices), rows.mine(flips), rows.mine(draws)
-    try:
-        return rows.read(indices, flips, draws)
-    except DataError:
-        return rows.read(rows.replace_unreadable(indices), flips, draws)
-
-
-def _eval_batch(step: int, indices: np.ndarray, *, rows: _Rows) -> Batch:
-    del step
-    mine = rows.mine(indices)
-    images = mine[mine >= 0]
-    try:
-        batch = rows.read(images, *rows.undrawn(len(images)))
-    except DataError:
-        images = images[rows.readable(images)]
-        batch = rows.read(images, *rows.undrawn(len(images)))
-    missing = len(mine) - len(images)
-    padded = {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
-    return {**(padded if missing else batch), "mask": np.arange(len(mine)) < len(images)}
 
 
 def _fill(out: np.ndarray, pixels: Pixels, flips: np.ndarray) -> None:
@@ -310,48 +280,6 @@ def _fill(out: np.ndarray, pixels: Pixels, flips: np.ndarray) -> None:
             out[row, :, :, channel] = pixels[row][:, ::-1, channel % pixels[row].shape[2]]
 
 
-def _open(
-    directory: Directory,
-    name: str,
-    image_size: Size,
-    prepare: Preparation,
-    process_index: int,
-    process_count: int,
-    on_corrupt: OnCorrupt,
-    padding_rgb: Sequence[float] | None = None,
-) -> tuple[Split, _Rows]:
-    manifest = Manifest.load(directory, splits=())  # damaged shards are found when they are read
-    split = manifest.split(name)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size or split.image_size
-    if size is None:
-        raise DataError(f"the images of split {name!r} in {directory} differ in size: give an image_size to resize to")
-    if min(size) < 1:
-        raise DataError(f"image_size is {image_size}; sides must be at least 1")
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)")
-    reader = ShardReader(Path(directory), split.shards)
-    padding = np.round(padding_rgb or manifest.mean_rgb).astype(np.uint8)
-    rows = _Rows(reader, size, prepare, padding, manifest.num_classes, process_index, process_count, on_corrupt)
-    return split, rows
-
-
-def _check_share(batch_size: int, process_count: int) -> None:
-    if batch_size % process_count:
-        raise DataError(f"batch_size {batch_size} doesn't divide over {process_count} processes; use a multiple")
-
-
-def _iterate(
-    order: _Shuffled | _InOrder,
-    read: functools.partial[Batch],
-    num_threads: int,
-    num_workers: int,
-    start: int = 0,
-) -> grain.DatasetIterator[Batch]:
-    batches = grain.MapDataset.source(order).map_with_index(read)
-    # Twice as many batches as threads, so that no thread waits.
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    if not num_workers:
-        iterator = iter(batches.to_iter_dataset(options))
-        grain.experimental.set_next_index(iterator, start)
-        return iterator
-    return WorkerIterator(batches[start:].to_iter_dataset(options), num_workers)
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)

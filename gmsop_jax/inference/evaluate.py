@@ -11,7 +11,7 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
-from gmsop_jax.training.evaluation import create_eval_step, evaluate_split, image_shape, resolve
+from gmsop_jax.training.evaluation import create_evaluation, image_size, resolve
 from gmsop_jax.training.processes import ending_together
 from gmsop_jax.training.restore import folder_of, load_variables, read_description
 from gmsop_jax.training.workdir import check_same_config
@@ -50,7 +50,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
       path: a working directory, the directory of one step in it, or an exported network, as in `restore.load`. In a
         working directory, the best checkpoint is evaluated, or the last if none has been evaluated yet.
 
-    Returns: `step`, and what `evaluate_split` returns.
+    Returns: `step`, and what the function from `create_evaluation` returns.
 
     Raises:
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.
@@ -62,8 +62,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     manifest = Manifest.load(config.data.dir, config.data.verify, splits=checked)
     config = resolve(config, manifest)
     mesh = parallel.create_mesh()
-    parallel.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
-    shape = image_shape(config, manifest)
+    evaluate = create_evaluation(config, manifest, inputs.mean_rgb, mesh)
+    shape = (*image_size(config, manifest), 3)
     variables, step, _ = load_variables(create_model(config.model), shape, path, parallel.replicated(mesh))
-    eval_step = create_eval_step(config, inputs, mesh)
-    return {"step": step, **evaluate_split(eval_step, variables, config, mesh)}
+    return {"step": step, **evaluate(variables)}

@@ -1,35 +1,27 @@
 """The training loop."""
 
-import contextlib
 import dataclasses
-import json
-import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
-from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.files import write_json
 from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress
+from gmsop_jax.training.divergence import check_evaluation, check_state, explain, step_to_skip
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
-from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError, check_finite, summarize
+from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError
 from gmsop_jax.training.processes import check_same, ending_together, first_process_does
 from gmsop_jax.training.setup import Run, prepare
 from gmsop_jax.training.step import TrainState
 from gmsop_jax.training.workdir import Workdir, check_path, check_same_config
-from gmsop_jax.training.writer import Writer, plot_curves
-
-_MAX_SKIPPED = 10  # a rollback that would skip more steps in a row than this ends the run
-_DIVERGED = 1e4  # nats per image; guessing among a million classes costs 14
+from gmsop_jax.training.writer import Writer, plot_curves, profile_steps
 
 
 @ending_together()
@@ -74,11 +66,7 @@ def train_and_evaluate(
     check_path(workdir)
     run = prepare(config, pathlib.Path(workdir))
     with Workdir(workdir, run.config) as folder, folder.explaining_errors():
-        if config.data.verify:
-            splits = None if config.data.on_corrupt == "stop" else ()
-            manifest = Manifest.load(config.data.dir, splits=())
-            index, count = jax.process_index(), jax.process_count()
-            manifest.verify_checksums(config.data.dir, splits=splits, process_index=index, process_count=count)
+        run.verify_data()
         check_same({f"the data set's split {name}": text for name, text in run.inputs.splits.items()})
         first_process_does(lambda: run.inputs.save(folder.path))
         with Checkpoints(folder.path / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
@@ -87,12 +75,12 @@ def train_and_evaluate(
             result = _result(run, checkpoints, progress)
         if jax.process_index() == 0:
             plot_curves(folder.path)
-            write_atomic(folder.path / "result.json", json.dumps(result, indent=2) + "\n")
+            write_json(folder.path / "result.json", result)
     return result
 
 
 def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, profile: range, started: float) -> Progress:
-    """Trains from the last checkpoint to the end, resuming from the last checkpoint after each rollback."""
+    """Trains to the end, resuming from the last checkpoint at first and after each rollback."""
     _say(*checkpoints.set_aside)
     skipped: set[int] = set()
     with SignalCatcher() as signals:
@@ -102,22 +90,24 @@ def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, profile: range,
             if progress.step == run.total_steps:
                 _say(f"the run in {workdir.path} is finished: step {progress.step} of {run.total_steps} was reached")
                 return progress
-            started -= progress.wall_seconds
             progress = dataclasses.replace(progress, skipped=tuple(sorted(skipped)))
             try:
                 return _loop(run, state, progress, workdir, checkpoints, signals, profile, started)
             except NonFiniteError as error:
                 checkpoints.wait()
-                step = _step_to_skip(run, error, skipped, checkpoints.latest_step or 0)
+                last = checkpoints.latest_step
+                may_skip = run.config.train.on_nonfinite == "rollback"
+                step = step_to_skip(error, skipped, last or 0) if may_skip else None
                 if step is None:
-                    raise NonFiniteError(_explain(run, error, checkpoints.latest_step), error.step) from error
-                _say(f"{error}; rolling back to step {checkpoints.latest_step or 0} to skip the update of step {step}")
+                    learning_rate = float(run.schedule(error.step - 1))
+                    raise NonFiniteError(explain(error, run.config, learning_rate, last), error.step) from error
+                _say(f"{error}; rolling back to step {last or 0} to skip the update of step {step}")
                 skipped.add(step)
                 started = time.monotonic()
 
 
 def _restore(run: Run, workdir: Workdir, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
-    """The state of the last checkpoint, or the initial state if there is none."""
+    """Returns the state of the last checkpoint, or the initial state if there is none."""
     step = checkpoints.latest_step
     if step is None:
         _say(*filter(None, [run.origin]))
@@ -142,18 +132,15 @@ def _loop(
     started: float,
 ) -> Progress:
     """Trains from `start` to the last step."""
-    train, every_steps = run.config.train, run.config.checkpoint.every_steps
-    buffer, trained = MetricsBuffer(start.pending), None
+    config, buffer, trained = run.config, MetricsBuffer(start.pending), None
 
     def progress(step: int) -> Progress:
-        seconds = time.monotonic() - started
+        seconds = start.wall_seconds + time.monotonic() - started
         return Progress(step, step // run.steps_per_epoch, seconds, start.skipped, buffer.total)
 
-    enabled = jax.process_index() == 0
-    writer = Writer(workdir.path, total_steps=run.total_steps, start_step=start.step, enabled=enabled)
+    writer = Writer(workdir.path, total_steps=run.total_steps, start_step=start.step, enabled=jax.process_index() == 0)
     with writer, profile_steps(workdir.path, profile) as profiled:
-        writer.describe(configs.to_json(run.config))
-        _announce(writer, start, workdir.path)
+        _announce(writer, config, start, workdir.path)
         for step, batch in enumerate(run.batches(start.step), start.step + 1):
             if step in start.skipped:
                 state = state.replace(step=state.step + 1)
@@ -165,25 +152,26 @@ def _loop(
             if step == start.step + 1:
                 jax.block_until_ready(state)
                 buffer.drain()
-                writer.say(f"first step after {time.monotonic() - started - start.wall_seconds:.1f} s")
+                writer.say(f"first step after {time.monotonic() - started:.1f} s")
             writer.advance()
 
             epoch_ends, epoch = step % run.steps_per_epoch == 0, step / run.steps_per_epoch
-            signal = signals.caught(step)
+            signal, every_steps = signals.caught(step), config.checkpoint.every_steps
             save = epoch_ends or signal or (every_steps and step % every_steps == 0)
-            record = epoch_ends or step % train.log_every_steps == 0
+            record = epoch_ends or step % config.train.log_every_steps == 0
             speed = buffer.drain() if save or record else 0.0
             if save and trained:
-                _check_good(run, state, *trained)
+                check_state(state, trained[0], run.train_step, trained[1])
             if record and (values := buffer.summarize()):
                 values |= {"learning_rate": float(run.schedule(step - 1)), "images_per_second": speed}
                 writer.record("train", step, epoch, values)
                 writer.show(values)
             evaluation = None
             if epoch_ends:
-                evaluation = _evaluate(run, state, step)
+                evaluation = run.evaluate(state.evaluated)
+                check_evaluation(step, evaluation)
                 writer.record("eval", step, epoch, evaluation)
-                writer.say(_epoch_line(run.config, round(epoch), evaluation))
+                writer.say(_epoch_line(config, round(epoch), evaluation))
             if save:
                 workdir.check()
                 checkpoints.save(state, progress(step), evaluation)
@@ -196,93 +184,6 @@ def _loop(
     return progress(run.total_steps)
 
 
-def _check_good(run: Run, state: TrainState, step: int, batch: Any) -> None:
-    """Checks that a state is worth saving, before it replaces a good checkpoint.
-
-    An update may have ruined the parameters without making them infinite, which only the next loss would
-    show. So the last batch is run once more, with the new parameters; the result is discarded.
-
-    Args:
-      run: the run.
-      state: the state to save.
-      step: the last step that was trained.
-      batch: the batch of that step.
-
-    Raises:
-      NonFiniteError: if the state, its loss or its gradient is not finite, or the loss is absurdly large.
-    """
-    if not _all_finite(state):
-        raise NonFiniteError(f"parameters, moments or optimiser state not finite after step {step}", step)
-    copy = jax.tree.map(jnp.copy, state.replace(step=state.step * 0 + step - 1))
-    metrics = jax.device_get(run.train_step(copy, batch)[1])
-    check_finite(step, metrics)
-    if (loss := summarize([metrics])["loss"]) > _DIVERGED:
-        raise NonFiniteError(f"loss diverged to {loss:.3g}, and soon not finite at step {step}", step)
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
-
-
-def _evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
-    evaluation = run.evaluate(state.evaluated)
-    if not math.isfinite(evaluation["loss"]):
-        raise NonFiniteError(f"evaluation loss not finite after step {step}", step)
-    return evaluation
-
-
-def _step_to_skip(run: Run, error: NonFiniteError, skipped: set[int], last_saved: int) -> int | None:
-    """The step whose update to leave out after a rollback; None if the run should end with the error."""
-    if run.config.train.on_nonfinite == "stop":
-        return None
-    step = max((step for step in range(last_saved + 1, error.step + 1) if step not in skipped), default=None)
-    if step is None or skipped.issuperset(range(step - _MAX_SKIPPED, step)):
-        return None
-    return step
-
-
-def _explain(run: Run, error: NonFiniteError, last_saved: int | None) -> str:
-    """The message of a run that ends because its numbers are not finite."""
-    train, compute_dtype = run.config.train, run.config.compute_dtype
-    saved = "no checkpoint was saved before" if last_saved is None else f"the last good checkpoint is step {last_saved}"
-    causes = f"a learning rate too high for this network (now {float(run.schedule(error.step - 1)):g})"
-    if compute_dtype:
-        causes += f", the range of config.compute_dtype = {compute_dtype!r}"
-    advice = "Lower config.train.learning_rates and start in a new --workdir"
-    if train.on_nonfinite == "stop":
-        advice += ", or skip that step's batch with --config.train.on_nonfinite=rollback"
-    else:
-        advice = f"Rolling back and skipping steps did not help. {advice}"
-    return f"{error} ({saved}). Likely causes: {causes}, or damaged images. {advice}"
-
-
-@contextlib.contextmanager
-def profile_steps(
-    directory: pathlib.Path, steps: range
-) -> Iterator[Callable[[int], contextlib.AbstractContextManager]]:
-    """Yields step → context in which the step is traced for TensorBoard, if it is one of `steps`."""
-    with contextlib.ExitStack() as trace:
-
-        @contextlib.contextmanager
-        def profiled(step: int) -> Iterator[None]:
-            if step not in steps:
-                yield
-                return
-            if not tracing:
-                tracing.append(step)
-                trace.enter_context(jax.profiler.trace(str(directory)))
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                yield
-            if step == steps[-1]:
-                jax.block_until_ready(jax.live_arrays())
-                trace.close()
-
-        tracing: list[int] = []
-        yield profiled
-
-
 def _say(*lines: str) -> None:
     """Prints lines to the standard error of the first process."""
     if jax.process_index() == 0:
@@ -290,7 +191,8 @@ def _say(*lines: str) -> None:
             print(line, file=sys.stderr)
 
 
-def _announce(writer: Writer, start: Progress, workdir: pathlib.Path) -> None:
+def _announce(writer: Writer, config: ConfigDict, start: Progress, workdir: pathlib.Path) -> None:
+    writer.describe(configs.to_json(config))
     if start.step:
         writer.say(f"resuming from step {start.step} in {workdir}")
     if start.skipped:
@@ -308,11 +210,11 @@ def _epoch_line(config: ConfigDict, epoch: int, evaluation: dict[str, Any]) -> s
 
 
 def _result(run: Run, checkpoints: Checkpoints, progress: Progress) -> dict[str, Any]:
-    """The contents of `result.json`."""
+    """Returns the contents of `result.json`."""
     best_step = checkpoints.best_step
-    best = checkpoints.metrics(best_step) if best_step is not None else None
-    last = checkpoints.metrics(progress.step)
-    assert best  # a finished run was evaluated at the end of its last epoch
+    assert best_step is not None  # a finished run was evaluated at the end of its last epoch
+    best, last = checkpoints.metrics(best_step), checkpoints.metrics(progress.step)
+    assert best
     assert last
     return {
         "top1_error": best["top1_error"],

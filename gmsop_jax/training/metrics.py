@@ -91,7 +91,7 @@ def summarize(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return ratios | {name: value / steps for name, value in total.items()}
 
 
-def check_finite(step: int, metrics: Mapping[str, np.ndarray]) -> None:
+def check_metrics(step: int, metrics: Mapping[str, np.ndarray]) -> None:
     """Raises NonFiniteError unless the loss and the gradient of a step are finite."""
     bad = [name for name in ("loss_sum", "balance_loss", "grad_norm") if not np.isfinite(metrics[name])]
     if bad:
@@ -133,7 +133,7 @@ class MetricsBuffer:
         """
         steps = jax.device_get(self._steps)
         for step, metrics in steps:
-            check_finite(step, metrics)
+            check_metrics(step, metrics)
         done = [metrics for _, metrics in steps]
         images = sum(int(metrics["count"]) for metrics in done)
         seconds = max(time.monotonic() - self._clock, 1e-9)

@@ -15,40 +15,53 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import ConfigError
 
 AXIS = "batch"  # the axis of the mesh, and of pmap and shard_map
+MIN_ROWS_PER_DEVICE = 16  # of a CPU; with fewer, splitting the batch costs more than it gains
 
 HostBatch = Mapping[str, np.ndarray]
 
 
-_LEAST_ROWS = 16  # that a CPU device gets; with fewer, splitting the batch costs more than it gains
+def num_cpu_devices(config: ConfigDict, cores: int) -> int:
+    """Returns the number of JAX devices to split a CPU into.
+
+    This is `config.parallel.cpu_devices`; if that is 0, it is the largest number up to that of the cores for which all
+    batches divide evenly over the devices, with at least `MIN_ROWS_PER_DEVICE` rows for each.
+    """
+    if config.parallel.cpu_devices:
+        return config.parallel.cpu_devices
+    t = config.train
+    rows = t.batch_size // t.sub_batches // (2 if t.mixup_alpha else 1), config.eval.batch_size  # mixup needs pairs
+    largest = min(cores, min(rows) // MIN_ROWS_PER_DEVICE)
+    return max((n for n in range(1, largest + 1) if math.gcd(*rows) % n == 0), default=1)
 
 
-def use_cpu_devices(count: int, batch_sizes: Sequence[int]) -> None:
-    """Lets JAX take this machine's CPU as several devices; to be called before anything touches a device.
+def use_cpu_devices(config: ConfigDict) -> None:
+    """Splits the CPU into `num_cpu_devices` JAX devices; must be called before JAX initialises its devices.
 
-    XLA runs much of a small network on one core of a device; a device a core uses them all. A device that
-    waits for the others holds one of XLA's threads meanwhile, so there are as many more of these: with too
-    few, an operation that waits for threads of its own, like an eigendecomposition, would never end.
+    XLA runs much of a small network on a single core of each device, so one device per core makes use of all cores.
+    A device that waits for the others occupies one of XLA's threads, so the thread pool is enlarged by the number of
+    devices: otherwise an operation that needs further threads, such as an eigendecomposition, might never finish.
 
-    `XLA_FLAGS`, `JAX_NUM_CPU_DEVICES` and `PJRT_NPROC` of the environment go before it.
-
-    Args:
-      count: devices; 0 for as many as cores, or for fewer, so that every batch size divides over them and
-        leaves a device 16 rows or more.
-      batch_sizes: rows that are split over the devices at a time.
+    The environment variables `XLA_FLAGS`, `JAX_NUM_CPU_DEVICES` and `PJRT_NPROC` take precedence.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = os.cpu_count() or 1
-    if count == 0:
-        most, rows = min(cores, min(batch_sizes) // _LEAST_ROWS), math.gcd(*batch_sizes)
-        count = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
-    with contextlib.suppress(RuntimeError):  # JAX has started already, for example in a notebook: its devices stay
+    count = num_cpu_devices(config, cores)
+    with contextlib.suppress(RuntimeError):  # JAX is already initialised, for example in a notebook; its devices stay
         jax.config.update("jax_num_cpu_devices", count)
         if count > 1:
             os.environ.setdefault("PJRT_NPROC", str(cores + count))
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs for later runs in JAX_COMPILATION_CACHE_DIR, or in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not jax.config.jax_compilation_cache_dir and os.path.isabs(cache):  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "gmsop_jax"))
 
 
 def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -57,17 +70,48 @@ def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def check_batch_size(field: str, batch_size: int, mesh: Mesh, sub_batches: int = 1) -> None:
-    """Checks that a global batch splits evenly over devices and sub-batches.
+def check_eval_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError if `config.eval.batch_size` doesn't split evenly over the devices."""
+    if batch_size % mesh.size:
+        _refuse_split("eval.batch_size", batch_size, mesh.size, f"{mesh.size} devices")
+
+
+def check_train_batches(config: ConfigDict, num_images: int, mesh: Mesh) -> None:
+    """Checks that the batches of an epoch can be split over devices and sub-batches.
 
     Raises:
-      ConfigError: if it doesn't; the message names `field`.
+      ConfigError: if a batch doesn't split evenly, if batch norm would normalise single images, or if a device would
+        mix up an odd number of images.
     """
-    parts = mesh.size * sub_batches
-    if batch_size % parts:
-        over = f"{mesh.size} devices" + (f" × {sub_batches} sub-batches" if sub_batches > 1 else "")
-        nearest = max(batch_size // parts, 1) * parts
-        raise ConfigError(f"config.{field} = {batch_size} doesn't split evenly over {over}; use {nearest}, for example")
+    t, devices = config.train, mesh.size
+    over = f"{devices} devices" + (f" × {t.sub_batches} sub-batches" if t.sub_batches > 1 else "")
+    parts = devices * t.sub_batches
+    if t.batch_size % parts:
+        _refuse_split("train.batch_size", t.batch_size, parts, over)
+    last = 0 if t.drop_last else num_images % t.batch_size
+    for size in {t.batch_size, last} - {0}:
+        name, advice = f"config.train.batch_size = {t.batch_size}", "choose another batch size"
+        if size == last:
+            name += f" with config.train.drop_last = False leaves a last batch of {last} of {num_images} images, which"
+            advice += ", or leave that batch out with --config.train.drop_last=True"
+        if size % parts:
+            raise ConfigError(f"{name} doesn't split evenly over {over}; {advice}")
+        if size // t.sub_batches // (devices if config.parallel.batch_norm == "device" else 1) < 2:
+            raise ConfigError(
+                f"{name} gives batch norm single images to take the moments of (train.sub_batches = {t.sub_batches},"
+                f" parallel.batch_norm = {config.parallel.batch_norm!r}, {devices} devices); {advice}"
+            )
+        if t.mixup_alpha and devices > 1 and size // devices % 2:
+            raise ConfigError(
+                f"{name} gives each of {devices} devices an odd number of rows ({size // devices}), but"
+                f" config.train.mixup_alpha = {t.mixup_alpha} mixes them in pairs; {advice}, or set"
+                " --config.train.mixup_alpha=0"
+            )
+
+
+def _refuse_split(field: str, batch_size: int, parts: int, over: str) -> None:
+    nearest = max(batch_size // parts, 1) * parts
+    raise ConfigError(f"config.{field} = {batch_size} doesn't split evenly over {over}; use {nearest}, for example")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

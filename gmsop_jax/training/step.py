@@ -99,53 +99,29 @@ def update_average(average: Any, new: Any, step: Array, decay: float) -> Any:
     return optax.incremental_update(new, average, 1 - d)
 
 
-def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    *,
-    mean_rgb: ArrayLike,
-    seed: int,
-    balance_weight: float,
-    balance_ddof: int = 1,
-    label_smoothing: float = 0.0,
-    mixup_alpha: float = 0.0,
-    ema_decay: float = 0.0,
-    sub_batches: int = 1,
-    axis_name: str | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes the training step (state, batch) → (state, metrics).
+def make_loss(
+    model: nn.Module, train: Any, *, seed: int, mean_rgb: ArrayLike, balance_ddof: int, axis_name: str | None = None
+) -> Callable[[Any, TrainState, Batch], tuple[Array, tuple[Metrics, Array, Any]]]:
+    """Makes the training loss.
 
     loss = (Σ cross entropy + α · balance loss)/B for a batch of B images   (GM-SOP, eq. 7)
 
-    With `sub_batches` = n, the batch passes through the network in n parts, one after the other. Only one
-    part's activations are in memory at a time, and each part's forward pass is computed twice. The sums, the
-    balance loss and the gradient are those of the whole batch. Two things differ: batch norm normalises each
-    part by itself (the running moments move by the mean over the parts), and each part draws its own gate
-    noise and dropout.
+    With `train.sub_batches` = n, the batch passes through the network in n parts, one after the other: part j consists
+    of rows j, j + n, j + 2n, … (A batch that n does not divide is cut into as many parts as divide both.) Only one
+    part's activations are in memory at a time, and each part's forward pass is computed twice. The sums, the balance
+    loss and the gradient are those of the whole batch. Two things differ: batch norm normalises each part by itself
+    (the running moments move by the mean over the parts), and each part draws its own gate noise and dropout.
 
-    Args:
-      model: returns `(logits, aux)`.
-      optimizer: from `create_optimizer`, or any optax optimiser. It receives the state's `step`.
-      mean_rgb: [3], mean colour of the training set.
-      seed: seed of the gate noise, dropout and mixup.
-      balance_weight: α.
-      balance_ddof: the gate's `balance_ddof`; only used with sub_batches > 1.
-      label_smoothing: ε of `losses.cross_entropy`.
-      mixup_alpha: α of mixup, or 0 for no mixup. Neighbouring rows of the batch are mixed before it is cut
-        into parts. The loss is λ · the cross entropy of a row's own label + (1 − λ) · that of its
-        neighbour's. Errors are counted against the own label, whose λ is at least ½.
-      ema_decay: decay of the averages in a state that has them (`update_average`).
-      sub_batches: n; part j consists of rows j, j + n, j + 2n, …. A batch that n does not divide is cut into
-        as many parts as divide both.
-      axis_name: pmap or shard_map axis over which the batch is split, for this step and the model. The new
-        state and the metrics are those of the whole batch, equal on all devices. None if one program has the
-        whole batch, as in a plain `jax.jit`.
+    With `train.mixup_alpha`, neighbouring rows of the batch are mixed before it is cut into parts. The loss is λ · the
+    cross entropy of a row's own label + (1 − λ) · that of its neighbour's. Errors are counted against the own label,
+    whose λ is at least ½.
 
-    Returns: a function of the state and a batch with `image` uint8 [b, h, w, 3], `label` int32 [b] and
-      optionally `gate_noise` [b], which replaces the draw. Its metrics are `loss_sum` (cross entropy),
-      `top1_errors`, `top5_errors`, `count`, `balance_loss` and `grad_norm`.
+    Args: as in `make_train_step`.
+
+    Returns: a function (params, state, batch) → (loss, (sums, balance loss, batch_stats)). On several devices, the loss
+      is this device's share of that of the whole batch, and `sums` (`loss_sum`, `top1_errors`, `top5_errors`, `count`)
+      are those of its rows.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
 
     def forward(params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array]):
         (logits, aux), updates = model.apply(
@@ -156,10 +132,11 @@ def make_train_step(
             mutable=["batch_stats"],
             rngs=rngs,
         )
-        loss = cross_entropy(logits, batch["label"], smoothing=label_smoothing)
-        if mixup_alpha:
-            share = draw_share(seed, state.step, mixup_alpha)
-            loss = share * loss + (1 - share) * cross_entropy(logits, batch["other_label"], smoothing=label_smoothing)
+        loss = cross_entropy(logits, batch["label"], smoothing=train.label_smoothing)
+        if train.mixup_alpha:
+            share = draw_share(seed, state.step, train.mixup_alpha)
+            other = cross_entropy(logits, batch["other_label"], smoothing=train.label_smoothing)
+            loss = share * loss + (1 - share) * other
         sums = {"loss_sum": loss, **count_errors(logits, batch["label"])}
         return sums, aux, updates.get("batch_stats", {})
 
@@ -171,46 +148,73 @@ def make_train_step(
             return sums, batch_stats, jnp.sum(aux.get("importance", aux["gate_weights"]), axis=0)
 
         rows = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
-        one = jax.checkpoint(one, prevent_cse=False)
-        sums, batch_stats, usage = jax.lax.map(one, (jnp.arange(parts), rows))
+        sums, batch_stats, usage = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (jnp.arange(parts), rows))
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
         batch_stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), batch_stats)
         return sums, {"balance_loss": balance_loss(usage, axis_name, balance_ddof)}, batch_stats
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rngs = step_rngs(seed, state.step)
-        rows = batch["image"].shape[0]
-        parts = math.gcd(rows, sub_batches)
+    def loss_function(params: Any, state: TrainState, batch: Batch):
+        rows, rngs = batch["image"].shape[0], step_rngs(seed, state.step)
+        if train.mixup_alpha:
+            batch = mix_batch(batch, draw_share(seed, state.step, train.mixup_alpha))
+        if (parts := math.gcd(rows, train.sub_batches)) == 1:
+            sums, aux, batch_stats = forward(params, state, batch, rngs)
+        else:
+            sums, aux, batch_stats = forward_in_parts(params, state, batch, rngs, parts)
+        # The losses of the devices add up to that of the batch, so each takes its share of the balance loss,
+        # which is the same on all of them.
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        if mixup_alpha:
-            batch = mix_batch(batch, draw_share(seed, state.step, mixup_alpha))
+        loss = (sums["loss_sum"] + train.balance_weight * aux["balance_loss"] / devices) / (rows * devices)
+        return loss, (sums, aux["balance_loss"], batch_stats)
 
-        def loss_function(params: Any):
-            if parts == 1:
-                sums, aux, batch_stats = forward(params, state, batch, rngs)
-            else:
-                sums, aux, batch_stats = forward_in_parts(params, state, batch, rngs, parts)
-            # The losses of the devices add up to that of the batch, so each takes its share of the balance loss,
-            # which is the same on all of them.
-            loss = (sums["loss_sum"] + balance_weight * aux["balance_loss"] / devices) / (rows * devices)
-            return loss, (sums, aux["balance_loss"], batch_stats)
+    return loss_function
 
-        grads, (sums, balance, batch_stats) = jax.grad(loss_function, has_aux=True)(state.params)
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    train: Any,
+    *,
+    seed: int,
+    mean_rgb: ArrayLike,
+    balance_ddof: int,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes the training step (state, batch) → (state, metrics), which minimises the loss of `make_loss`.
+
+    Args:
+      model: returns `(logits, aux)`.
+      optimizer: from `create_optimizer`, or any optax optimiser. It receives the state's `step`.
+      train: the section `train` of a configuration.
+      seed: seed of the gate noise, dropout and mixup.
+      mean_rgb: [3], mean colour of the training set.
+      balance_ddof: that of the gate, `config.model.balance_ddof`; only used with `train.sub_batches` > 1.
+      axis_name: pmap or shard_map axis over which the batch is split, for this step and the model. The new state and
+        the metrics are those of the whole batch, equal on all devices. None if one program has the whole batch.
+
+    Returns: a function of the state and a batch with `image` uint8 [b, h, w, 3], `label` int32 [b] and optionally
+      `gate_noise` [b], which replaces the draw. Its metrics are `loss_sum` (cross entropy), `top1_errors`,
+      `top5_errors`, `count`, `balance_loss` and `grad_norm`.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+    loss = make_loss(model, train, seed=seed, mean_rgb=mean_rgb, balance_ddof=balance_ddof, axis_name=axis_name)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, (sums, balance, batch_stats) = jax.grad(loss, has_aux=True)(state.params, state, batch)
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
             batch_stats = jax.lax.pmean(batch_stats, axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
-        new = TrainState(state.step + 1, params, batch_stats, opt_state)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)
         if state.ema is not None:
-            new = new.replace(ema=update_average(state.ema, new.variables, state.step, ema_decay))
+            new = new.replace(ema=update_average(state.ema, new.variables, state.step, train.ema_decay))
         return new, {**sums, "balance_loss": balance, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
 
 def make_eval_step(
-    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool = False, axis_name: str | None = None
+    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool, axis_name: str | None = None
 ) -> Callable[[Mapping[str, Any], Batch], Metrics]:
     """Makes the evaluation step (variables, batch) → metrics.
 

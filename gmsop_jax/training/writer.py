@@ -6,9 +6,10 @@ import pathlib
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -132,6 +133,34 @@ class Writer:
             print(text, file=sys.stderr, flush=True)
         else:
             tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def profile_steps(
+    directory: pathlib.Path, steps: range
+) -> Iterator[Callable[[int], contextlib.AbstractContextManager]]:
+    """Yields a function that maps a step to the context to run it in, which traces it if it is one of `steps`.
+
+    The traces are written for TensorBoard's profiler when the last of the steps, or the run, ends.
+    """
+    with contextlib.ExitStack() as trace:
+
+        @contextlib.contextmanager
+        def profiled(step: int) -> Iterator[None]:
+            if step not in steps:
+                yield
+                return
+            if not tracing:
+                tracing.append(step)
+                trace.enter_context(jax.profiler.trace(str(directory)))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                yield
+            if step == steps[-1]:
+                jax.block_until_ready(jax.live_arrays())
+                trace.close()
+
+        tracing: list[int] = []
+        yield profiled
 
 
 def _draw_bars(values: Sequence[float], title: str) -> np.ndarray:

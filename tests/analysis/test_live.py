@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from gmsop_jax import main
-from gmsop_jax.training.loop import profile_steps
+from gmsop_jax.training.writer import profile_steps
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from batches import eval_batches
 
 from gmsop_jax.conversion.verify import verify
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.data.pipeline import eval_batches
 from gmsop_jax.data.records import encode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError

@@ -4,31 +4,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batches import eval_batches, train_batches
 from PIL import Image
 
 from gmsop_jax.config import default_config
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.data.augment import (
-    Crop,
+    Centre,
     PaddedCrop,
     ResizedCrop,
-    create_crop,
     evaluation_image,
     random_parts,
+    training_preparation,
 )
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.data.pipeline import eval_batches, train_batches
 from gmsop_jax.data.randomness import uniforms
 from gmsop_jax.data.resize import resize
 from gmsop_jax.data.shard_reader import ShardReader
-from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.errors import DataError
 from gmsop_jax.inference.predict import read_image
 from gmsop_jax.training import parallel
-from gmsop_jax.training.evaluation import evaluate_split
+from gmsop_jax.training.evaluation import create_evaluation
 from gmsop_jax.training.setup import prepare
 
 MEAN = np.array([7, 80, 200], np.uint8)
-CROPS = [PaddedCrop(3), ResizedCrop((0.2, 0.9))]
+PADDED = {"crop": "padded", "crop_padding": 3}
+CROPS = [PADDED, {"crop": "resized", "crop_area": (0.2, 0.9)}]
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -174,8 +175,8 @@ def test_resized_equals_pillow_by_hand():
 
 
 def test_the_whole_of_a_square_is_a_plain_resize(fashion: Path):
-    crop = ResizedCrop((1.0, 1.0))
-    cropped = next(train_batches(fashion, batch_size=40, seed=0, crop=crop, image_size=20))
+    crop = {"crop": "resized", "crop_area": (1.0, 1.0)}
+    cropped = next(train_batches(fashion, batch_size=40, seed=0, image_size=20, **crop))
     plain = next(train_batches(fashion, batch_size=40, seed=0, image_size=20))
     np.testing.assert_array_equal(cropped["image"], plain["image"])
 
@@ -184,8 +185,8 @@ def test_the_whole_of_a_square_is_a_plain_resize(fashion: Path):
 
 
 @pytest.mark.parametrize("crop", CROPS)
-def test_crops_change_images_and_nothing_else(fashion: Path, crop: Crop):
-    plain, cropped = (next(train_batches(fashion, batch_size=200, seed=5, crop=c)) for c in (None, crop))
+def test_crops_change_images_and_nothing_else(fashion: Path, crop: dict):
+    plain, cropped = (next(train_batches(fashion, batch_size=200, seed=5, **c)) for c in ({}, crop))
     assert cropped["image"].shape == plain["image"].shape
     np.testing.assert_array_equal(cropped["label"], plain["label"])
     assert (cropped["image"] != plain["image"]).any((1, 2, 3)).mean() > 0.9
@@ -194,8 +195,8 @@ def test_crops_change_images_and_nothing_else(fashion: Path, crop: Crop):
 def test_a_padded_batch_is_made_of_the_plain_one(fashion: Path):
     # 600 images are read in three blocks
     plain = next(train_batches(fashion, batch_size=600, seed=5, start_step=7, flip=False))["image"]
-    cropped = next(train_batches(fashion, batch_size=600, seed=5, start_step=7, crop=PaddedCrop(3)))["image"]
-    unflipped = next(train_batches(fashion, batch_size=600, seed=5, start_step=7, flip=False, crop=PaddedCrop(3)))
+    cropped = next(train_batches(fashion, batch_size=600, seed=5, start_step=7, **PADDED))["image"]
+    unflipped = next(train_batches(fashion, batch_size=600, seed=5, start_step=7, flip=False, **PADDED))
     mirrored = (cropped == unflipped["image"][:, :, ::-1]).all((1, 2, 3))
     assert (mirrored | (cropped == unflipped["image"]).all((1, 2, 3))).all()
     assert 0.4 < mirrored.mean() < 0.6  # five standard deviations
@@ -207,17 +208,17 @@ def test_a_padded_batch_is_made_of_the_plain_one(fashion: Path):
 
 
 def test_padding_may_have_another_colour(fashion: Path):
-    crop = PaddedCrop(28)  # some windows are padding alone
+    crop = {"crop": "padded", "crop_padding": 28}  # some windows are padding alone
     images = next(
-        train_batches(fashion, batch_size=400, seed=5, crop=crop, padding_rgb=(1.2, 250.4, 3.6)),
+        train_batches(fashion, batch_size=400, seed=5, padding_rgb=(1.2, 250.4, 3.6), **crop),
     )["image"]
     assert (images.reshape(400, -1, 3) == (1, 250, 4)).all(2).mean() > 0.3
 
 
 @pytest.mark.parametrize("crop", CROPS)
-def test_crops_depend_on_seed_step_and_row_alone(fashion: Path, crop: Crop):
+def test_crops_depend_on_seed_step_and_row_alone(fashion: Path, crop: dict):
     def batches(count: int, **arguments) -> list[np.ndarray]:
-        arguments = {"batch_size": 60, "seed": 2, "crop": crop, "drop_remainder": False, **arguments}
+        arguments = {"batch_size": 60, "seed": 2, "drop_last": False, **crop, **arguments}
         return take(train_batches(fashion, **arguments), count)
 
     whole = batches(90)  # the 84th of an epoch has 20 rows
@@ -228,14 +229,14 @@ def test_crops_depend_on_seed_step_and_row_alone(fashion: Path, crop: Crop):
         parts = [batches(90, process_index=at, process_count=count, num_threads=1) for at in range(count)]
         for image, *shares in zip(whole, *parts, strict=True):
             np.testing.assert_array_equal(image, np.concatenate(shares))
-    plain = batches(1, crop=None)[0]
+    plain = batches(1, crop="none")[0]
     assert (batches(1, seed=3)[0] != whole[0]).any()
     assert (plain != whole[0]).any()
 
 
 @pytest.mark.parametrize("crop", CROPS)
-def test_a_damaged_record_shifts_nothing(fashion: Path, crop: Crop, monkeypatch: pytest.MonkeyPatch):
-    good = next(train_batches(fashion, batch_size=100, seed=1, crop=crop))
+def test_a_damaged_record_shifts_nothing(fashion: Path, crop: dict, monkeypatch: pytest.MonkeyPatch):
+    good = next(train_batches(fashion, batch_size=100, seed=1, **crop))
     read = ShardReader._read_one
 
     def damaged(self, shard: int, position: int) -> bytes:
@@ -244,33 +245,35 @@ def test_a_damaged_record_shifts_nothing(fashion: Path, crop: Crop, monkeypatch:
         return read(self, shard, position)
 
     monkeypatch.setattr(ShardReader, "_read_one", damaged)
-    skipped = next(train_batches(fashion, batch_size=100, seed=1, crop=crop, on_corrupt="skip"))
+    skipped = next(train_batches(fashion, batch_size=100, seed=1, on_corrupt="skip", **crop))
     same = (good["image"] == skipped["image"]).all((1, 2, 3))
     assert 90 <= same.sum() < 100
 
 
 def test_parts_of_images_of_any_size(mixed: Path):
-    images = take(train_batches(mixed / "set", batch_size=6, seed=0, crop=ResizedCrop(), image_size=24), 3)
+    images = take(train_batches(mixed / "set", batch_size=6, seed=0, crop="resized", image_size=24), 3)
     assert {image.shape for image in images} == {(6, 24, 24, 3)}
-    with pytest.raises(DataError, match="differ in size: give an image_size"):
-        train_batches(mixed / "set", batch_size=6, seed=0, crop=ResizedCrop())
+    with pytest.raises(DataError, match="differ in size: set config"):
+        train_batches(mixed / "set", batch_size=6, seed=0, crop="resized")
 
 
 def test_configured_crops():
-    assert create_crop("none", padding=4, area=(0.1, 1)) is None
-    assert create_crop("padded", padding=5, area=(0.1, 1)) == PaddedCrop(5)
-    assert create_crop("resized", padding=4, area=(0.1, 1)) == ResizedCrop((0.1, 1.0))
-    with pytest.raises(ConfigError, match="'random'; it must be none, padded or resized"):
-        create_crop("random", padding=4, area=(0.1, 1))
+    data = default_config().data
+    assert training_preparation(data) == Centre(0)
+    data.update(crop="padded", crop_padding=5)
+    assert training_preparation(data) == PaddedCrop(5)
+    data.update(crop="resized", crop_area=(0.1, 1))
+    assert training_preparation(data) == ResizedCrop((0.1, 1.0))
 
 
 def test_a_run_trains_on_the_crops_configured(fashion: Path, tmp_path: Path):
     c = default_config()
     c.data.dir, c.seed, c.train.batch_size = str(fashion), 4, 24
-    for kind, crop in (("none", None), ("padded", PaddedCrop(2)), ("resized", ResizedCrop((0.3, 0.5)))):
-        c.data.crop, c.data.crop_padding, c.data.crop_area = kind, 2, (0.3, 0.5)
+    for kind in ("none", "padded", "resized"):
+        crop = {"crop": kind, "crop_padding": 2, "crop_area": (0.3, 0.5)}
+        c.data.update(crop)
         found = next(prepare(c, tmp_path).batches(3))
-        expected = next(train_batches(fashion, batch_size=24, seed=4, start_step=3, crop=crop))
+        expected = next(train_batches(fashion, batch_size=24, seed=4, start_step=3, **crop))
         np.testing.assert_array_equal(found["image"], expected["image"])
 
 
@@ -323,16 +326,18 @@ def test_evaluation_refuses_a_centre_larger_than_the_image(fashion: Path):
         eval_batches(fashion, "val", batch_size=8, image_size=24, resize=20)
 
 
-def test_a_run_is_evaluated_on_the_centre_configured(fashion: Path):
+def test_a_run_is_evaluated_on_the_centre_configured(fashion: Path, monkeypatch: pytest.MonkeyPatch):
     c = default_config()
     c.data.dir, c.data.image_size, c.eval.resize, c.eval.batch_size = str(fashion), 24, 32, 1000
+    c.model.num_classes = 10
     seen = []
 
     def eval_step(variables, batch):
         seen.append(np.asarray(batch["image"]))
         return {"loss_sum": 0.0, "top1_errors": 0, "top5_errors": 0, "count": 1}
 
-    evaluate_split(eval_step, {}, c, parallel.create_mesh())
+    monkeypatch.setattr(parallel, "compile_eval_step", lambda step, mesh: eval_step)
+    create_evaluation(c, Manifest.load(fashion), (0.0, 0.0, 0.0), parallel.create_mesh())({})
     expected = next(eval_batches(fashion, "val", batch_size=1000, image_size=24, resize=32))["image"]
     np.testing.assert_array_equal(seen[0], expected)
     assert (expected != next(eval_batches(fashion, "val", batch_size=1000, image_size=24))["image"]).any()

@@ -3,9 +3,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from batches import eval_batches, train_batches
 
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.data.pipeline import eval_batches, train_batches
 from gmsop_jax.errors import DataError
 
 

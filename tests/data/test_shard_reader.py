@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from batches import eval_batches, train_batches
 
 from gmsop_jax.data.manifest import Manifest, Shard, Split
-from gmsop_jax.data.pipeline import eval_batches, train_batches
 from gmsop_jax.data.records import encode
 from gmsop_jax.data.shard_reader import ShardReader, max_open_shards
 from gmsop_jax.errors import DataError, FileAccessError
@@ -48,13 +48,15 @@ import os, resource, sys
 import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from gmsop_jax.data.manifest import Manifest, Shard, Split
+from gmsop_jax.config import default_config
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import train_batches
 from gmsop_jax.data.records import encode
 from gmsop_jax.data.shard_reader import ShardReader
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 folder = Path(sys.argv[1])
-reader = ShardReader(folder, Manifest.load(folder).split("train").shards)
+manifest = Manifest.load(folder)
+reader = ShardReader(folder, manifest.split("train").shards)
 num_open = []
 def read(seed):
     for indices in np.split(np.random.default_rng(seed).permutation(5000), 50):
@@ -62,7 +64,9 @@ def read(seed):
         num_open.append(len(os.listdir("/proc/self/fd")))
 with ThreadPoolExecutor(4) as threads:
     list(threads.map(read, range(4)))
-batches = train_batches(folder, batch_size=500, seed=0, on_corrupt="skip")
+c = default_config()
+c.data.dir, c.data.on_corrupt, c.train.batch_size = str(folder), "skip", 500
+batches = train_batches(c.data, c.train, manifest, seed=0)
 labels = np.concatenate([next(batches)["label"] for _ in range(10)])
 assert np.bincount(labels).tolist() == [500] * 10, np.bincount(labels)
 print(max(num_open))

@@ -11,16 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
+from batches import train_batches
 
-from gmsop_jax.data.pipeline import train_batches
 from gmsop_jax.errors import DataError
 
 READ = """
 import itertools, sys, time
+from gmsop_jax.config import default_config
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import train_batches
 
 def main():
-    batches = train_batches(sys.argv[1], batch_size=250, seed=0, num_workers=2)
+    c = default_config()
+    c.data.dir, c.data.num_workers, c.train.batch_size = sys.argv[1], 2, 250
+    batches = train_batches(c.data, c.train, Manifest.load(c.data.dir), seed=0)
     for step, batch in enumerate(batches):
         if step == 4:
             print("reading", flush=True)
@@ -33,12 +37,16 @@ if __name__ == "__main__":
 
 READ_ON = """
 import signal, sys
+from gmsop_jax.config import default_config
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import train_batches
 
 def main():
+    c = default_config()
+    c.data.dir, c.data.num_workers, c.train.batch_size = sys.argv[1], 2, 250
     caught = []
     signal.signal(int(sys.argv[2]), lambda *_: caught.append(1))
-    batches = train_batches(sys.argv[1], batch_size=250, seed=0, num_workers=2)
+    batches = train_batches(c.data, c.train, Manifest.load(c.data.dir), seed=0)
     print("starting", flush=True)
     while not caught:
         next(batches)

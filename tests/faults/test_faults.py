@@ -152,12 +152,18 @@ def test_lock_ends_with_its_process(start: Callable[..., subprocess.Popen[str]],
 
 
 def test_vanished_workdir(config, tmp_path, monkeypatch):
-    def vanish(*arguments):
-        shutil.rmtree(tmp_path / "run")
-        return evaluate(*arguments)
+    create_evaluation = setup.create_evaluation
 
-    evaluate = setup.evaluate_split
-    monkeypatch.setattr(setup, "evaluate_split", vanish)
+    def create_vanishing(*arguments):
+        evaluate = create_evaluation(*arguments)
+
+        def vanish(variables):
+            shutil.rmtree(tmp_path / "run")
+            return evaluate(variables)
+
+        return vanish
+
+    monkeypatch.setattr(setup, "create_evaluation", create_vanishing)
     with pytest.raises(CheckpointError, match=r"the folder has vanished.*no step has been saved"):
         train_and_evaluate(config, tmp_path / "run")
 
@@ -317,7 +323,7 @@ def test_damaged_record(fault_data, config, tmp_path, caplog):
     config.data.on_corrupt = "skip"
     with caplog.at_level(logging.WARNING):
         first = train_and_evaluate(config, tmp_path / "first")
-    assert f"leaving out record 5 of shard {shard}" in caplog.text
+    assert f"skipping record 5 of shard {shard}" in caplog.text
     second = train_and_evaluate(config, tmp_path / "second")
     assert first["last_top1_error"] == second["last_top1_error"]
     np.testing.assert_array_equal(classifier(tmp_path / "first"), classifier(tmp_path / "second"))

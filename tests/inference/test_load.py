@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import eval_batches
 
 import gmsop_jax
 from gmsop_jax.config import from_json
-from gmsop_jax.data import pipeline
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.training.inputs import Inputs
@@ -21,7 +21,7 @@ def test_load_gives_the_network_that_was_evaluated(trained_run):
     model, variables, info = gmsop_jax.load(trained_run)
     apply = jax.jit(model.apply)
     wrong = count = 0
-    for batch in pipeline.eval_batches(config.data.dir, "val", batch_size=50):
+    for batch in eval_batches(config.data.dir, "val", batch_size=50):
         logits, aux = apply(variables, normalize(jnp.asarray(batch["image"]), info.inputs.mean_rgb))
         wrong += int(np.sum(np.asarray(logits.argmax(-1) != batch["label"])[batch["mask"]]))
         count += int(batch["mask"].sum())

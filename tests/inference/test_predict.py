@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import eval_batches
 from PIL import Image
 
 import gmsop_jax
 from gmsop_jax import main
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.sources import UnreadableImage
-from gmsop_jax.data.pipeline import eval_batches
 from gmsop_jax.errors import DataError
 from gmsop_jax.inference.predict import Prediction, Predictor, Unreadable, list_files, read_image
 from gmsop_jax.inference.predict_output import FeatureFile

@@ -199,7 +199,8 @@ def test_a_step_goes_on_from_imported_momentum(checkpoint_path, x64):
     with np.load(checkpoint_path.parent / "eval.npz") as values:
         batch = {"image": jnp.asarray(values["images"][:4]), "label": jnp.arange(4)}
     mean_rgb = np.asarray(checkpoint.mean_rgb)
-    step = make_train_step(create_model(config), optimizer, mean_rgb=mean_rgb, seed=0, balance_weight=100.0)
+    train = default_config().train
+    step = make_train_step(create_model(config), optimizer, train, mean_rgb=mean_rgb, seed=0, balance_ddof=1)
     after, _ = jax.jit(step)(state, batch)
 
     stored = matfile.read(checkpoint_path, ("net", "state"))

@@ -7,26 +7,16 @@ import sys
 import jax
 import pytest
 
-from gmsop_jax import main
-from gmsop_jax.config import default_config
+from gmsop_jax.config import ConfigDict, default_config
 from gmsop_jax.training import parallel
 
 
-def devices(count: int, batch_sizes: tuple[int, ...], cores: int, **environment: str) -> int:
-    """How many devices a fresh process has that was told so."""
-    code = f"""
-import os
-os.cpu_count = lambda: {cores}
-from gmsop_jax.training import parallel
-parallel.use_cpu_devices({count}, {batch_sizes})
-import jax
-print(jax.device_count())
-parallel.use_cpu_devices(3, (1, 1))  # too late, and no error
-"""
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    environment = {**kept, "JAX_PLATFORMS": "cpu", **environment}
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout)
+def configured(count: int, batch_sizes: tuple[int, int], **train) -> ConfigDict:
+    config = default_config()
+    config.parallel.cpu_devices = count
+    config.train.update(batch_size=batch_sizes[0], **train)
+    config.eval.batch_size = batch_sizes[1]
+    return config
 
 
 @pytest.mark.parametrize(
@@ -42,27 +32,44 @@ parallel.use_cpu_devices(3, (1, 1))  # too late, and no error
     ],
 )
 def test_a_cpu_is_as_many_devices(count, batch_sizes, cores, expected):
-    assert devices(count, batch_sizes, cores) == expected
+    assert parallel.num_cpu_devices(configured(count, batch_sizes), cores) == expected
 
 
-def test_the_environment_goes_first():
-    assert devices(0, (64, 64), 4, XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
-    assert devices(0, (64, 64), 4, JAX_NUM_CPU_DEVICES="2") == 2
+def test_rows_that_are_split_at_a_time():
+    assert parallel.num_cpu_devices(configured(0, (160, 320), sub_batches=5), 2) == 2
+    assert parallel.num_cpu_devices(configured(0, (160, 320), sub_batches=5, mixup_alpha=0.2), 2) == 1  # pairs
+
+
+def devices(**environment: str) -> int:
+    """Returns the number of devices of a fresh process, of whose CPU four are to be made."""
+    code = """
+from gmsop_jax.config import default_config
+from gmsop_jax.training import parallel
+config = default_config()
+config.parallel.cpu_devices = 4
+parallel.use_cpu_devices(config)
+import jax
+print(jax.device_count())
+config.parallel.cpu_devices = 3
+parallel.use_cpu_devices(config)  # too late, and no error
+"""
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = {**kept, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout)
+
+
+def test_the_environment_takes_precedence():
+    assert devices() == 4
+    assert devices(XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
+    assert devices(JAX_NUM_CPU_DEVICES="2") == 2
 
 
 def test_the_environment_of_a_started_jax_stays(monkeypatch):
     monkeypatch.delenv("PJRT_NPROC", raising=False)
     jax.devices()
-    parallel.use_cpu_devices(2, (64, 64))
+    parallel.use_cpu_devices(configured(2, (64, 64)))
     assert "PJRT_NPROC" not in os.environ
-
-
-def test_rows_that_are_split_at_a_time():
-    config = default_config()
-    config.train.batch_size, config.eval.batch_size = 100, 200
-    assert main._split_rows(config) == (100, 200)
-    config.train.sub_batches, config.train.mixup_alpha = 5, 0.2
-    assert main._split_rows(config) == (10, 200)  # pairs of each part
 
 
 @pytest.mark.slow

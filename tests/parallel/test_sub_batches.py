@@ -7,10 +7,16 @@ import numpy as np
 import optax
 import pytest
 
+from gmsop_jax.config import default_config
 from gmsop_jax.ops import average_pool, balance_loss, second_order_pool, top_k_gate
 from gmsop_jax.training.step import create_state, make_train_step
 
-STEP: dict[str, Any] = {"mean_rgb": [9, 9, 9], "seed": 0, "balance_weight": 100.0}
+
+def make_step(model: Any, optimizer: optax.GradientTransformation, *, balance_ddof: int = 1, **fields):
+    train = default_config().train
+    train.update(fields)
+    step = make_train_step(model, optimizer, train, seed=0, mean_rgb=[9, 9, 9], balance_ddof=balance_ddof)
+    return jax.jit(step)
 
 
 class Plain(nn.Module):
@@ -29,7 +35,7 @@ class Plain(nn.Module):
 def steps():
     model = Plain()
     optimizer = optax.sgd(0.1, momentum=0.9)
-    made = {n: jax.jit(make_train_step(model, optimizer, **STEP, sub_batches=n)) for n in (1, 2, 4)}
+    made = {n: make_step(model, optimizer, sub_batches=n) for n in (1, 2, 4)}
     variables = model.init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
     return made, create_state(variables, optimizer)
 
@@ -44,8 +50,8 @@ def mixing_steps():
     """As `steps`, with mixup, label smoothing and averages."""
     model = Plain()
     optimizer = optax.sgd(0.1, momentum=0.9)
-    options = {"label_smoothing": 0.1, "mixup_alpha": 0.3, "ema_decay": 0.5, **STEP}
-    made = {n: jax.jit(make_train_step(model, optimizer, sub_batches=n, **options)) for n in (1, 2)}
+    options: dict[str, Any] = {"label_smoothing": 0.1, "mixup_alpha": 0.3, "ema_decay": 0.5}
+    made = {n: make_step(model, optimizer, sub_batches=n, **options) for n in (1, 2)}
     variables = model.init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
     return made, create_state(variables, optimizer, averaged=True)
 
@@ -81,10 +87,7 @@ def test_parts_balance_what_the_whole_does():
     optimizer = optax.sgd(0.1, momentum=0.9)
     variables = Soft().init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
     state = create_state(variables, optimizer)
-    whole, parts = (
-        jax.jit(make_train_step(Soft(), optimizer, **STEP, sub_batches=n, balance_ddof=0))(state, batch(12))
-        for n in (1, 3)
-    )
+    whole, parts = (make_step(Soft(), optimizer, sub_batches=n, balance_ddof=0)(state, batch(12)) for n in (1, 3))
     assert whole[1]["balance_loss"] > 1e-4
     np.testing.assert_allclose(parts[1]["balance_loss"], whole[1]["balance_loss"], rtol=1e-5)
     np.testing.assert_allclose(parts[1]["grad_norm"], whole[1]["grad_norm"], rtol=1e-5)

@@ -216,8 +216,9 @@ def test_parameters_after_one_and_three_steps(path):
     train = default_config().train
     train.momentum, train.weight_decay = float(values["train/momentum"]), float(values["train/weight_decay"])
     optimizer = create_optimizer(train, optax.constant_schedule(float(values["train/lr"])), config.pixel_scale)
-    options = {"mean_rgb": values["rgb_mean"], "seed": 0, "balance_weight": ALPHA}
-    step = jax.jit(make_train_step(create_model(config), optimizer, **options))
+    train.balance_weight = float(ALPHA)
+    options = {"mean_rgb": values["rgb_mean"], "seed": 0, "balance_ddof": config.balance_ddof}
+    step = jax.jit(make_train_step(create_model(config), optimizer, train, **options))
     state = create_state(doubled(net.variables), optimizer)
     for i in range(3):
         batch = {

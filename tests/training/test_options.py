@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gmsop_jax import load
-from gmsop_jax.config import ConfigDict, override, validate
+from gmsop_jax.config import ConfigDict, default_config, override, validate
 from gmsop_jax.config import load as load_config
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.inference.evaluate import evaluate_checkpoint
@@ -81,9 +81,11 @@ def test_a_frozen_part_is_as_it_was(finished, tiny, tmp_path):
 def test_the_step_is_the_configured_one(tiny, tmp_path):
     run = prepare(with_options(tiny), tmp_path)
     state, batch = run.initial_state(), next(run.batches(0))
-    options = {"label_smoothing": 0.1, "mixup_alpha": 0.4, "sub_batches": 2, "seed": 0, "balance_weight": 100.0}
+    train = default_config().train
+    train.update(label_smoothing=0.1, mixup_alpha=0.4, sub_batches=2)
+    options = {"seed": 0, "mean_rgb": run.inputs.mean_rgb, "balance_ddof": 1}
     model = create_model(run.config.model)
-    by_hand = jax.jit(make_train_step(model, optax.sgd(0.1), mean_rgb=run.inputs.mean_rgb, **options))
+    by_hand = jax.jit(make_train_step(model, optax.sgd(0.1), train, **options))
     _, expected = by_hand(state.replace(opt_state=optax.sgd(0.1).init(state.params)), batch)
     _, told = run.train_step(state, batch)
     for name in ("loss_sum", "top1_errors", "grad_norm"):

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from gmsop_jax.config import default_config
 from gmsop_jax.models import BatchNorm, GatedMixtureHead, Network
 from gmsop_jax.training import step
 from gmsop_jax.training.losses import draw_share
@@ -15,8 +16,10 @@ from gmsop_jax.training.step import TrainState, create_state, make_eval_step, no
 MEAN = np.array([100.0, 50.0, 0.0], np.float32)
 
 
-def make_train_step(model, optimizer, *, seed: int = 0, balance_weight: float = 100.0, **options):
-    return step.make_train_step(model, optimizer, seed=seed, balance_weight=balance_weight, **options)
+def make_train_step(model, optimizer, *, seed: int = 0, **fields):
+    train = default_config().train
+    train.update(fields)
+    return step.make_train_step(model, optimizer, train, seed=seed, mean_rgb=MEAN, balance_ddof=1)
 
 
 def batch(b: int = 6, **more) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def gated():
         3, num_candidates=4, num_selected=2, candidate_widths=(4, 3), gate_widths=(3,), dropout_rate=0.5
     )
     model, optimizer = Network(Backbone(), head), optax.sgd(0.01)
-    step = jax.jit(make_train_step(model, optimizer, mean_rgb=MEAN, seed=1))
+    step = jax.jit(make_train_step(model, optimizer, seed=1))
     return model, step, start(model, optimizer)
 
 
@@ -73,7 +76,7 @@ def test_loss_is_mean_cross_entropy_and_alpha_over_b_times_the_balance_loss():
     model, optimizer = Linear(), optax.sgd(1.0)
     state = start(model, optimizer)
     data = batch()
-    new, metrics = jax.jit(make_train_step(model, optimizer, mean_rgb=MEAN, balance_weight=20.0))(state, data)
+    new, metrics = jax.jit(make_train_step(model, optimizer, balance_weight=20.0))(state, data)
     np.testing.assert_allclose(metrics["loss_sum"], 6 * np.log(3), rtol=1e-6)
     assert float(metrics["balance_loss"]) == 9
     np.testing.assert_allclose(new.params["b"], 3.0 - 20 / 6 * 6, rtol=1e-6)
@@ -88,7 +91,7 @@ def test_loss_is_mean_cross_entropy_and_alpha_over_b_times_the_balance_loss():
 def test_smaller_batch_is_divided_by_its_own_size():
     model, optimizer = Linear(), optax.sgd(1.0)
     state = start(model, optimizer)
-    new, metrics = jax.jit(make_train_step(model, optimizer, mean_rgb=MEAN, balance_weight=20.0))(state, batch(4))
+    new, metrics = jax.jit(make_train_step(model, optimizer, balance_weight=20.0))(state, batch(4))
     np.testing.assert_allclose(new.params["b"], 3.0 - 20 / 4 * 6, rtol=1e-6)
     assert int(metrics["count"]) == 4
 
@@ -96,7 +99,7 @@ def test_smaller_batch_is_divided_by_its_own_size():
 def test_counts_are_of_the_logits_before_the_step():
     # equal logits: class 0 is guessed; two of six are of class 0
     model, optimizer = Linear(), optax.sgd(1.0)
-    _, metrics = jax.jit(make_train_step(model, optimizer, mean_rgb=MEAN))(start(model, optimizer), batch())
+    _, metrics = jax.jit(make_train_step(model, optimizer))(start(model, optimizer), batch())
     assert {name: int(metrics[name]) for name in ("top1_errors", "top5_errors", "count")} == {
         "top1_errors": 4,
         "top5_errors": 0,
@@ -126,7 +129,7 @@ def test_all_that_is_random_is_a_function_of_seed_and_step(gated):
     assert difference((new, metrics), (again, same)) == 0
     _, later = step(state.replace(step=jnp.int32(7)), batch())
     assert float(later["loss_sum"]) != float(metrics["loss_sum"])
-    other = jax.jit(make_train_step(model, optax.sgd(0.01), mean_rgb=MEAN, seed=2))
+    other = jax.jit(make_train_step(model, optax.sgd(0.01), seed=2))
     assert float(other(state, batch())[1]["loss_sum"]) != float(metrics["loss_sum"])
 
 
@@ -169,7 +172,7 @@ def test_gate_noise_of_the_batch_replaces_the_draw(gated):
 
 def test_evaluation_leaves_out_padding_and_needs_no_rng(gated):
     model, _, state = gated
-    evaluate = jax.jit(make_eval_step(model, mean_rgb=MEAN))
+    evaluate = jax.jit(make_eval_step(model, mean_rgb=MEAN, flip_average=False))
     whole = evaluate(state.variables, batch(mask=jnp.ones(6, bool)))
     padded = {name: jnp.concatenate([x, jnp.zeros_like(x[:2])]) for name, x in batch().items()}
     mask = jnp.array([True] * 6 + [False] * 2)
@@ -183,7 +186,7 @@ def test_a_network_without_batch_norm_can_be_trained():
     model, optimizer = Linear(), optax.sgd(1.0)
     state = start(model, optimizer)
     assert state.batch_stats == {}
-    new, _ = jax.jit(make_train_step(model, optimizer, mean_rgb=MEAN))(state, batch())
+    new, _ = jax.jit(make_train_step(model, optimizer))(state, batch())
     assert new.batch_stats == {}
 
 
@@ -201,7 +204,7 @@ def test_loss_and_gradient_with_mixup_and_smoothing_against_numpy(rows):
     state = start(model, optimizer).replace(step=jnp.int32(3))
     kernel = np.random.default_rng(1).normal(size=(3, 3))
     state.params["Dense_0"]["kernel"] = jnp.asarray(kernel, jnp.float32)
-    step = make_train_step(model, optimizer, mean_rgb=MEAN, seed=5, label_smoothing=0.1, mixup_alpha=0.4)
+    step = make_train_step(model, optimizer, seed=5, label_smoothing=0.1, mixup_alpha=0.4)
     data = batch(rows)
     new, metrics = jax.jit(step)(state, data)
 
@@ -224,7 +227,7 @@ def test_averages_follow_the_steps():
     model, optimizer = Linear(), optax.sgd(0.1)
     state = create_state(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3))), optimizer, averaged=True)
     assert difference(state.evaluated, state.variables) == 0
-    step = jax.jit(make_train_step(model, optimizer, mean_rgb=MEAN, ema_decay=0.15), donate_argnums=0)
+    step = jax.jit(make_train_step(model, optimizer, ema_decay=0.15), donate_argnums=0)
     expected = float(state.params["b"])
     for d in (0.1, 0.15, 0.15):  # 1/10, then no more than the decay, as 2/11 and 3/12 are
         state, _ = step(state, batch())
@@ -252,5 +255,5 @@ def test_evaluation_with_mirror_images():
     loss = -np.log(softmax(logits)[np.arange(6), np.asarray(data["label"])]).sum()
     np.testing.assert_allclose(got["loss_sum"], loss, rtol=1e-5)
     np.testing.assert_allclose(got["gate_weight_sum"], corners.mean(1).sum(0)[:2], rtol=1e-5)
-    once = jax.jit(make_eval_step(model, mean_rgb=MEAN))(variables, data)
+    once = jax.jit(make_eval_step(model, mean_rgb=MEAN, flip_average=False))(variables, data)
     assert abs(float(once["loss_sum"]) - loss) > 1e-3

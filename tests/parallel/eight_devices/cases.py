@@ -84,16 +84,17 @@ class Trainer:
     ):
         model = model or small_model()
         self.mesh = parallel.create_mesh(jax.devices()[:num_devices])
-        sgd = create_optimizer(default_config().train, lambda _: 0.05, model.pixel_scale)
+        train = default_config().train
+        train.update(training, sub_batches=sub_batches)
+        sgd = create_optimizer(train, lambda _: 0.05, model.pixel_scale)
         step = make_train_step(
             create_model(model, axis_name=AXIS, per_device_bn=per_device_bn),
             sgd,
-            mean_rgb=MEAN_RGB,
+            train,
             seed=3,
-            balance_weight=100.0,
-            sub_batches=sub_batches,
+            mean_rgb=MEAN_RGB,
+            balance_ddof=model.balance_ddof,
             axis_name=AXIS,
-            **training,
         )
 
         def initial() -> TrainState:

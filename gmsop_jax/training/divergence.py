@@ -1,0 +1,73 @@
+"""Divergence: how a run notices that its numbers are no longer finite, and which step it then skips."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.training.metrics import NonFiniteError, check_metrics
+from gmsop_jax.training.step import TrainState
+
+MAX_LOSS = 1e4  # nats per image, beyond which training has diverged; guessing among a million classes costs 14
+MAX_SKIPPED = 10  # a run ends rather than skip more than this many steps in a row
+
+
+def check_evaluation(step: int, evaluation: Mapping[str, Any]) -> None:
+    """Raises NonFiniteError unless the loss of the evaluation after a step is finite."""
+    if not np.isfinite(evaluation["loss"]):
+        raise NonFiniteError(f"evaluation loss not finite after step {step}", step)
+
+
+def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) -> None:
+    """Checks that a state is worth saving, before it replaces a good checkpoint.
+
+    An update may have ruined the parameters without making them infinite, which only the next loss would show. So the
+    last batch is run once more with the new parameters; the result is discarded.
+
+    Args:
+      state: the state to save.
+      step: the last step that was trained.
+      train_step: (state, batch) → (state, metrics).
+      batch: the batch of that step.
+
+    Raises:
+      NonFiniteError: if the state, its loss or its gradient is not finite, or the loss is absurdly large.
+    """
+    if not _all_finite(state):
+        raise NonFiniteError(f"parameters, moments or optimiser state not finite after step {step}", step)
+    copy = jax.tree.map(jnp.copy, state.replace(step=state.step * 0 + step - 1))
+    metrics = jax.device_get(train_step(copy, batch)[1])
+    check_metrics(step, metrics)
+    if (loss := float(metrics["loss_sum"]) / int(metrics["count"])) > MAX_LOSS:
+        raise NonFiniteError(f"loss diverged to {loss:.3g}, and soon not finite at step {step}", step)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+
+
+def step_to_skip(error: NonFiniteError, skipped: set[int], last_saved: int) -> int | None:
+    """Returns the step whose update to skip after a rollback; None if the run should end with the error."""
+    step = max((step for step in range(last_saved + 1, error.step + 1) if step not in skipped), default=None)
+    if step is None or skipped.issuperset(range(step - MAX_SKIPPED, step)):
+        return None
+    return step
+
+
+def explain(error: NonFiniteError, config: ConfigDict, learning_rate: float, last_saved: int | None) -> str:
+    """Returns the message of a run that ends because its numbers are not finite."""
+    saved = "no checkpoint was saved before" if last_saved is None else f"the last good checkpoint is step {last_saved}"
+    causes = f"a learning rate too high for this network (now {learning_rate:g})"
+    if config.compute_dtype:
+        causes += f", the range of config.compute_dtype = {config.compute_dtype!r}"
+    advice = "Lower config.train.learning_rates and start in a new --workdir"
+    if config.train.on_nonfinite == "stop":
+        advice += ", or skip that step's batch with --config.train.on_nonfinite=rollback"
+    else:
+        advice = f"Rolling back and skipping steps did not help. {advice}"
+    return f"{error} ({saved}). Likely causes: {causes}, or damaged images. {advice}"
