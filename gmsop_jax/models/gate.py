@@ -8,11 +8,13 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gmsop_jax.models.checks import CheckedModule
 from gmsop_jax.models.layers import BatchNorm, ModuleFactory, he_normal
 from gmsop_jax.ops import average_pool, balance_loss, draw_rows, second_order_pool, select_top_k, selection_weights
+from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.gate import Gradient, Softmax
 
 Noise = Literal["image", "candidate", "fixed", "none"]
@@ -22,7 +24,7 @@ BalanceOn = Literal["weights", "softmax"]
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def pool(x: Float[Array, "*b p c"], order: int, num_iters: int) -> Float[Array, "*b f"]:
+def pool(x: Float[AnyArray, "*b p c"], order: int, num_iters: int) -> Float[Array, "*b f"]:
     """Average pooling (order 1) or square-root-normalised covariance pooling (order 2).
 
     Raises:
@@ -117,11 +119,11 @@ class Gate(GateFields):
     num_iters: int = 3
     axis_name: str | None = None
     norm: ModuleFactory = BatchNorm
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b p c"], train: bool = False, gate_noise: Float[Array, "b ..."] | None = None
+        self, x: Float[AnyArray, "b p c"], train: bool = False, gate_noise: Float[AnyArray, "b ..."] | None = None
     ) -> GateOutput:
         """Selects candidates for each image.
 
@@ -156,7 +158,7 @@ class Gate(GateFields):
         balance = balance_loss(importance, self.axis_name, self.balance_ddof)
         return GateOutput(logits, indices, weights, importance, balance)
 
-    def _noise(self, features: Array, train: bool, given: Array | None, key: Array | None) -> Array | None:
+    def _noise(self, features: Array, train: bool, given: AnyArray | None, key: Array | None) -> Array | None:
         """γ as [b, 1] or [b, n], or None if no noise is added."""
         b = features.shape[0]
         shape = (b,) if self.gate_noise in ("image", "none") else (b, self.num_candidates)
@@ -184,4 +186,4 @@ class Gate(GateFields):
             "constant": nn.initializers.constant(1 / width),
             "random": nn.initializers.normal(width**-0.5),
         }
-        return self.param(name, inits[self.gate_init], (width, self.num_candidates))
+        return jnp.asarray(self.param(name, inits[self.gate_init], (width, self.num_candidates)))

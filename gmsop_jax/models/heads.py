@@ -11,6 +11,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gmsop_jax.models.checks import CheckedModule
@@ -18,9 +19,10 @@ from gmsop_jax.models.gate import GateFields, shared_fields
 from gmsop_jax.models.layers import BatchNorm, Classifier, Dropout, ModuleFactory, flatten_map, he_normal
 from gmsop_jax.models.mixture import GatedMixture, Mixture
 from gmsop_jax.ops import average_pool, covariance_pool, matrix_power, second_order_pool, triangle_vector
+from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.dispatch import Dispatch
 
-_Map = Float[Array, "b h w c"]
+_Map = Float[AnyArray, "b h w c"]
 _Output = tuple[Float[Array, "b classes"], Mapping[str, Array]]
 
 
@@ -44,13 +46,13 @@ class _PoolingHead(CheckedModule):
     projection_widths: Sequence[int] = ()
     projection_batch_norm: bool = False
     norm: ModuleFactory = BatchNorm
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
-    def _pool(self, x: Float[Array, "b p c"]) -> Float[Array, "b f"]:
+    def _pool(self, x: Float[AnyArray, "b p c"]) -> Float[Array, "b f"]:
         raise NotImplementedError
 
     @nn.compact
-    def __call__(self, x: _Map, train: bool = False, gate_noise: Array | None = None) -> _Output:
+    def __call__(self, x: _Map, train: bool = False, gate_noise: AnyArray | None = None) -> _Output:
         """Pools and classifies; `gate_noise` is ignored, there is no gate."""
         x = flatten_map(x)
         for i, width in enumerate(self.projection_widths, 1):
@@ -131,7 +133,7 @@ class _MixtureHead(CheckedModule):
     dropout_rate: float = 0.2
     axis_name: str | None = None
     norm: ModuleFactory = BatchNorm
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     def _finish(self, features: Array, aux: Mapping[str, Array], train: bool) -> _Output:
         y = self.norm(name="bn")(features, train=train)
@@ -157,7 +159,7 @@ class MixtureHead(_MixtureHead):
     combine: Literal["average", "concatenate"] = "average"
 
     @nn.compact
-    def __call__(self, x: _Map, train: bool = False, gate_noise: Array | None = None) -> _Output:
+    def __call__(self, x: _Map, train: bool = False, gate_noise: AnyArray | None = None) -> _Output:
         """Pools and classifies; `gate_noise` is ignored, there is no gate."""
         features = Mixture(**shared_fields(self, Mixture), name="mixture")(x)
         return self._finish(features, _without_gate(features), train)
@@ -187,7 +189,7 @@ class GatedMixtureHead(_MixtureHead, GateFields):
     dispatch: Dispatch = "auto"
 
     @nn.compact
-    def __call__(self, x: _Map, train: bool = False, gate_noise: Array | None = None) -> _Output:
+    def __call__(self, x: _Map, train: bool = False, gate_noise: AnyArray | None = None) -> _Output:
         """Pools and classifies; `gate_noise` replaces the draw from the stream `gating`."""
         mixture = GatedMixture(**shared_fields(self, GatedMixture), name="mixture")
         features, aux = mixture(x, train, gate_noise)

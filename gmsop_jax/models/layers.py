@@ -6,10 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gmsop_jax.models.checks import CheckedModule
 from gmsop_jax.ops import draw_rows
+from gmsop_jax.ops.arrays import AnyArray
 
 ModuleFactory = Callable[..., nn.Module]  # a module's class, or a functools.partial of it
 
@@ -17,7 +19,7 @@ ModuleFactory = Callable[..., nn.Module]  # a module's class, or a functools.par
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-def flatten_map(x: Float[Array, "b h w c"]) -> Float[Array, "b p c"]:
+def flatten_map(x: Float[AnyArray, "b h w c"]) -> Float[Array, "b p c"]:
     """A map of features as p = h · w positions.
 
     Raises:
@@ -42,10 +44,10 @@ class Classifier(CheckedModule):
     """
 
     num_classes: int
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b f"]) -> Float[Array, "b classes"]:
+    def __call__(self, x: Float[AnyArray, "b f"]) -> Float[Array, "b classes"]:
         """Computes the logits."""
         kernel = self.param("kernel", he_normal, (x.shape[-1], self.num_classes))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
@@ -79,10 +81,10 @@ class BatchNorm(CheckedModule):
     running_rate: float = 0.3
     epsilon: float = 1e-5
     axis_name: str | None = None
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... c"], train: bool = False) -> Float[Array, "... c"]:
+    def __call__(self, x: Float[AnyArray, "... c"], train: bool = False) -> Float[Array, "... c"]:
         """Normalises x, by the batch's moments in training and the running ones otherwise."""
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
@@ -137,8 +139,9 @@ class Dropout(CheckedModule):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ..."], train: bool = False) -> Float[Array, "b ..."]:
+    def __call__(self, x: Float[AnyArray, "b ..."], train: bool = False) -> Float[Array, "b ..."]:
         """Drops in training (RNG stream `dropout`), passes x through otherwise."""
+        x = jnp.asarray(x)
         if not train or self.rate == 0:
             return x
 

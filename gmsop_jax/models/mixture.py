@@ -5,12 +5,14 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gmsop_jax.models.checks import CheckedModule
 from gmsop_jax.models.gate import Gate, GateFields, pool, shared_fields
 from gmsop_jax.models.layers import BatchNorm, ModuleFactory, flatten_map
 from gmsop_jax.ops import apply_all_candidates, apply_candidates, mix_candidates
+from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.dispatch import Dispatch
 
 
@@ -26,7 +28,7 @@ class _Bank(CheckedModule):
     candidate_widths: Sequence[int] = (256, 128)
     order: int = 2
     num_iters: int = 3
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     def _kernels(self, x: Array) -> list[Array]:
         """The candidates' weights, layer by layer [n, in, out], in the dtype of the computation."""
@@ -59,7 +61,7 @@ class Mixture(_Bank):
     combine: Literal["average", "concatenate"] = "average"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b f"]:
+    def __call__(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b f"]:
         """Pools the map."""
         x = flatten_map(x)
         pooled = apply_all_candidates(x, self._kernels(x), self._pool)
@@ -91,9 +93,9 @@ class GatedMixture(_Bank, GateFields):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b h w c"],
+        x: Float[AnyArray, "b h w c"],
         train: bool = False,
-        gate_noise: Float[Array, "b ..."] | None = None,
+        gate_noise: Float[AnyArray, "b ..."] | None = None,
     ) -> tuple[Float[Array, "b f"], Mapping[str, Array]]:
         """Pools the map.
 

@@ -19,6 +19,7 @@ from gmsop_jax.models.heads import (
 )
 from gmsop_jax.models.layers import BatchNorm
 from gmsop_jax.models.resnet import BottleneckResNet, ResNet
+from gmsop_jax.ops.arrays import AnyArray
 
 _Fields = dict[str, Any]
 
@@ -59,9 +60,9 @@ class Network(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "b h w 3"],
+        images: Float[AnyArray, "b h w 3"],
         train: bool = False,
-        gate_noise: Float[Array, "b ..."] | None = None,
+        gate_noise: Float[AnyArray, "b ..."] | None = None,
     ) -> tuple[Float[Array, "b classes"], Mapping[str, Array]]:
         """Logits of mean-subtracted images, and the head's `aux`."""
         features = self.backbone(images, train=train)

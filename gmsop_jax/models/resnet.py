@@ -7,14 +7,17 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gmsop_jax.models.checks import CheckedModule, check_stages
 from gmsop_jax.models.layers import BatchNorm, ModuleFactory, he_normal
+from gmsop_jax.ops.arrays import AnyArray
 
 _BOTTLENECK_WIDTHS = (64, 128, 256, 512)  # of the four stages' 3×3 convolutions, in ResNet
 
-_Map = Float[Array, "b h w c"]
+_Map = Float[AnyArray, "b h w c"]
+_Result = Float[Array, "b h2 w2 c2"]
 
 
 class _Block(CheckedModule):
@@ -30,7 +33,7 @@ class _Block(CheckedModule):
     width: int
     stride: int = 1
     norm: ModuleFactory = BatchNorm
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     def _convolution(self, x, width, size, stride, name, *, train, groups=1):
         pad = (size - 1) // 2  # at stride 2 too, where 'SAME' would pad one side only
@@ -60,7 +63,7 @@ class BasicBlock(_Block):
     """
 
     @nn.compact
-    def __call__(self, x: _Map, train: bool = False) -> _Map:
+    def __call__(self, x: _Map, train: bool = False) -> _Result:
         """Applies the block: `width` channels."""
         y = jax.nn.relu(self._convolution(x, self.width, 3, self.stride, "conv1", train=train))
         y = self._convolution(y, self.width, 3, 1, "conv2", train=train)
@@ -82,7 +85,7 @@ class BottleneckBlock(_Block):
     group_width: int = 64
 
     @nn.compact
-    def __call__(self, x: _Map, train: bool = False) -> _Map:
+    def __call__(self, x: _Map, train: bool = False) -> _Result:
         """Applies the block: 4 · `width` channels."""
         inner = self.width * self.group_width // 64 * self.groups
         y = jax.nn.relu(self._convolution(x, inner, 1, 1, "conv1", train=train))
@@ -118,10 +121,10 @@ class ResNet(CheckedModule):
     stem_width: int = 16
     pixel_scale: float = 60.0
     norm: ModuleFactory = BatchNorm
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, images: _Map, train: bool = False) -> _Map:
+    def __call__(self, images: _Map, train: bool = False) -> _Result:
         """Features of the last stage.
 
         Args:
@@ -165,10 +168,10 @@ class BottleneckResNet(CheckedModule):
     stage_strides: Sequence[int] = (1, 2, 2, 2)
     pixel_scale: float = 60.0
     norm: ModuleFactory = BatchNorm
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, images: _Map, train: bool = False) -> _Map:
+    def __call__(self, images: _Map, train: bool = False) -> _Result:
         """Features of the last stage; arguments and errors as of `ResNet`."""
         stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
         if self.stem == "large":

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
 from gmsop_jax.ops.triangle import triangle_vector
 
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-Where = Bool[Array, "*b p"] | Int[Array, "*b p"] | Float[Array, "*b p"]
+Where = Bool[AnyArray, "*b p"] | Int[AnyArray, "*b p"] | Float[AnyArray, "*b p"]
 
 
-def average_pool(x: Float[Array, "*b p c"], *, where: Where | None = None) -> Float[Array, "*b c"]:
+def average_pool(x: Float[AnyArray, "*b p c"], *, where: Where | None = None) -> Float[Array, "*b c"]:
     """Global average pooling.
 
     μ = (1/p) Σ xₚ,  or  μ = Σ wₚ xₚ / Σ wₚ  with weights w
@@ -46,7 +47,7 @@ def average_pool(x: Float[Array, "*b p c"], *, where: Where | None = None) -> Fl
 
 
 def covariance_pool(
-    x: Float[Array, "*b p c"], *, where: Where | None = None, centered: bool = True, forward_mode: bool = False
+    x: Float[AnyArray, "*b p c"], *, where: Where | None = None, centered: bool = True, forward_mode: bool = False
 ) -> Float[Array, "*b c c"]:
     """Covariance of the features over positions.
 
@@ -86,7 +87,7 @@ def covariance_pool(
 
 
 def second_order_pool(
-    x: Float[Array, "*b p c"],
+    x: Float[AnyArray, "*b p c"],
     num_iters: int = 3,
     *,
     where: Where | None = None,
@@ -119,7 +120,7 @@ def second_order_pool(
     return root[(..., *np.triu_indices(root.shape[-1]))] if forward_mode else triangle_vector(root)
 
 
-def position_weights(x: Float[Array, "*b p c"], where: Where) -> Float[Array, "*b p"]:
+def position_weights(x: Float[AnyArray, "*b p c"], where: Where) -> Float[Array, "*b p"]:
     """Returns a mask or weights as weights in the dtype of x, at least float32.
 
     No gradient flows into weights of 0, since the positions that they exclude may hold anything.
@@ -140,12 +141,12 @@ def position_weights(x: Float[Array, "*b p c"], where: Where) -> Float[Array, "*
     return jnp.where(weights == 0, 0, weights)
 
 
-def clear_masked(x: Float[Array, "*b p c"], weights: Float[Array, "*b p"]) -> Float[Array, "*b p c"]:
+def clear_masked(x: Float[AnyArray, "*b p c"], weights: Float[Array, "*b p"]) -> Float[Array, "*b p c"]:
     """Sets the features at positions of weight 0 to 0, so that NaN and infinity there reach no result."""
     return jnp.where(weights[..., None] == 0, 0, x)
 
 
-def _at_least_float32(x: Array) -> Array:
+def _at_least_float32(x: AnyArray) -> Array:
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gmsop_jax.ops.arrays import AnyArray
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 Dispatch = Literal["auto", "gather", "loop"]
@@ -22,9 +24,9 @@ _CACHE_BYTES = 4 << 20  # of activations, above which the loop was measured to b
 
 
 def apply_candidates(
-    x: Float[Array, "b p c"],
-    kernels: Sequence[Float[Array, "n _ _"]],
-    indices: Int[Array, "b k"],
+    x: Float[AnyArray, "b p c"],
+    kernels: Sequence[Float[AnyArray, "n _ _"]],
+    indices: Int[AnyArray, "b k"],
     pool: Pool,
     dispatch: Dispatch = "auto",
 ) -> Float[Array, "b k f"]:
@@ -60,7 +62,7 @@ def apply_candidates(
 
 
 def apply_all_candidates(
-    x: Float[Array, "b p c"], kernels: Sequence[Float[Array, "n _ _"]], pool: Pool
+    x: Float[AnyArray, "b p c"], kernels: Sequence[Float[AnyArray, "n _ _"]], pool: Pool
 ) -> Float[Array, "b n f"]:
     """Runs every image through every candidate; arguments as in `apply_candidates`.
 
@@ -70,7 +72,7 @@ def apply_all_candidates(
 
 
 def mix_candidates(
-    pooled: Float[Array, "b k f"], weights: Float[Array, "b n"], indices: Int[Array, "b k"]
+    pooled: Float[AnyArray, "b k f"], weights: Float[AnyArray, "b n"], indices: Int[AnyArray, "b k"]
 ) -> Float[Array, "b f"]:
     """Sums the selected candidates' vectors by their weights.
 
@@ -117,7 +119,7 @@ def _gather_backward(residuals, g):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _tile(x: Array, weights: Sequence[Array], pool: Pool) -> Array:
+def _tile(x: Array, weights: Sequence[AnyArray], pool: Pool) -> Array:
     for w in weights:
         x = jax.nn.relu(jnp.matmul(x, w))
     return pool(x)

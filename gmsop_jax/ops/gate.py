@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.random import draw_rows
 
 Gradient = Literal["straight_through", "masked"]
@@ -13,7 +14,7 @@ Softmax = Literal["selected", "all"]
 
 
 def top_k_gate(
-    logits: Float[Array, "b n"],
+    logits: Float[AnyArray, "b n"],
     k: int,
     gradient: Gradient = "straight_through",
     rng: Array | None = None,
@@ -45,7 +46,7 @@ def top_k_gate(
 
 
 def select_top_k(
-    logits: Float[Array, "b n"], k: int, rng: Array | None = None, axis_name: str | None = None
+    logits: Float[AnyArray, "b n"], k: int, rng: Array | None = None, axis_name: str | None = None
 ) -> Int[Array, "b k"]:
     """Indices of the k largest logits of each image; of equal ones the lower index goes first.
 
@@ -84,8 +85,8 @@ def _all_tie(logits: Array, axis_name: str | None) -> Array:
 
 
 def selection_weights(
-    logits: Float[Array, "b n"],
-    indices: Int[Array, "b k"],
+    logits: Float[AnyArray, "b n"],
+    indices: Int[AnyArray, "b k"],
     gradient: Gradient = "straight_through",
     softmax: Softmax = "selected",
 ) -> Float[Array, "b n"]:
@@ -119,7 +120,7 @@ def selection_weights(
     raise ValueError(f"gradient must be 'straight_through' or 'masked', got {gradient!r}")
 
 
-def balance_loss(importance: Float[Array, "b n"], axis_name: str | None = None, ddof: int = 1) -> Float[Array, ""]:
+def balance_loss(importance: Float[AnyArray, "b n"], axis_name: str | None = None, ddof: int = 1) -> Float[Array, ""]:
     """How unevenly a batch uses the candidates: 0 when all carry the same weight.
 
     L = (std(s)/mean(s))², sᵢ = Σ_batch importanceᵢ   (GM-SOP, eq. 6, without its factor α)

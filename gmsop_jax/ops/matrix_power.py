@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gmsop_jax.ops.arrays import AnyArray
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def matrix_power(sigma: Float[Array, "*b d d"], alpha: float = 0.5) -> Float[Array, "*b d d"]:
+def matrix_power(sigma: Float[AnyArray, "*b d d"], alpha: float = 0.5) -> Float[Array, "*b d d"]:
     """Powers Σ^α of symmetric positive semi-definite matrices.
 
     Σ = U diag(λ) Uᵀ,  Σ^α = U diag(λ^α) Uᵀ   (MPN-COV, eq. 5)
@@ -76,7 +78,7 @@ def _divided_differences(values: Array, alpha: float) -> Array:
     return jnp.where(large > 0, jnp.power(safe, alpha - 1) * ratio, 0)
 
 
-def _product(*factors: Array) -> Array:
+def _product(*factors: Any) -> Array:
     return functools.reduce(functools.partial(jnp.matmul, precision=_HIGHEST), factors)
 
 

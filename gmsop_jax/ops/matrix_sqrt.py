@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.coefficients import Coefficients, Steps, iteration_steps, two_step_factors
 
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # TF32 would lose the iteration's digits
 
 
 def newton_schulz_sqrt(
-    sigma: Float[Array, "*b d d"],
+    sigma: Float[AnyArray, "*b d d"],
     num_iters: int = 3,
     *,
     coefficients: Coefficients = "newton_schulz",
@@ -72,7 +73,7 @@ def newton_schulz_sqrt(
 
 
 def newton_schulz_inverse_sqrt(
-    sigma: Float[Array, "*b d d"],
+    sigma: Float[AnyArray, "*b d d"],
     num_iters: int = 3,
     *,
     coefficients: Coefficients = "newton_schulz",

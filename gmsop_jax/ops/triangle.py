@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from gmsop_jax.ops.arrays import AnyArray
+
 
 @functools.cache
 def _positions(d: int) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +26,7 @@ def _take(x: Array, positions: np.ndarray) -> Array:
     return jnp.take(x, positions, axis=-1, mode="clip", unique_indices=False)
 
 
-def triangle_vector(m: Shaped[Array, "*b d d"]) -> Shaped[Array, "*b t"]:
+def triangle_vector(m: Shaped[AnyArray, "*b d d"]) -> Shaped[Array, "*b t"]:
     """Upper triangles with the diagonal, row by row: t = d(d + 1)/2, off-diagonals unscaled.
 
     v = m[triu_indices(d)]   (GM-SOP, section 2.2; MATLAB's column order is another)
@@ -47,7 +49,7 @@ def triangle_vector(m: Shaped[Array, "*b d d"]) -> Shaped[Array, "*b t"]:
     return _vector(m)
 
 
-def triangle_matrix(v: Shaped[Array, "*b t"]) -> Shaped[Array, "*b d d"]:
+def triangle_matrix(v: Shaped[AnyArray, "*b t"]) -> Shaped[Array, "*b d d"]:
     """Symmetric matrices from their upper triangles: the inverse of `triangle_vector`.
 
     Args:

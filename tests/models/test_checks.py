@@ -21,6 +21,7 @@ from gmsop_jax.models import (
     SecondOrderHead,
 )
 
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 KEY = jax.random.key(0)
 HEADS: list[Any] = [GAPHead, CovarianceHead, SecondOrderHead, MPNCOVHead, MixtureHead, GatedMixtureHead]
 

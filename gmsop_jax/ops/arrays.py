@@ -1,0 +1,6 @@
+"""The type of arrays that public functions take."""
+
+import numpy as np
+from jaxtyping import Array
+
+AnyArray = Array | np.ndarray  # parameters may be either; results are always JAX arrays
