@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +82,8 @@ def _is_area(value: tuple) -> bool:
     return len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1] <= 1
 
 
+LOG_BACKENDS = ("tensorboard", "wandb", "trackio")
+
 _ANY = Allowed(lambda value: True, "anything")
 _FRACTION = Allowed(lambda value: 0 <= value < 1, "in [0, 1)")
 _POSITIVE = Allowed(lambda value: value > 0, "positive")
@@ -92,6 +95,12 @@ _DTYPES = _one_of("", "float32", "bfloat16", "float64")
 _RATES = Allowed(
     lambda value: bool(value) and _are_pairs(value, lambda r: _is_number(r) and r > 0, _is_epochs),
     "pairs (rate > 0, epochs ≥ 1), like ((0.1, 40), (0.01, 10))",
+)
+_BACKENDS = Allowed(
+    lambda value: all(
+        isinstance(name, str) and (name in LOG_BACKENDS or re.fullmatch(r"[\w.]+:\w+", name)) for name in value
+    ),
+    'names of backends, like ("tensorboard", "wandb"), or ()',
 )
 _FACTORS = Allowed(
     lambda value: _are_pairs(value, lambda n: isinstance(n, str), lambda f: _is_number(f) and f >= 0),
@@ -188,6 +197,8 @@ FIELDS = {
     "train.sub_batches": Field(1, "parts of a batch that are computed one after the other; needs less memory and more time", _between(1, 2**24)),
     "train.on_nonfinite": Field("stop", "if the loss is not finite: `stop`, or `rollback` to the last checkpoint and skip that batch", _one_of("stop", "rollback"), resumable=True),
     "train.log_every_steps": Field(100, "log training metrics every this many steps, and at the end of each epoch", _between(1, 10**6), resumable=True),
+    # log
+    "log.backends": Field(("tensorboard",), "where to log, besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`, or a class `module:Class` of your own", _BACKENDS, resumable=True),
     # devices
     "parallel.mode": Field("jit", "compile the step with `jit` (and shard_map) or with `pmap`; both run the same function", _one_of("jit", "pmap"), resumable=True),
     "parallel.cpu_devices": Field(1, "number of JAX devices to split the CPU into; 0 means one per core, faster for small networks", _between(0, 1024), resumable=True),

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 
-from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.files import write_json
 from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress
 from gmsop_jax.training.divergence import check_evaluation, check_state, explain, step_to_skip
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
+from gmsop_jax.training.loggers import create_loggers, find_backends
 from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError
 from gmsop_jax.training.processes import check_same, ending_together, first_process_does
 from gmsop_jax.training.setup import Run, prepare
@@ -48,7 +48,7 @@ def train_and_evaluate(
     Args:
       config: a validated configuration.
       workdir: created if it doesn't exist. In the end it contains `config.json`, `inputs.json`,
-        `checkpoints/`, `metrics.jsonl`, TensorBoard events, `curves.png` and `result.json`.
+        `checkpoints/`, `metrics.jsonl`, what `config.log.backends` write, `curves.png` and `result.json`.
       profile: the steps to trace for TensorBoard's profiler, counted from 1.
 
     Returns: the contents of `result.json`: errors of the best and the last epoch in percent, number of
@@ -64,6 +64,7 @@ def train_and_evaluate(
     started = time.monotonic()
     check_same_config(config)
     check_path(workdir)
+    find_backends(config.log.backends)
     run = prepare(config, pathlib.Path(workdir))
     with Workdir(workdir, run.config) as folder, folder.explaining_errors():
         run.verify_data()
@@ -138,9 +139,8 @@ def _loop(
         seconds = start.wall_seconds + time.monotonic() - started
         return Progress(step, step // run.steps_per_epoch, seconds, start.skipped, buffer.total)
 
-    writer = Writer(workdir.path, total_steps=run.total_steps, start_step=start.step, enabled=jax.process_index() == 0)
-    with writer, profile_steps(workdir.path, profile) as profiled:
-        _announce(writer, config, start, workdir.path)
+    with _open_writer(run, start, workdir) as writer, profile_steps(workdir.path, profile) as profiled:
+        _announce(writer, start, workdir.path)
         for step, batch in enumerate(run.batches(start.step), start.step + 1):
             if step in start.skipped:
                 state = state.replace(step=state.step + 1)
@@ -184,6 +184,12 @@ def _loop(
     return progress(run.total_steps)
 
 
+def _open_writer(run: Run, start: Progress, workdir: Workdir) -> Writer:
+    enabled = jax.process_index() == 0
+    loggers = create_loggers(run.config, workdir.path, start.step) if enabled else ()
+    return Writer(workdir.path, total_steps=run.total_steps, start_step=start.step, enabled=enabled, loggers=loggers)
+
+
 def _say(*lines: str) -> None:
     """Prints lines to the standard error of the first process."""
     if jax.process_index() == 0:
@@ -191,8 +197,7 @@ def _say(*lines: str) -> None:
             print(line, file=sys.stderr)
 
 
-def _announce(writer: Writer, config: ConfigDict, start: Progress, workdir: pathlib.Path) -> None:
-    writer.describe(configs.to_json(config))
+def _announce(writer: Writer, start: Progress, workdir: pathlib.Path) -> None:
     if start.step:
         writer.say(f"resuming from step {start.step} in {workdir}")
     if start.skipped:

@@ -1,22 +1,18 @@
-"""What a run logs: a progress line, `metrics.jsonl`, TensorBoard events and `curves.png`."""
+"""What a run logs: a progress line, `metrics.jsonl`, `curves.png`, and what its loggers write."""
 
 import contextlib
 import json
 import pathlib
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from gmsop_jax.files import write_atomic
+from gmsop_jax.training.loggers import Logger
 
 METRICS = "metrics.jsonl"
 
@@ -44,12 +40,21 @@ class Writer:
       start_step: number of steps done before. Records of later steps, which were written before an
         interruption and are computed again now, are dropped.
       enabled: whether this process logs anything.
+      loggers: further places to log to.
     """
 
     SECONDS_PER_LINE = 10  # where standard error is not a terminal
 
-    def __init__(self, workdir: pathlib.Path, *, total_steps: int, start_step: int = 0, enabled: bool = True):
-        self._enabled = enabled
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        loggers: Sequence[Logger] = (),
+    ):
+        self._enabled, self._loggers = enabled, loggers
         self._total_steps, self._step = total_steps, start_step
         self._next_line = 0.0
         terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -68,10 +73,6 @@ class Writer:
         kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
         write_atomic(workdir / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
         self._jsonl = (workdir / METRICS).open("a")
-        # not tensorboardX's SummaryWriter: its thread dies of a full disk and leaves this one waiting
-        self._events = EventsWriter(str(workdir / "events"), f".{start_step}")
-        if start_step:  # TensorBoard drops what came after it
-            self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self):
         return self
@@ -82,37 +83,23 @@ class Writer:
             # an error in flight is not hidden by one that closing raises for the same reason
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
                 self._jsonl.close()
-                self._events.close()
+                for logger in self._loggers:
+                    logger.close()
 
     def advance(self) -> None:
         """Counts one more step."""
         self._step += 1
         self._bar.update()
 
-    def describe(self, config: str) -> None:
-        """Puts the resolved configuration, as JSON, among TensorBoard's texts."""
-        if self._enabled:
-            text = textwrap.indent(config, "    ")  # so indented, Markdown leaves it alone
-            self._add(0, summary=summary.text("config", text))
-            self._events.flush()
-
     def record(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
-        """Writes one record, of kind `train` or `eval`, to the files; a list becomes a picture of bars."""
+        """Writes one record, of kind `train` or `eval`, to `metrics.jsonl` and to the loggers."""
         if not self._enabled:
             return
         line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
-        for name, value in values.items():
-            if not isinstance(value, list):
-                self._add(step, summary=summary.scalar(f"{kind}/{name}", value))
-            elif len(value) > 1:  # without a gate there is one weight, always 1
-                bars = summary.image(f"{kind}/{name}", _draw_bars(value, name), dataformats="HWC")
-                self._add(step, summary=bars)
-        self._events.flush()
-
-    def _add(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        for logger in self._loggers:
+            logger.record(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def show(self, values: Mapping[str, float]) -> None:
         """Shows loss, error and speed on the progress line."""
@@ -161,21 +148,6 @@ def profile_steps(
 
         tracing: list[int] = []
         yield profiled
-
-
-def _draw_bars(values: Sequence[float], title: str) -> np.ndarray:
-    """A picture, uint8 [h, w, 3], of one bar for each value, with their mean as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 2.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.bar(range(len(values)), values)
-    axes.axhline(float(np.mean(values)), color="black", linewidth=0.8, linestyle="--")
-    axes.set(title=title.replace("_", " "), xticks=range(len(values)))
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def plot_curves(workdir: pathlib.Path) -> None:

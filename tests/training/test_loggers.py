@@ -1,0 +1,108 @@
+"""The backends of the log, with stand-ins for the packages of Weights & Biases and Trackio."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from gmsop_jax import config as configs
+from gmsop_jax.errors import ConfigError, UserError
+from gmsop_jax.training.loggers import create_loggers, find_backends
+from gmsop_jax.training.writer import Writer
+
+
+class Package:
+    """Stands in for `wandb` or `trackio`: remembers what was started, logged and finished."""
+
+    def __init__(self, name: str):
+        self.__name__, self.__spec__ = name, types.SimpleNamespace(name=name)
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def backends(*names: str) -> configs.ConfigDict:
+    config = configs.default_config()
+    config.log.backends = names
+    configs.validate(config)
+    return config
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_package_logs_what_the_run_records(name, tmp_path, monkeypatch):
+    package = Package(name)
+    monkeypatch.setitem(sys.modules, name, package)
+    config = backends(name)
+    for start in (0, 4):  # the second is resumed
+        with Writer(tmp_path, total_steps=9, loggers=create_loggers(config, tmp_path, start)) as writer:
+            writer.record("train", start + 2, 0.5, {"loss": 1.5})
+            writer.record("eval", start + 4, 1.0, {"top1_error": 40.0, "candidate_use": [0.25, 0.75]})
+    evaluation = {"eval/top1_error": 40.0, "eval/candidate_use/0": 0.25, "eval/candidate_use/1": 0.75}
+    assert package.logged == [(2, {"train/loss": 1.5}), (4, evaluation), (6, {"train/loss": 1.5}), (8, evaluation)]
+    assert package.finished == 2
+    first, second = package.started
+    assert first == second  # the same run, by its name or id
+    assert first["resume"] == "allow"
+    assert first["config"] == config.to_dict()
+    other = tmp_path / "other"
+    other.mkdir()
+    create_loggers(config, other, 0)
+    key = {"wandb": "id", "trackio": "name"}[name]
+    assert package.started[2][key] != first[key]
+
+
+def test_a_backend_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_backend.py").write_text(
+        "import json\n"
+        "class Lines:\n"
+        "    def __init__(self, workdir, config, start_step):\n"
+        "        self.file = open(workdir / 'lines', 'a')\n"
+        "        print(config['seed'], start_step, file=self.file)\n"
+        "    def record(self, step, values):\n"
+        "        print(step, json.dumps(values), file=self.file)\n"
+        "    def close(self):\n"
+        "        self.file.close()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Writer(tmp_path, total_steps=9, loggers=create_loggers(backends("my_backend:Lines"), tmp_path, 3)) as writer:
+        writer.record("train", 5, 0.5, {"loss": 1.5})
+    first, second = (tmp_path / "lines").read_text().splitlines()
+    assert first == "0 3"
+    assert json.loads(second.removeprefix("5 ")) == {"train/loss": 1.5}
+    assert not list(tmp_path.glob("events*"))
+
+
+def test_backends_that_are_missing_or_fail_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"names 'wandb', which needs: pip install 'gmsop-jax\[wandb\]'"):
+        find_backends(["wandb"])
+    with pytest.raises(ConfigError, match="names 'no_such:Class', which can't be imported"):
+        find_backends(["no_such:Class"])
+    with pytest.raises(ConfigError, match="names 'json:Class', which can't be imported"):
+        find_backends(["json:Class"])
+    with pytest.raises(ConfigError, match=r"config\.log\.backends"):
+        backends("wandv")
+
+    package = Package("trackio")
+    monkeypatch.setattr(package, "init", lambda **options: 1 // 0)
+    monkeypatch.setitem(sys.modules, "trackio", package)
+    with pytest.raises(UserError, match=r"trackio, which config\.log\.backends names, can't start \(ZeroDivisionError"):
+        create_loggers(backends("trackio"), tmp_path, 0)
+
+
+def test_the_field_on_the_command_line():
+    config = configs.default_config()
+    assert config.log.backends == ("tensorboard",)
+    configs.override(config, "log.backends=('tensorboard', 'wandb')")
+    configs.validate(config)
+    assert config.log.backends == ("tensorboard", "wandb")
+    assert configs.differences(config, configs.default_config()) == []  # a resumed run may change it
