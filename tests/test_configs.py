@@ -7,6 +7,7 @@ import pytest
 
 from gmsop_jax import config as configs
 from gmsop_jax.analysis import summary
+from gmsop_jax.analysis.costs import cost, multiply_adds
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.models import count_parameters, create_model
 
@@ -88,11 +89,24 @@ def test_multiply_adds_by_hand():
     m.num_candidates, m.num_selected, m.candidate_widths, m.gate_widths = 6, 2, (8, 3), (5,)
     positions = 10 * 10
     backbone = positions * 9 * (3 * 4 + 4 * 4 + 4 * 4)
-    gate = positions * 4 * 5 + positions * 5**2 + 6 * 5**3 + 15 * 6
-    candidate = positions * (4 * 8 + 8 * 3) + positions * 3**2 + 6 * 3**3
-    from gmsop_jax.analysis.costs import cost
+    # three iterations of the square root take five products
+    gate = positions * 4 * 5 + positions * 5**2 + 5 * 5**3 + 15 * 6
+    candidate = positions * (4 * 8 + 8 * 3) + positions * 3**2 + 5 * 3**3
+    weighted_sum = 2 * 6
+    assert cost(m, 10).macs == backbone + gate + 2 * candidate + weighted_sum + 6 * 7
 
-    assert cost(m, 10).macs == backbone + gate + 2 * candidate + 6 * 7
+
+def test_multiply_adds_of_loops_and_branches():
+    x = jnp.ones((3, 3))
+
+    def loop(x):
+        return jax.lax.scan(lambda carry, _: (carry @ x, None), x, length=4)[0]
+
+    def branch(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    assert multiply_adds(jax.make_jaxpr(loop)(x).jaxpr) == 4 * 27
+    assert multiply_adds(jax.make_jaxpr(branch)(x).jaxpr) == 2 * 27
 
 
 @pytest.mark.parametrize("argument", ["resnet51", "resnet50,gmsopp", "resnet50,gap,100", "resnet50,gap,64,1"])

@@ -1,28 +1,14 @@
-"""The cost of a network: parameters, features, and multiply-adds by formula and as the compiler counts them."""
+"""The cost of a network: parameters, features, and the multiply-adds of its forward pass."""
 
 import dataclasses
-import functools
-import itertools
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gmsop_jax.config import ConfigDict
-from gmsop_jax.models import (
-    CovarianceHead,
-    Gate,
-    GatedMixture,
-    Mixture,
-    MPNCOVHead,
-    Network,
-    SecondOrderHead,
-    count_parameters,
-    create_model,
-)
-from gmsop_jax.models.layers import Classifier
+from gmsop_jax.models import Network, count_parameters, create_model
 
 _EIGH_MACS = 9  # times d³, with eigenvectors: Golub and Van Loan, Matrix Computations, section 8.3
 
@@ -34,7 +20,7 @@ class Cost:
     Attributes:
       parameters: number of trainable parameters.
       features: dimension of the pooled vector.
-      macs: multiply-adds by formula, see `multiply_adds`.
+      macs: multiply-adds, see `multiply_adds`.
       compiled_macs: half of the floating-point operations that XLA counts, or NaN if it reports none. XLA also counts
         element-wise operations, and leaves out the part of a convolution that meets padding.
     """
@@ -46,98 +32,65 @@ class Cost:
 
 
 def cost(model: ConfigDict, image_size: int) -> Cost:
-    """The cost of the network that `config.model` describes, for square images; computed from shapes alone."""
-    model = ConfigDict(model.to_dict())
-    model.dispatch = "gather"  # XLA counts a single iteration of a loop
-    network = create_model(model)
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    variables: Any = jax.eval_shape(network.init, jax.random.key(0), images)
+    """The cost of the network that `config.model` describes, for square images. It is computed from shapes alone."""
+    network, variables, images = abstract_network(model, image_size)
     _, aux = jax.eval_shape(network.apply, variables, images)
     counted = jax.jit(network.apply).lower(variables, images).cost_analysis()
     return Cost(
         parameters=count_parameters(variables["params"]),
         features=aux["features"].shape[-1],
-        macs=multiply_adds(network, variables, images),
+        macs=multiply_adds(jax.make_jaxpr(lambda *inputs: network.apply(*inputs)[0])(variables, images).jaxpr),
         compiled_macs=counted["flops"] / 2 if counted else math.nan,
     )
 
 
-def multiply_adds(network: Network, variables: Any, images: jax.ShapeDtypeStruct) -> int:
-    """The multiply-adds of convolutions, matrix products, covariances and square roots.
+def abstract_network(model: ConfigDict, image_size: int) -> tuple[Network, Any, jax.ShapeDtypeStruct]:
+    """Returns a network, and the shapes and dtypes of its variables and of one square image."""
+    model = ConfigDict(model.to_dict())
+    model.dispatch = "gather"  # the one whose operations depend on the shapes alone
+    network = create_model(model)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    return network, jax.eval_shape(network.init, jax.random.key(0), images), images
 
-    As usual, biases, batch norms, activations and average pooling are not counted. A gated mixture counts the
-    candidates that an image selects, and an eigendecomposition counts as 9 d³.
+
+def multiply_adds(jaxpr: Any) -> int:
+    """Counts the multiply-adds of the convolutions, matrix products and eigendecompositions in a program.
+
+    As usual, element-wise operations and sums are not counted, so biases, batch norm, activations and average pooling
+    are free. Neither are equations that no output depends on. An eigendecomposition counts as 9 d³, and of several
+    branches the most expensive one is counted.
+
+    Args:
+      jaxpr: the program, from `jax.make_jaxpr`. A `while` loop without a fixed length counts as one iteration.
+
+    Example:
+      >>> product = jax.make_jaxpr(jnp.matmul)(jnp.zeros((2, 3)), jnp.zeros((3, 4)))
+      >>> multiply_adds(product.jaxpr)
+      24
     """
     total = 0
-
-    def count(call, arguments, keywords, context):
-        nonlocal total
-        y = call(*arguments, **keywords)
-        if context.method_name == "__call__":
-            total += _own_macs(context.module, arguments[0], y)
-        return y
-
-    with nn.intercept_methods(count):
-        jax.eval_shape(network.apply, variables, images)
+    needed = {id(variable) for variable in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(variable) in needed for variable in equation.outvars):
+            needed.update(id(variable) for variable in equation.invars)
+            total += _macs(equation)
     return total
 
 
-@functools.singledispatch
-def _own_macs(module: Any, x: Any, y: Any) -> int:
-    """The multiply-adds of a module itself, without its submodules, from input x to output y."""
-    return 0
-
-
-@_own_macs.register
-def _(module: nn.Conv, x: Any, y: Any) -> int:
-    return y.size * math.prod(_kernel_size(module)) * x.shape[-1] // module.feature_group_count
-
-
-def _kernel_size(module: nn.Conv) -> tuple[int, ...]:
-    size = module.kernel_size
-    return (size,) if isinstance(size, int) else tuple(size)
-
-
-@_own_macs.register(nn.Dense)
-@_own_macs.register(Classifier)
-def _(module: nn.Dense | Classifier, x: Any, y: Any) -> int:
-    return y.size * x.shape[-1]
-
-
-@_own_macs.register(CovarianceHead)
-@_own_macs.register(SecondOrderHead)
-@_own_macs.register(MPNCOVHead)
-def _(module: CovarianceHead | SecondOrderHead | MPNCOVHead, x: Any, y: Any) -> int:
-    width = [x.shape[-1], *module.projection_widths][-1]
-    covariance = math.prod(x.shape[:-1]) * width**2
-    if isinstance(module, SecondOrderHead):
-        return covariance + len(x) * newton_schulz_macs(width, module.num_iters)
-    return covariance + (len(x) * _EIGH_MACS * width**3 if isinstance(module, MPNCOVHead) else 0)
-
-
-@_own_macs.register
-def _(module: Gate, x: Any, y: Any) -> int:
-    width = [x.shape[-1], *module.gate_widths][-1]
-    order = module.gate_order or 2
-    features = width * (width + 1) // 2 if order == 2 else width
-    return _pooling_macs(x, width, order, module.num_iters) + features * y.logits.size
-
-
-@_own_macs.register(Mixture)
-@_own_macs.register(GatedMixture)
-def _(module: Mixture | GatedMixture, x: Any, y: Any) -> int:
-    candidates = module.num_selected if isinstance(module, GatedMixture) else module.num_candidates
-    widths = [x.shape[-1], *module.candidate_widths]
-    projections = sum(a * b for a, b in itertools.pairwise(widths)) * math.prod(x.shape[:-1])
-    return candidates * (projections + _pooling_macs(x, widths[-1], module.order, module.num_iters))
-
-
-def _pooling_macs(x: Any, width: int, order: int, num_iters: int) -> int:
-    if order == 1:
+def _macs(equation: Any) -> int:
+    options = equation.params
+    shapes = [x.aval for x in (*equation.invars[:2], equation.outvars[0])]
+    match equation.primitive.name:
+        case "dot_general":
+            (contracted, _), _ = options["dimension_numbers"]
+            return shapes[-1].size * math.prod(shapes[0].shape[axis] for axis in contracted)
+        case "conv_general_dilated":
+            outputs_axis = options["dimension_numbers"].rhs_spec[0]
+            return shapes[-1].size * shapes[1].size // shapes[1].shape[outputs_axis]
+        case "eigh":
+            return _EIGH_MACS * shapes[0].size * shapes[0].shape[-1]
+    leaves = jax.tree.leaves(list(options.values()), is_leaf=lambda x: hasattr(x, "jaxpr"))
+    inner = [multiply_adds(getattr(leaf, "jaxpr", leaf)) for leaf in leaves if hasattr(leaf, "eqns")]
+    if not inner:
         return 0
-    return math.prod(x.shape[:-1]) * width**2 + len(x) * newton_schulz_macs(width, num_iters)
-
-
-def newton_schulz_macs(width: int, num_iters: int) -> int:
-    """Of n coupled steps: 3(n − 1) products of d×d matrices, or 1 for n = 1; ours needs one less for n = 3."""
-    return max(1, 3 * (num_iters - 1)) * width**3
+    return max(inner) if equation.primitive.name == "cond" else options.get("length", 1) * sum(inner)

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gmsop_jax.analysis.costs import abstract_network
 from gmsop_jax.config import ConfigDict
-from gmsop_jax.models import create_model
+from gmsop_jax.models import count_parameters
 from gmsop_jax.training.losses import cross_entropy
 
-_FLOAT = 4
+_FLOAT = 4  # bytes
+_ROWS = 8  # images in the batch whose operations XLA counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,10 @@ class Counts:
     flops: float
 
     def bytes_reduced(self) -> int:
-        """Bytes that each device all-reduces in one step.
+        """Bytes that each device all-reduces in one step; `docs/scaling.md` lists what they are.
 
-        These are the gradients; the shift and the two moments of each batch norm channel, the gradients of
-        these moments, and the mean of its running moments; the use of each candidate, forward and backward;
-        the loss and three counts; and whether all logits tie. XLA merges equal sums, such as the bias gradients
-        of batch norms whose results are added, so this is an upper bound.
+        This is an upper bound: XLA merges equal sums, such as the bias gradients of batch norms whose results are
+        added.
         """
         gated = self.num_candidates > 0
         return _FLOAT * (self.parameters + 7 * self.channels + 2 * self.num_candidates + 4 + gated)
@@ -76,41 +76,32 @@ class Machine:
 
 
 def count(model: ConfigDict, image_size: int) -> Counts:
-    """Counts for a network with square images, from shapes alone."""
-    network = create_model(model)
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    variables = jax.eval_shape(network.init, jax.random.key(0), images)
-    stats = variables.get("batch_stats", {})
-    norms = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stats) if "mean" in str(path[-1])]
-    activations = _kept(network, variables, images, 2) - _kept(network, variables, images, 1)
+    """Counts a network for square images, from shapes alone."""
+    network, variables, images = abstract_network(model, image_size)
+
+    def batch(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *images.shape[1:]), images.dtype)
+
+    def loss(params: Any, variables: Any, images: jax.Array) -> jax.Array:
+        rngs = {"gating": jax.random.key(0), "dropout": jax.random.key(1)}
+        variables = {**variables, "params": params}
+        (logits, _), _ = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return cross_entropy(logits, jnp.zeros(images.shape[0], jnp.int32))
+
+    def pullback(variables: Any, images: jax.Array) -> Any:
+        return jax.vjp(lambda params: loss(params, variables, images), variables["params"])[1]
+
+    def stored(rows: int) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback, variables, batch(rows))))
+
+    forward = jax.jit(loss).lower(variables["params"], variables, batch(_ROWS)).cost_analysis()
+    moments = jax.tree_util.tree_leaves_with_path(variables.get("batch_stats", {}))
+    means = [leaf for path, leaf in moments if "mean" in str(path[-1])]
     return Counts(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        channels=sum(leaf.size for leaf in norms),
-        batch_norms=len(norms),
+        parameters=count_parameters(variables["params"]),
+        channels=sum(leaf.size for leaf in means),
+        batch_norms=len(means),
         num_candidates=model.num_candidates if model.head in ("gmgap", "gmsop") else 0,
-        activations=activations,
-        flops=3 * _flops(network, variables, images),
+        activations=stored(2) - stored(1),
+        flops=3 * forward["flops"] / _ROWS if forward else math.nan,
     )
-
-
-def _forward(network: Any, variables: Any, params: Any, images: Any) -> jax.Array:
-    rngs = {"gating": jax.random.key(0), "dropout": jax.random.key(1)}
-    (logits, _), _ = network.apply(
-        {**variables, "params": params}, images, train=True, rngs=rngs, mutable=["batch_stats"]
-    )
-    return cross_entropy(logits, jnp.zeros(images.shape[0], jnp.int32))
-
-
-def _kept(network: Any, variables: Any, images: Any, rows: int) -> int:
-    def pullback(variables, images):
-        return jax.vjp(lambda params: _forward(network, variables, params, images), variables["params"])[1]
-
-    many = jax.ShapeDtypeStruct((rows, *images.shape[1:]), images.dtype)
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback, variables, many)))
-
-
-def _flops(network: Any, variables: Any, images: Any) -> float:
-    many = jax.ShapeDtypeStruct((8, *images.shape[1:]), images.dtype)
-    lowered = jax.jit(lambda v, x: _forward(network, v, v["params"], x)).lower(variables, many)
-    costs = lowered.cost_analysis()
-    return costs["flops"] / 8 if costs else math.nan

@@ -1,6 +1,8 @@
-"""Charts in Vega-Lite, each as a specification and as an SVG for readers without JavaScript."""
+"""Charts in Vega-Lite, each as a specification and as an SVG for browsers without JavaScript."""
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +19,10 @@ PALETTE = (
     "#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a86",
     "#a0cbe8", "#ffbe7d", "#ff9d9a", "#86bcb6", "#8cd17d", "#b6992d", "#d4a6c8", "#d37295", "#d7b5a6", "#499894",
 )  # fmt: skip
-_POINTS = 400  # per line; more cannot be distinguished
+_POINTS = 400  # per line; more can't be distinguished
 _VERSION = "v6.1"
 
-# Text and rules have the colour of the page, so that they suit light and dark pages.
+# Text and rules use the text colour of the page, so that they suit its light and its dark scheme.
 _CONFIG: Spec = {
     "background": None,
     "view": {"stroke": None},
@@ -40,9 +42,9 @@ class Chart:
     """A chart for the page.
 
     Attributes:
-      title: above it.
-      svg: its picture.
-      spec: its Vega-Lite specification, which may be made interactive.
+      title: the heading.
+      svg: the chart as a picture.
+      spec: the Vega-Lite specification, from which the page draws an interactive chart.
     """
 
     title: str
@@ -63,19 +65,14 @@ def _chart(title: str, values: list[Spec], spec: Spec) -> Chart:
     return Chart(title, svg, {**whole, "width": "container"})
 
 
+@functools.cache
 def script() -> str:
     """Vega, Vega-Lite and vega-embed in one script, which sets `window.vegaEmbed`."""
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_VERSION)
 
 
-def _thin(points: list[Spec]) -> list[Spec]:
-    if len(points) <= _POINTS:
-        return points
-    return [points[i] for i in np.linspace(0, len(points) - 1, _POINTS).round().astype(int)]
-
-
 def curves(runs: Sequence[Run]) -> list[Chart]:
-    """Loss, error, learning rate, balance loss and speed over the epochs; each chart shows all runs."""
+    """Loss, error, learning rate, balance loss and speed over the epochs. Each chart shows all runs."""
     panels = (
         ("loss", "Cross entropy", "nats per image", "linear"),
         ("top1_error", "Top-1 error", "%", "linear"),
@@ -85,93 +82,80 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     )
     charts = []
     for name, title, unit, scale in panels:
-        points: list[Spec] = []
-        for run in runs:
-            for kind, label in (("train", "training"), ("eval", "evaluation")):
-                records = [r for r in run.records if r["kind"] == kind and name in r]
-                records = [r for r in records if scale != "log" or r[name] > 0]
-                points += _thin(
-                    [{"epoch": r["epoch"], "value": r[name], "on": label, "run": run.name} for r in records]
-                )
+        points = [point for run in runs for point in _points(run, name, positive=scale == "log")]
         if points:
-            charts.append(_chart(title, points, _lines(unit, scale, len(runs) > 1, {p["on"] for p in points})))
+            y: Spec = {"field": "value", "title": unit or None, "scale": {"type": scale}}
+            if scale == "log":
+                y["axis"] = {"tickCount": 4, "format": "~g", "labelOverlap": True}
+            charts.append(_line_chart(title, points, y, {"field": "run" if len(runs) > 1 else "on", "title": None}))
     return charts
 
 
-def _lines(unit: str, scale: str, several: bool, kinds: set[str]) -> Spec:
-    colour = "run" if several else "on"
+def _points(run: Run, name: str, positive: bool) -> list[Spec]:
+    """The logged values of a metric in training and in evaluation, at most `_POINTS` of each."""
+    points: list[Spec] = []
+    for kind, label in (("train", "training"), ("eval", "evaluation")):
+        records = [r for r in run.records if r["kind"] == kind and name in r and (r[name] > 0 or not positive)]
+        if len(records) > _POINTS:
+            records = [records[i] for i in np.linspace(0, len(records) - 1, _POINTS).round().astype(int)]
+        points += [{"epoch": r["epoch"], "value": r[name], "on": label, "run": run.name} for r in records]
+    return points
+
+
+def _line_chart(title: str, points: list[Spec], y: Spec, colour: Spec) -> Chart:
+    """A value over the epochs, with one line per colour. A click on the legend highlights one of them."""
     encoding: Spec = {
-        "x": {"field": "epoch", "type": "quantitative", "title": "epoch"},
-        "y": {"field": "value", "type": "quantitative", "title": unit or None, "scale": {"type": scale}},
-        "tooltip": [{"field": name} for name in ("run", "on", "epoch")]
-        + [{"field": "value", "type": "quantitative", "format": ".4g"}],
+        "x": {"field": "epoch", "type": "quantitative"},
+        "y": {"type": "quantitative", **y},
+        "tooltip": [{"field": name} for name in points[0] if name != y["field"]]
+        + [{"field": y["field"], "type": "quantitative", "format": ".4g"}],
     }
-    if scale == "log":
-        encoding["y"]["axis"] = {"tickCount": 4, "format": "~g", "labelOverlap": True}
-    if several or len(kinds) > 1:
-        encoding["color"] = {"field": colour, "type": "nominal", "title": None, "legend": {"orient": "top"}}
-        encoding["opacity"] = {"condition": {"param": "shown", "value": 1}, "value": 0.1}
-    if several and len(kinds) > 1:
-        dash = {"domain": ["training", "evaluation"], "range": [[1, 0], [4, 3]]}
-        encoding["strokeDash"] = {"field": "on", "scale": dash, "title": None, "legend": {"orient": "top"}}
     spec: Spec = {"mark": {"type": "line", "point": {"size": 14, "filled": True}}, "encoding": encoding}
-    if "opacity" in encoding:
-        spec["params"] = [{"name": "shown", "select": {"type": "point", "fields": [colour]}, "bind": "legend"}]
-    return spec
+    top = {"orient": "top"}
+    if len({point[colour["field"]] for point in points}) > 1:
+        encoding["color"] = {"type": "nominal", "legend": top, **colour}
+        encoding["opacity"] = {"condition": {"param": "shown", "value": 1}, "value": 0.1}
+        selection = {"type": "point", "fields": [colour["field"]]}
+        spec["params"] = [{"name": "shown", "select": selection, "bind": "legend"}]
+    if colour["field"] == "run" and len({point["on"] for point in points}) > 1:
+        dash = {"domain": ["training", "evaluation"], "range": [[1, 0], [4, 3]]}
+        encoding["strokeDash"] = {"field": "on", "scale": dash, "title": None, "legend": top}
+    return _chart(title, points, spec)
 
 
 def candidate_use(run: Run) -> Chart | None:
-    """The mean gate weight of each candidate at each evaluation; None for a run without a gate."""
-    points: list[Spec] = []
+    """The mean gate weight of each candidate at each evaluation, or None for a run without a gate."""
     evaluations = [r for r in run.records if r["kind"] == "eval" and len(r.get("candidate_use", ())) > 1]
-    for record in evaluations:
-        for i, use in enumerate(record["candidate_use"]):
-            points.append({"epoch": record["epoch"], "candidate": i, "use": use})
+    points = [
+        {"epoch": record["epoch"], "candidate": i, "use": use}
+        for record in evaluations
+        for i, use in enumerate(record["candidate_use"])
+    ]
     if not points:
         return None
     count = len(evaluations[0]["candidate_use"])
-    colour = {"domain": list(range(count)), "range": [PALETTE[i % len(PALETTE)] for i in range(count)]}
-    return _chart(
-        "Use of each candidate over training",
-        points,
-        {
-            "mark": {"type": "line", "point": {"size": 14, "filled": True}},
-            "params": [{"name": "shown", "select": {"type": "point", "fields": ["candidate"]}, "bind": "legend"}],
-            "encoding": {
-                "x": {"field": "epoch", "type": "quantitative"},
-                "y": {"field": "use", "type": "quantitative", "title": "mean gate weight"},
-                "color": {
-                    "field": "candidate", "type": "nominal", "scale": colour,
-                    "legend": {"orient": "top", "columns": 8, "symbolType": "square"},
-                },
-                "opacity": {"condition": {"param": "shown", "value": 1}, "value": 0.1},
-                "tooltip": [{"field": "candidate"}, {"field": "epoch"}, {"field": "use", "format": ".4f"}],
-            },
-        },
-    )  # fmt: skip
+    scale = {"domain": list(range(count)), "range": [PALETTE[i % len(PALETTE)] for i in range(count)]}
+    legend = {"orient": "top", "columns": 8, "symbolType": "square"}
+    colour = {"field": "candidate", "scale": scale, "legend": legend}
+    use = {"field": "use", "title": "mean gate weight"}
+    return _line_chart("Use of each candidate over training", points, use, colour)
 
 
-def _heat_map(title: str, cells: list[Spec], x: Spec, y: Spec, value: str, size: int, labelled: bool) -> Chart:
-    """A matrix in which the opacity of a cell shows its value, on any background."""
-    axes = {"type": "nominal", "sort": None}
-    encoding = {
-        "x": {**axes, **x, "axis": {"orient": "top", "labelAngle": x.get("angle", 0), "grid": False}},
-        "y": {**axes, **y, "axis": {"grid": False, "labelLimit": 110}},
-    }
-    encoding["x"].pop("angle", None)
-    layers: list[Spec] = [
-        {
-            "mark": {"type": "rect", "color": "#2f7ed8", "tooltip": {"content": "data"}},
-            "encoding": {
-                "opacity": {"field": value, "type": "quantitative", "legend": None, "scale": {"range": [0, 1]}}
-            },
-        }
-    ]
+def _heat_map(title: str, cells: list[Spec], x: str, y: str, size: int, labelled: bool, angle: int = 0) -> Chart:
+    """A matrix whose cells are the more opaque, the larger their `percent`; this suits any background."""
+    opacity = {"field": "percent", "type": "quantitative", "legend": None, "scale": {"range": [0, 1]}}
+    mark = {"type": "rect", "color": "#2f7ed8", "tooltip": {"content": "data"}}
+    layers: list[Spec] = [{"mark": mark, "encoding": {"opacity": opacity}}]
     if labelled:
         text = {"field": "text", "type": "nominal"}
         layers.append({"mark": {"type": "text", "fill": "currentColor", "fontSize": 10}, "encoding": {"text": text}})
-    rows = len({cell[y["field"]] for cell in cells})
-    return _chart(title, cells, {"height": max(120, size * rows), "encoding": encoding, "layer": layers})
+    axes = {x: {"orient": "top", "labelAngle": angle, "grid": False}, y: {"grid": False, "labelLimit": 110}}
+    encoding = {
+        channel: {"field": field, "type": "nominal", "sort": None, "axis": axes[field]}
+        for channel, field in (("x", x), ("y", y))
+    }
+    height = max(120, size * len({cell[y] for cell in cells}))
+    return _chart(title, cells, {"height": height, "encoding": encoding, "layer": layers})
 
 
 def confusion(study: Study, most: int = 30) -> Chart:
@@ -179,36 +163,31 @@ def confusion(study: Study, most: int = 30) -> Chart:
     counts = study.confusion
     errors = counts.sum(1) - np.diag(counts)
     chosen = np.sort(np.argsort(-errors, kind="stable")[:most])
+    labelled = len(chosen) <= 12
     cells = []
-    for i in chosen:
-        total = int(counts[i].sum())
-        for j in chosen:
-            share = 100 * int(counts[i, j]) / max(total, 1)
-            text = f"{share:.0f}" if share >= 0.5 else ""
-            row = {"true": study.classes[i], "predicted": study.classes[j], "percent": round(share, 1)}
-            cells.append({**row, "images": int(counts[i, j]), "text": text})
+    for i, j in itertools.product(chosen, chosen):
+        share = 100 * int(counts[i, j]) / max(int(counts[i].sum()), 1)
+        row = {"true": study.classes[i], "predicted": study.classes[j], "percent": round(share, 1)}
+        cells.append({**row, "images": int(counts[i, j]), "text": f"{share:.0f}" if share >= 0.5 else ""})
     title = "Confusion, % of the true class"
     if len(chosen) < len(study.classes):
         title += f": the {len(chosen)} classes with the most errors"
-    x, y = {"field": "predicted", "angle": -60}, {"field": "true"}
-    return _heat_map(title, cells, x, y, "percent", 26 if len(chosen) <= 12 else 16, len(chosen) <= 12)
+    return _heat_map(title, cells, "predicted", "true", 26 if labelled else 16, labelled, angle=-60)
 
 
 def together(study: Study) -> Chart:
     """The share of the images that select a candidate (row) that also select another (column)."""
-    cells = []
-    for i, row in enumerate(study.together):
-        for j, share in enumerate(row):
-            if not math.isnan(share):
-                cell = {"candidate": str(i), "with": str(j), "percent": round(100 * float(share), 1)}
-                cells.append({**cell, "text": f"{100 * share:.0f}"})
-    n = len(study.together)
+    cells = [
+        {"candidate": str(i), "with": str(j), "percent": round(100 * float(share), 1), "text": f"{100 * share:.0f}"}
+        for (i, j), share in np.ndenumerate(study.together)
+        if not math.isnan(share)
+    ]
     title = "Which candidates go together, % of the row's images"
-    return _heat_map(title, cells, {"field": "with"}, {"field": "candidate"}, "percent", 26, n <= 16)
+    return _heat_map(title, cells, "with", "candidate", 26, len(study.together) <= 16)
 
 
 def entropy(study: Study, num_selected: int, most: int = 40) -> Chart:
-    """The mean entropy of the gate weights by class in ascending order; if there are many classes, both ends."""
+    """The mean entropy of the gate weights by class, in ascending order. Of many classes, both ends are shown."""
     values = study.by_class(study.entropy)
     order = [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
     maximum = math.log2(num_selected)

@@ -62,7 +62,7 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
 
 
 def _facts(run: Run) -> list[str]:
-    """The row of a run in the table of results."""
+    """The cells of a run in the table of results, in the order of its columns."""
     best, result, published = run.best or {}, run.result, run.published
 
     def number(values: dict[str, Any], name: str, form: str) -> str:
@@ -99,36 +99,21 @@ class Card:
     gate: list[tuple[int, float]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """The section of one run; `mixture` is empty for a network without a gate."""
-
-    run: Run
-    study: Study | None
-    missing: str
-    use: charts.Chart | None = None
-    confusion: charts.Chart | None = None
-    pairs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    galleries: list[tuple[str, list[Card]]] = dataclasses.field(default_factory=list)
-    mixture: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _section(run: Run, data: Path | None, max_images: int) -> Section:
-    use = charts.candidate_use(run)
+def _section(run: Run, data: Path | None, max_images: int) -> dict[str, Any]:
+    """The section of one run. `study` is None if it can't be shown, and `missing` says why."""
+    section: dict[str, Any] = {"run": run, "use": charts.candidate_use(run)}
     try:
         study = study_run(run.workdir, data, max_images)
     except (CheckpointError, DataError) as error:
-        return Section(run, None, str(error), use)
-    return Section(
-        run,
-        study,
-        "",
-        use,
-        charts.confusion(study),
-        [_pair(study, *pair) for pair in study.worst_pairs(_PAIRS)],
-        _galleries(study),
-        _mixture(study, run.config.model.num_selected) if study.gate_weights.shape[1] > 1 else {},
-    )
+        return section | {"study": None, "missing": str(error)}
+    gated = study.gate_weights.shape[1] > 1
+    return section | {
+        "study": study,
+        "confusion": charts.confusion(study),
+        "pairs": [_pair(study, *pair) for pair in study.worst_pairs(_PAIRS)],
+        "galleries": _galleries(study),
+        "mixture": _mixture(study, run.config.model.num_selected) if gated else {},
+    }
 
 
 def _pair(study: Study, true: int, predicted: int) -> dict[str, Any]:
@@ -156,15 +141,14 @@ def _galleries(study: Study) -> list[tuple[str, list[Card]]]:
 
 def _mixture(study: Study, num_selected: int) -> dict[str, Any]:
     use = study.by_class(study.gate_weights)
-    # if there are many classes, show those whose use differs most from the average
+    # If there are many classes, show those whose use differs most from the average.
     distance = np.nan_to_num(np.abs(use - study.gate_weights.mean(0)).sum(1), nan=-1)
     rows = np.sort(np.argsort(-distance, kind="stable")[:_CLASSES])
-    scale = float(np.nanmax(use))
     return {
-        "use": [(study.classes[i], [float(x) for x in use[i]]) for i in rows if not math.isnan(use[i, 0])],
-        "scale": scale,
-        "share": [float(x) for x in study.selected.mean(0)],
-        "mean": [float(x) for x in study.gate_weights.mean(0)],
+        "use": [(study.classes[i], use[i].tolist()) for i in rows if not math.isnan(use[i, 0])],
+        "scale": float(np.nanmax(use)),
+        "share": study.selected.mean(0).tolist(),
+        "mean": study.gate_weights.mean(0).tolist(),
         "together": charts.together(study),
         "entropy": charts.entropy(study, num_selected),
         "heaviest": [_cards(study, study.heaviest(i, _HEAVIEST)) for i in range(study.gate_weights.shape[1])],

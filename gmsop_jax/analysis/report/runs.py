@@ -81,12 +81,9 @@ def read_runs(workdirs: list[Path]) -> list[Run]:
 def configuration_table(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
     """Returns rows (field, its value in each run, whether the values differ)."""
     fields = [dict(configs.flatten(run.config)) for run in runs]
-    names = [name for name in fields[0] if name != "model.compute_dtype"]  # follows compute_dtype
-    rows = []
-    for name in names:
-        values = [repr(field[name]) for field in fields]
-        rows.append((name, values, len(set(values)) > 1))
-    return rows
+    rows = [(name, [repr(field[name]) for field in fields]) for name in fields[0]]
+    # model.compute_dtype only repeats compute_dtype
+    return [(name, values, len(set(values)) > 1) for name, values in rows if name != "model.compute_dtype"]
 
 
 _HEADS = {"gap": "GAP", "sop": "SOP", "srsop": "SR-SOP", "mpncov": "MPN-COV"}

@@ -1,14 +1,12 @@
-"""Runs a trained network on the images of its evaluation split and records the decisions of its gate.
+"""Runs a trained network on its evaluation split, and records its predictions and gate weights.
 
 Axes: m images, n candidates, c classes.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from gmsop_jax.data.augment import evaluation_image
@@ -16,8 +14,7 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import decode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
-from gmsop_jax.inference.predict import make_predict_step
-from gmsop_jax.training import restore
+from gmsop_jax.inference.predict import Predictor
 
 _BATCH = 64
 
@@ -101,45 +98,34 @@ class Study:
 
 
 def study_run(workdir: Path, data: Path | None, max_images: int) -> Study:
-    """Runs the best checkpoint over the evaluation split.
+    """Runs the best checkpoint on the evaluation split.
 
     Args:
       workdir: the working directory of the run.
-      data: folder of the data set; None means that of the run's configuration.
-      max_images: if the split is larger, this many of its images are drawn at random.
+      data: folder of the data set; None means the one in the run's configuration.
+      max_images: if the split is larger, use this many of its images, drawn at random.
 
     Raises:
       CheckpointError: if there is no checkpoint.
       DataError: if the data set does not exist or has other classes.
     """
-    model, variables, info = restore.load(workdir)
+    predictor = Predictor(workdir)
+    info, inputs = predictor.info, predictor.info.inputs
     folder, split = Path(data or info.config.data.dir), info.config.eval.split
     manifest = Manifest.load(folder, splits=[split])
-    if manifest.classes != info.inputs.classes:
-        raise DataError(f"the data set {folder} has other classes than the run {workdir} was trained on")
+    if manifest.classes != inputs.classes:
+        raise DataError(f"the classes of the data set {folder} are not those that the run {workdir} was trained on")
     reader = ShardReader(folder, manifest.split(split).shards)
     positions = np.arange(len(reader))
     if len(reader) > max_images:
         positions = np.sort(np.random.default_rng(0).choice(len(reader), max_images, replace=False))
-    step = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=info.config.eval.flip_average))
     columns: list[tuple[np.ndarray, ...]] = []
-    for images, labels in _batches(reader, positions, info.inputs.image_size, info.config.eval.resize):
-        padded = np.pad(images, [(0, _BATCH - len(images)), (0, 0), (0, 0), (0, 0)])
-        outputs = jax.device_get(step(variables, padded))
-        probabilities, weights = (outputs[name][: len(labels)] for name in ("probabilities", "gate_weights"))
-        columns.append((labels, probabilities.argmax(1), probabilities.max(1), weights))
-    labels, predicted, confidence, weights = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return Study(manifest.classes, split, len(reader), labels, predicted, confidence, weights, reader, positions)
-
-
-def _batches(
-    reader: ShardReader, positions: np.ndarray, size: tuple[int, int], shorter_side: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, len(positions), _BATCH):
         examples = [decode(record) for record in reader.read(positions[start : start + _BATCH])]
-        images = [evaluation_image(example["image"], size, shorter_side) for example in examples]
-        yield np.stack(images), _labels(examples)
-
-
-def _labels(examples: Sequence) -> np.ndarray:
-    return np.array([example["label"] for example in examples])
+        images = [evaluation_image(e["image"], inputs.image_size, info.config.eval.resize) for e in examples]
+        outputs = predictor.outputs(np.stack(images), _BATCH)
+        probabilities = outputs["probabilities"]
+        labels = np.array([example["label"] for example in examples])
+        columns.append((labels, probabilities.argmax(1), probabilities.max(1), outputs["gate_weights"]))
+    labels, predicted, confidence, weights = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Study(manifest.classes, split, len(reader), labels, predicted, confidence, weights, reader, positions)
