@@ -32,12 +32,24 @@ def write(rows: list[summary.Row]) -> None:
 
 _INTRODUCTION = """# Networks
 
-Every configuration in `configs/`, as counted by `python tools/summary.py --all`: trained parameters, and multiply-
-adds of one image in billions (GMAC). *GMAC* follows the formulas for convolutions, matrix products, covariances and
-square roots, and counts only the selected candidates of a gated mixture. *GMAC, XLA* is half the number of operations
-that XLA counts, which includes element-wise operations and leaves out the part of a convolution that meets padding.
-`= x` agrees with the published value x, and `≠ x` does not. The published errors are those of the authors; none was
-reproduced here.
+This page lists the network of every configuration in `configs/`. The numbers are counted from the code, for one image
+and the number of classes of the data set; `gmsop summary --all` prints them. The columns are:
+
+- *configuration*: the file, with its argument after a colon. Train it with `gmsop train --config configs/FILE`.
+- *network*: the head and the backbone. GM-SOP-16-8 selects 8 of 16 candidates for each image.
+- *side*: height and width of the images in pixels.
+- *features*: dimension of the pooled vector that the classifier receives.
+- *parameters*: number of trained parameters.
+- *GMAC*: multiply-adds of the forward pass in billions. These are the multiply-adds of convolutions and matrix products,
+  including those of covariances and square roots, for the candidates that an image selects. An eigendecomposition counts
+  as 9 d³.
+- *GMAC, XLA*: half the number of operations that XLA counts. This includes element-wise operations, and leaves out the
+  part of a convolution that meets padding.
+- *published error*: the top-1 / top-5 error that the authors report. None of these errors has been reproduced with this
+  package yet.
+
+In *parameters* and *GMAC*, `= x` means that the count agrees with the published value x, and `≠ x` that it does not. See
+[differences from the original](differences.md#networks-and-figures) for the authors' networks whose counts differ.
 """
 
 

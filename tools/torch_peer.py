@@ -1,6 +1,6 @@
-"""GM-SOP in PyTorch as one would write it today: the peer that `benchmark.py` measures against.
+"""GM-SOP in PyTorch as one would write it today: the implementation that `benchmark.py` compares with.
 
-Selected images are gathered for each candidate (`index_select`), the square root is differentiated by autograd.
+For each candidate, the images that selected it are gathered (`index_select`). Autograd differentiates the square root.
 """
 
 # pyright: reportMissingImports=false
@@ -24,6 +24,12 @@ def second_order_pool(x: Tensor, num_iters: int = 3) -> Tensor:
             z = t @ z if i else t
     rows, columns = torch.triu_indices(width, width, device=x.device)
     return (trace.sqrt() * y)[:, rows, columns]
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _convolution(inputs: int, outputs: int, size: int, stride: int = 1, bias: bool = False) -> nn.Sequential:

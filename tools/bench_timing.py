@@ -1,0 +1,130 @@
+"""Timing for `benchmark.py`: cases, the machine's ceilings, interleaved runs, and tables of the results."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gmsop_jax.training.parallel import compiler_options
+
+CEILING = "ceiling: "
+
+
+@dataclasses.dataclass
+class Case:
+    """One computation to time.
+
+    Attributes:
+      name: its name in the table.
+      run: does the work once, and returns when it is done.
+      flops: floating-point operations that the work needs; a multiply-add counts as two.
+      bytes: bytes that the work must read and write.
+      versus: the name of the case in the same table that it is compared with, or "".
+      seconds: the measured times.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    flops: float = 0.0
+    bytes: float = 0.0
+    versus: str = ""
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """The median time in seconds."""
+        return float(np.median(self.seconds))
+
+
+def compiled(function: Callable, *arguments: Any) -> Callable[[], Any]:
+    """Compiles a function for these arguments. Returns a function that runs it and waits for the result."""
+    program = jax.jit(function, compiler_options=compiler_options()).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(program(*arguments))
+
+
+def with_gradient(function: Callable) -> Callable:
+    """Returns a function (arguments, cotangent) → value and gradients."""
+
+    def value_and_gradients(arguments, cotangent):
+        value, pullback = jax.vjp(function, *arguments)
+        return value, pullback(cotangent)
+
+    return value_and_gradients
+
+
+def normal(*shape: int) -> jax.Array:
+    """Standard normal float32 numbers, which depend on the shape alone."""
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+
+def torch_device() -> str:
+    """PyTorch's name for the kind of device that JAX runs on."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def ceilings(width: int = 128) -> list[Case]:
+    """What the machine can do at best: a large matrix product, a batch of small ones, and a copy."""
+    large, batch, memory = normal(2048, 2048), normal(256, width, width), normal(1 << 24)
+    return [
+        Case(f"{CEILING}2048² product", compiled(jnp.matmul, large, large), 2 * 2048**3),
+        Case(f"{CEILING}256 × {width}² products", compiled(jnp.matmul, batch, batch), 256 * 2 * width**3),
+        Case(f"{CEILING}copy", compiled(jnp.negative, memory), 0, 2 * memory.nbytes),
+    ]
+
+
+def measure(cases: list[Case], repeats: int) -> None:
+    """Runs all cases in turn, `repeats` times. A first round warms up and is not counted."""
+    for turn in range(repeats + 1):
+        for i, case in enumerate(cases, 1):
+            _show_progress(f"round {turn}/{repeats}, case {i}/{len(cases)}: {case.name}")
+            started = time.perf_counter()
+            case.run()
+            if turn:
+                case.seconds.append(time.perf_counter() - started)
+    _show_progress("")
+
+
+def _show_progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def report(cases: list[Case]) -> list[dict[str, Any]]:
+    """Prints a table of measured cases, and returns its rows for JSON."""
+    ceilings = [case for case in cases if case.name.startswith(CEILING)]
+    flops_per_second = max(case.flops / case.median for case in ceilings)
+    bytes_per_second = max(case.bytes / case.median for case in ceilings)
+    medians = {case.name: case.median for case in cases}
+    rows = []
+    for case in cases:
+        least = max(case.flops / flops_per_second, case.bytes / bytes_per_second)
+        speedup = medians[case.versus] / case.median if case.versus in medians else None
+        row = {
+            "name": case.name,
+            "gflop": case.flops / 1e9,
+            "mb": case.bytes / 1e6,
+            "ms": case.median * 1e3,
+            "quartiles_ms": (np.percentile(case.seconds, (25, 75)) * 1e3).tolist(),
+            "share_of_ceiling": least / case.median,
+            "times_faster_than": {case.versus: speedup} if speedup else {},
+        }
+        rows.append(row)
+    _print_table(rows)
+    return rows
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"{'':44}{'GFLOP':>8}{'MB':>8}{'ms':>9}{'quartiles':>17}{'share':>7}  speed-up")
+    for row in rows:
+        low, high = row["quartiles_ms"]
+        speedup = "".join(f"{ratio:.2f}× {name}" for name, ratio in row["times_faster_than"].items())
+        line = (
+            f"{row['name']:44}{row['gflop']:8.2f}{row['mb']:8.1f}{row['ms']:9.1f}"
+            f"{f'{low:.1f}–{high:.1f}':>17}{row['share_of_ceiling']:7.0%}  {speedup}"
+        )
+        print(line.rstrip())
