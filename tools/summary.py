@@ -40,16 +40,15 @@ and the number of classes of the data set; `gmsop summary --all` prints them. Th
 - *side*: height and width of the images in pixels.
 - *features*: dimension of the pooled vector that the classifier receives.
 - *parameters*: number of trained parameters.
-- *GMAC*: multiply-adds of the forward pass in billions. These are the multiply-adds of convolutions and matrix products,
-  including those of covariances and square roots, for the candidates that an image selects. An eigendecomposition counts
-  as 9 d³.
+- *GMAC*: multiply-adds of the forward pass in billions. They are those of convolutions and matrix products, including
+  covariances and square roots, for the candidates that an image selects. An eigendecomposition counts as 9 d³.
 - *GMAC, XLA*: half the number of operations that XLA counts. This includes element-wise operations, and leaves out the
   part of a convolution that meets padding.
 - *published error*: the top-1 / top-5 error that the authors report. None of these errors has been reproduced with this
   package yet.
 
-In *parameters* and *GMAC*, `= x` means that the count agrees with the published value x, and `≠ x` that it does not. See
-[differences from the original](differences.md#networks-and-figures) for the authors' networks whose counts differ.
+In *parameters* and *GMAC*, `= x` means that the count agrees with the published value x, and `≠ x` that it does not.
+[Differences from the original](differences.md#networks-and-figures) explains the authors' networks whose counts differ.
 """
 
 
