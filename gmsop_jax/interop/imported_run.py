@@ -2,6 +2,10 @@
 
 import pathlib
 from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
@@ -9,7 +13,8 @@ from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import write_atomic
 from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress, steps_on_disk
 from gmsop_jax.training.inputs import Inputs
-from gmsop_jax.training.step import TrainState
+from gmsop_jax.training.optimizer import create_optimizer, create_schedule
+from gmsop_jax.training.step import TrainState, create_state
 from gmsop_jax.training.workdir import Workdir
 
 _CONFIG_FILE = '''"""The configuration of an imported run, for further training.
@@ -35,11 +40,28 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
 
 
 def without_checkpoints(folder: str | pathlib.Path) -> pathlib.Path:
-    """Returns the absolute path of a folder; CheckpointError if it already has checkpoints, which are kept."""
+    """Returns the absolute path of a folder; CheckpointError if it contains checkpoints, which are never replaced."""
     folder = pathlib.Path(folder).absolute()
     if steps_on_disk(folder / DIRECTORY):
-        raise CheckpointError(f"{folder} holds checkpoints already; name a new folder with --output")
+        raise CheckpointError(f"{folder} already contains checkpoints; give a new folder with --output")
     return folder
+
+
+def initial_state(config: ConfigDict, variables: Any, num_steps: int = 1) -> TrainState:
+    """Returns the state of a run at step 0, with the given variables in float32.
+
+    Args:
+      config: the configuration of the run.
+      variables: `params` and `batch_stats` of its network.
+      num_steps: steps per epoch.
+    """
+    optimizer = create_optimizer(config.train, create_schedule(config.train, num_steps), config.model.pixel_scale)
+    return create_state(to_float32(variables), optimizer, averaged=config.train.ema_decay > 0)
+
+
+def to_float32(tree: Any) -> Any:
+    """Converts the arrays of a tree to JAX arrays in float32."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
 def write_workdir(folder: pathlib.Path, config: ConfigDict, state: TrainState, inputs: Inputs, epoch: int) -> None:

@@ -49,9 +49,20 @@ class Checkpoint:
     stats: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def normalization(self) -> dict[str, Any]:
+        """`net.meta.normalization`: the size of the images and their mean; {} if the file has none."""
+        value = self.meta.get("normalization")
+        return value if isinstance(value, dict) else {}
+
+    @property
     def mean_rgb(self) -> np.ndarray | None:
         """The mean colour of the training images [3], float64, 0–255; None if the file has none."""
-        return _mean_rgb(self.meta)
+        mean = self.normalization.get("averageImage")
+        if not isinstance(mean, np.ndarray) or mean.dtype.kind not in "biuf" or mean.size < 3:
+            return None
+        if mean.size == 3:
+            return mean.reshape(3).astype(np.float64)
+        return mean.mean(axis=(0, 1), dtype=np.float64) if mean.shape[2:] == (3,) else None
 
     @property
     def class_names(self) -> list[str] | None:
@@ -90,14 +101,14 @@ def load_checkpoint(path: str | pathlib.Path) -> Checkpoint:
 def _parse(stored: Mapping[str, Any], path: pathlib.Path) -> Checkpoint:
     net = stored.get("net")
     if not isinstance(net, dict):
-        raise CheckpointError("there is no variable 'net'; this is not a checkpoint of MatConvNet")
+        raise CheckpointError("the file has no struct 'net', so it is not a checkpoint of MatConvNet")
     structs = _structs(net, "params", "net")
     params = {_text(p, "name", "net.params"): _field(p, "value", "net.params") for p in structs}
     if len(params) != len(structs):
         raise CheckpointError("two of net.params have the same name")
     for name, value in params.items():
         if not isinstance(value, np.ndarray) or value.dtype not in (np.float32, np.float64):
-            raise CheckpointError(f"parameter {name!r} holds no numbers of type single or double")
+            raise CheckpointError(f"parameter {name!r} is not an array of type single or double")
     layers = _layers(net)
     config, variables = _network(params, layers)
     config.pixel_scale = _pixel_scale(structs)
@@ -144,11 +155,11 @@ def _layers(net: Mapping[str, Any]) -> dict[str, dag.Layer]:
 
 
 def _pixel_scale(structs: list[dict[str, Any]]) -> float:
-    """The learning rate of the stem's kernel is 1/pixel_scale² times that of the other parameters."""
+    """Derives `pixel_scale` from the learning rate of the stem's kernel, which is 1/pixel_scale² times the others'."""
     stem = next(p for p in structs if p["name"] == "conv1_f")
     rate = np.asarray(stem.get("learningRate", 1 / 3600))
     if rate.dtype.kind != "f" or rate.size != 1 or not 0 < rate.item() < np.inf:
-        raise CheckpointError(f"parameter 'conv1_f': learningRate is {rate!r}, no positive number")
+        raise CheckpointError(f"parameter 'conv1_f': learningRate is {rate!r}; it must be a positive number")
     return round(float(rate.item() ** -0.5), 6)
 
 
@@ -158,14 +169,14 @@ def _momentum(config: ConfigDict, params: Mapping[str, Any], state: Any) -> Tree
         return None
     cells = state.get("momentum", state.get("solverState"))  # its name in later MatConvNets
     if not isinstance(cells, np.ndarray) or cells.dtype != object or cells.size != len(params):
-        raise CheckpointError(f"state.momentum is no cell array of {len(params)} arrays")
+        raise CheckpointError(f"state.momentum is not a cell array of {len(params)} arrays")
     values = {}
     for (name, value), cell in zip(params.items(), cells.ravel(), strict=True):
         if not isinstance(cell, np.ndarray) or cell.dtype.kind != "f":
             raise CheckpointError(f"state.momentum of parameter {name!r} is not an array of numbers")
         # a momentum that was never updated is the scalar 0
         values[name] = np.zeros_like(value) if cell.size == 1 and not cell.any() else -cell
-    trained = {p.name: values[p.name] for p in parameters.parameters(config) if p.trained}
+    trained = {p.name: values[p.name] for p in dag.parameters(config) if p.trained}
     try:
         return parameters.to_variables(config, trained, trained_only=True)["params"]
     except CheckpointError as error:
@@ -173,7 +184,7 @@ def _momentum(config: ConfigDict, params: Mapping[str, Any], state: Any) -> Tree
 
 
 def _epoch(stored: Any, stats: Mapping[str, Any], path: pathlib.Path) -> int:
-    """The number of trained epochs: what `save` stored, the number of statistics, or that in the file's name."""
+    """Returns the number of trained epochs, from what `save` stored, the statistics, or the name of the file."""
     if isinstance(stored, np.ndarray) and stored.dtype.kind == "f" and stored.size == 1:
         if not 0 <= stored.item() < 2**31:
             raise CheckpointError(f"epoch is {stored.item()}; it must be 0 or more")
@@ -185,21 +196,11 @@ def _epoch(stored: Any, stats: Mapping[str, Any], path: pathlib.Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _mean_rgb(meta: Mapping[str, Any]) -> np.ndarray | None:
-    normalization = meta.get("normalization")
-    mean = normalization.get("averageImage") if isinstance(normalization, dict) else None
-    if not isinstance(mean, np.ndarray) or mean.dtype.kind not in "biuf" or mean.size < 3:
-        return None
-    if mean.size == 3:
-        return mean.reshape(3).astype(np.float64)
-    return mean.mean(axis=(0, 1), dtype=np.float64) if mean.shape[2:] == (3,) else None
-
-
 def _structs(parent: Mapping[str, Any], name: str, where: str) -> list[dict[str, Any]]:
     value = _field(parent, name, where)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value:
-        raise CheckpointError(f"{where}.{name} is no struct array")
+        raise CheckpointError(f"{where}.{name} is not a struct array")
     return value
 
 
@@ -212,14 +213,14 @@ def _field(struct: Mapping[str, Any], name: str, where: str) -> Any:
 def _text(struct: Mapping[str, Any], name: str, where: str) -> str:
     value = _field(struct, name, where)
     if not isinstance(value, str) or not value:
-        raise CheckpointError(f"{where}: field {name!r} is no text")
+        raise CheckpointError(f"{where}: field {name!r} is not text")
     return value
 
 
 def _texts(value: Any, where: str) -> list[str]:
     items = [value] if isinstance(value, str) else list(np.ravel(value))
     if not all(isinstance(item, str) for item in items):
-        raise CheckpointError(f"{where} is no cell array of texts")
+        raise CheckpointError(f"{where} is not a cell array of text")
     return items
 
 
@@ -287,7 +288,7 @@ def _image_side(meta: Mapping[str, Any]) -> int:
 
 
 def _save_params(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    rates = {p.name: 1.0 if p.trained else 0.3 for p in parameters.parameters(config)}
+    rates = {p.name: 1.0 if p.trained else 0.3 for p in dag.parameters(config)}
     rates["conv1_f"] = config.pixel_scale**-2
     return [
         {

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,11 +15,16 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import FILE_NAME, Manifest
 from gmsop_jax.data.pipeline import steps_per_epoch
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.interop.imported_run import apply_overrides, without_checkpoints, write_workdir
+from gmsop_jax.interop.imported_run import (
+    apply_overrides,
+    initial_state,
+    to_float32,
+    without_checkpoints,
+    write_workdir,
+)
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint
 from gmsop_jax.training.inputs import Inputs
-from gmsop_jax.training.optimizer import create_optimizer, create_schedule
-from gmsop_jax.training.step import TrainState, create_state
+from gmsop_jax.training.step import TrainState
 
 _IMAGENET_IMAGES = 1_281_167  # in the training split
 
@@ -113,8 +117,8 @@ def _manifest(config: ConfigDict) -> Manifest | None:
     manifest = Manifest.load(config.data.dir, splits=())
     if manifest.num_classes != config.model.num_classes:
         raise CheckpointError(
-            f"the network has {config.model.num_classes} classes and the data set {config.data.dir}"
-            f" {manifest.num_classes}; name another with --config.data.dir=…"
+            f"the network has {config.model.num_classes} classes, but the data set {config.data.dir} has"
+            f" {manifest.num_classes}; give another data set with --config.data.dir=…"
         )
     return manifest
 
@@ -129,22 +133,17 @@ def _num_images(checkpoint: Checkpoint, manifest: Manifest | None) -> int:
 
 
 def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState:
-    schedule = create_schedule(config.train, steps)
-    optimizer = create_optimizer(config.train, schedule, config.model.pixel_scale)
-    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.variables)
-    state = create_state(variables, optimizer, averaged=config.train.ema_decay > 0)
+    state = initial_state(config, checkpoint.variables, steps)
     step = jnp.asarray(checkpoint.epoch * steps, jnp.int32)
     opt_state = optax.tree.set(state.opt_state, count=step)
     if checkpoint.momentum is not None and config.train.optimizer == "sgd":
-        momentum = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.momentum)
-        opt_state = optax.tree.set(opt_state, trace=momentum)
+        opt_state = optax.tree.set(opt_state, trace=to_float32(checkpoint.momentum))
     return state.replace(step=step, opt_state=opt_state)
 
 
 def _inputs(checkpoint: Checkpoint, config: ConfigDict, manifest: Manifest | None) -> Inputs:
     """The classes and mean colour of the data set if it exists, and those in the file otherwise."""
-    normalization = checkpoint.meta.get("normalization")
-    size = normalization.get("imageSize") if isinstance(normalization, dict) else None
+    size = checkpoint.normalization.get("imageSize")
     height, width = (_positive(size) or [64.0, 64.0])[:2]
     names = checkpoint.class_names or [str(i) for i in range(config.model.num_classes)]
     mean = checkpoint.mean_rgb

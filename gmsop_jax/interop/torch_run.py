@@ -5,19 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError, ConfigError
-from gmsop_jax.interop.imported_run import apply_overrides, without_checkpoints, write_workdir
+from gmsop_jax.interop.imported_run import apply_overrides, initial_state, without_checkpoints, write_workdir
 from gmsop_jax.interop.torch_weights import IMAGE_SIZE, MEAN_RGB, array_shapes, from_torch, read_state
 from gmsop_jax.models import count_parameters
 from gmsop_jax.training.inputs import Inputs
-from gmsop_jax.training.optimizer import create_optimizer, create_schedule
-from gmsop_jax.training.step import create_state
 
 _RESIZE = 256  # shorter side before the centre of IMAGE_SIZE is cut out, as the networks are evaluated there
 
@@ -68,12 +64,9 @@ def import_weights(
     config = run_config(model_config)
     apply_overrides(config, overrides)
     _check_network(config, variables)
-    schedule = create_schedule(config.train, 1)  # the initial state is the same for any number of steps
-    optimizer = create_optimizer(config.train, schedule, config.model.pixel_scale)
-    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
-    state = create_state(variables, optimizer, averaged=config.train.ema_decay > 0)
     side = config.data.image_size or IMAGE_SIZE
-    write_workdir(output, config, state, Inputs("unknown", names, MEAN_RGB, (side, side)), 0)
+    inputs = Inputs("unknown", names, MEAN_RGB, (side, side))
+    write_workdir(output, config, initial_state(config, variables), inputs, epoch=0)
     return ImportedWeights(config, count_parameters(variables["params"]))
 
 
@@ -99,7 +92,7 @@ def _class_names(file: str | pathlib.Path | None, number: int) -> tuple[str, ...
     try:
         names = pathlib.Path(file).read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the names of the classes can't be read: {file} ({error})") from error
+        raise CheckpointError(f"the names of the classes can't be read from {file} ({error})") from error
     names = tuple(name.strip() for name in names if name.strip())
     if len(names) != number:
         raise CheckpointError(f"{file} names {len(names)} classes; the network has {number}")
@@ -111,6 +104,6 @@ def _check_network(config: ConfigDict, variables: Mapping[str, Any]) -> None:
     leaves: dict[Any, Any] = dict(flatten_dict(variables))
     if array_shapes(config.model) != {path: leaf.shape for path, leaf in leaves.items()}:
         raise ConfigError(
-            "an override of config.model makes another network than the file's; import it as it is, and start a run of"
-            " the other from it with --config.train.init_from"
+            "an override of config.model changes the shapes of the network in the file. Import the file without it, and"
+            " start a run of the changed network with --config.train.init_from"
         )

@@ -24,7 +24,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gmsop_jax.config import ConfigDict, model_defaults
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.interop.parameters import Path, Tree, compare_names, triangle_order
+from gmsop_jax.interop.layers import Path, triangle_order
+from gmsop_jax.interop.parameters import Tree, check_array, compare_names
 from gmsop_jax.models import create_model
 from gmsop_jax.models.network import BACKBONES
 
@@ -179,8 +180,7 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
     shapes = array_shapes(config)
     names = {path: _torch_name(path) for path in shapes}
     compare_names("array", names.values(), arrays)
-    _check(arrays, {name: _torch_shape(path, shapes[path]) for path, name in names.items()})
-    taken = {path: _convert(path, arrays[name]) for path, name in names.items()}
+    taken = {path: _convert(path, name, arrays[name], shapes[path]) for path, name in names.items()}
     if config.head == "srsop" and triangle == "column":
         kernel = ("params", "head", "classifier", "kernel")
         taken[kernel] = taken[kernel][triangle_order(len(taken[kernel]))]
@@ -256,9 +256,12 @@ def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _convert(path: Path, array: np.ndarray) -> np.ndarray:
-    """Converts an array to the value of a leaf, computed in double precision."""
+def _convert(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Checks PyTorch's array and converts it to the value of a leaf, computed in double precision."""
+    array = check_array(name, array, _torch_shape(path, shape))
     if path[-1] == "sigma":
+        if wrong := np.count_nonzero(array < 0):
+            raise CheckpointError(f"{name!r} has {wrong} of {array.size} variances below 0; the file is damaged")
         return np.sqrt(array.astype(np.float64) + _EPSILON).astype(array.dtype)
     if path[-1] != "kernel":
         return array
@@ -276,23 +279,3 @@ def _shape(arrays: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int,
     if len(shape) != rank or 0 in shape:
         raise CheckpointError(f"array {name!r} has shape {shape}; it should have {rank} axes")
     return shape
-
-
-def _check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError for the first array with a wrong shape, dtype or value, and counts the others."""
-    faults = [fault for name, shape in shapes.items() if (fault := _fault(name, arrays[name], shape))]
-    if faults:
-        raise CheckpointError(faults[0] + (f" (and {len(faults) - 1} more like it)" if faults[1:] else ""))
-
-
-def _fault(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str:
-    if array.shape != shape:
-        return f"array {name!r} has shape {array.shape}; the shapes of the others require {shape}"
-    if array.dtype not in (np.float32, np.float64):
-        return f"array {name!r} is of type {array.dtype}; float32 or float64 is required"
-    # false for NaN too; the bound is float32's, for that is what a working directory stores
-    if wrong := np.count_nonzero(~(np.abs(array) <= np.finfo(np.float32).max)):
-        return f"array {name!r} has {wrong} of {array.size} values that are NaN, infinite or too large for float32"
-    if name.endswith("running_var") and (wrong := np.count_nonzero(array < 0)):
-        return f"array {name!r} has {wrong} of {array.size} variances below 0; the file is damaged"
-    return ""

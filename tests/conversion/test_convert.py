@@ -137,17 +137,17 @@ def test_limit(imagenet: Path, tmp_path: Path):
 def test_interruption_resumes_to_the_same_bytes(
     imagenet: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from gmsop_jax.conversion.sources.imagenet64 import ImageNet64
+    from gmsop_jax.conversion.sources.table import ImageTable
 
-    original, loaded = ImageNet64.load, []
+    original, loaded = ImageTable.load, []
 
-    def load(self: ImageNet64, split: str, index: int) -> tuple[np.ndarray, int]:
+    def load(self: ImageTable, split: str, index: int) -> tuple[np.ndarray, int]:
         loaded.append(index)
         if len(loaded) == 500:
             raise KeyboardInterrupt
         return original(self, split, index)
 
-    monkeypatch.setattr(ImageNet64, "load", load)
+    monkeypatch.setattr(ImageTable, "load", load)
     output = tmp_path / "set"
     with pytest.raises(KeyboardInterrupt):
         convert("imagenet64", imagenet, output, shards=6, progress=False)
@@ -157,7 +157,7 @@ def test_interruption_resumes_to_the_same_bytes(
     with pytest.raises(DataError, match=r"unfinished conversion with other settings .*seed was 0 and is now 3"):
         convert("imagenet64", imagenet, output, shards=6, seed=3, progress=False)
     loaded.clear()
-    monkeypatch.setattr(ImageNet64, "load", lambda *args: loaded.append(0) or original(*args))
+    monkeypatch.setattr(ImageTable, "load", lambda *args: loaded.append(0) or original(*args))
     convert("imagenet64", imagenet, output, shards=6, progress=False)
     assert contents(output) == contents(reference)
     assert len(loaded) == 1600 - 400  # two shards of 200 were whole
@@ -505,12 +505,10 @@ def test_a_full_disk_is_one_error(tmp_path: Path, limit: int, workers: int):
     command = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from gmsop_jax.errors import run_command
-from convert import main
-sys.argv = ["convert.py", "fashion-mnist", "--output", "{tmp_path}/set", "--workers", "{workers}", "--shards", "2"]
-sys.exit(run_command(main))
+from gmsop_jax.main import main
+sys.exit(main("convert fashion-mnist --output {tmp_path}/set --workers {workers} --shards 2".split()))
 """
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tools"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ")

@@ -140,8 +140,8 @@ def test_imagenet_refuses(tmp_path: Path):
     for change, message in (
         ({"labels": [0, *range(1, 20)]}, r"labels go from 0 to 19; expected 1 to 5 \(1-based\)"),
         ({"labels": [1.5] * 20}, "float64"),
-        ({"labels": [1] * 19}, "don't match"),
-        ({"data": np.zeros((20, 192), np.int32)}, "isn't a uint8 array"),
+        ({"labels": [1] * 19}, "does not match 20 images"),
+        ({"data": np.zeros((20, 192), np.int32)}, "is not a uint8 array"),
         ({"data": np.zeros((20, 100), np.uint8)}, "rows of"),
     ):
         np.savez(tmp_path / "train_data_batch_2.npz", **{**batches["val_data"], **change})
@@ -280,7 +280,7 @@ def test_imagenet_published_archives(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert told["Imagenet64_val.zip"] == f"the published val archive (sha256 {checksum})"
     assert told["Imagenet64_train_part1.zip"] == "not a published npz archive"
     monkeypatch.setattr(imagenet64, "PUBLISHED", {"val": (size, "0" * 64)})
-    with pytest.raises(DataError, match=r"size of the published val archive but sha256 .* it is damaged"):
+    with pytest.raises(DataError, match=r"size of the published val archive, but its sha256 is .* it is damaged"):
         opened("imagenet64", tmp_path, tmp_path)
 
 

@@ -121,14 +121,14 @@ def test_another_mean_colour_or_number_of_classes_is_told(checkpoint_path, small
     assert run_import(checkpoint_path, "--output", tmp_path / "run", f"--config.data.dir={data}") == 0
     assert "differs from the file's by up to 4.76 of 255" in capsys.readouterr().out
     save(tmp_path / "x.mat", *small_model("gap"))
-    with pytest.raises(CheckpointError, match=r"has 3 classes and the data set .* 10"):
+    with pytest.raises(CheckpointError, match=r"has 3 classes, but the data set .* has 10"):
         import_checkpoint(tmp_path / "x.mat", tmp_path / "other", [f"data.dir={data}"])
 
 
 def test_a_folder_with_checkpoints_is_left_alone(checkpoint_path, tmp_path):
     import_checkpoint(checkpoint_path, tmp_path)
     before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(CheckpointError, match="holds checkpoints already"):
+    with pytest.raises(CheckpointError, match="already contains checkpoints"):
         import_checkpoint(checkpoint_path, tmp_path, ["seed=1"])
     assert (tmp_path / "config.json").read_bytes() == before
 

@@ -114,7 +114,7 @@ def test_the_tool_tells_what_it_imported_and_what_to_do(imported, weights, run_t
     assert f"gmsop train --config imagenet:resnet50,srsop --config.train.init_from={folder}" in told
     status, _, errors = run_tool(weights, "--output", folder)
     assert status == 2
-    assert errors.startswith(f"error: {folder} holds checkpoints already")
+    assert errors.startswith(f"error: {folder} already contains checkpoints")
 
 
 def test_the_tools_errors_are_one_line(tmp_path, run_tool):
@@ -130,7 +130,7 @@ def test_nothing_is_written_where_something_is_wrong(weights, tmp_path):
     few.write_text("one\ntwo\n")
     with pytest.raises(CheckpointError, match=r"few\.txt names 2 classes; the network has 10"):
         import_weights(weights, tmp_path / "run", classes=few)
-    with pytest.raises(CheckpointError, match=r"can't be read: .*none\.txt"):
+    with pytest.raises(CheckpointError, match=r"can't be read from .*none\.txt"):
         import_weights(weights, tmp_path / "run", classes=tmp_path / "none.txt")
     with pytest.raises(ConfigError, match="batchsize"):
         import_weights(weights, tmp_path / "run", ["train.batchsize=1"])

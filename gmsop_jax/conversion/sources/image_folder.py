@@ -1,17 +1,17 @@
 """Folders of images: `train/<class>/*` and `val/<class>/*`, or one folder of classes split by --val-fraction."""
 
-import dataclasses
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.images import Names, decode_image
+from gmsop_jax.conversion.sources.table import ImageTable
 from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.resize import Method, resize
 from gmsop_jax.errors import ConfigError, DataError, FileAccessError
@@ -20,38 +20,6 @@ OPTIONS = frozenset({"size", "resize", "val_fraction"})
 _LOG = logging.getLogger(__name__)
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _SPLITS = ("train", "val", "test")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFolder:
-    """The names, relative to `root`, and the labels of the images of each split."""
-
-    root: Path
-    names: Mapping[str, Names]
-    labels: Mapping[str, np.ndarray]
-    classes: tuple[str, ...]
-    size: int | None
-    method: Method
-    facts: Mapping[str, Any]
-    files: tuple[Path, ...] = ()
-
-    @property
-    def num_images(self) -> dict[str, int]:
-        """Number of images in each split."""
-        return {split: len(labels) for split, labels in self.labels.items()}
-
-    @property
-    def image_bytes(self) -> int | None:
-        """Bytes of one image; None if the images keep their sizes."""
-        return None if self.size is None else 3 * self.size**2
-
-    def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
-        """Returns one image, uint8 [h, w, 1 or 3], and its label. If a size was given, its middle square is resized."""
-        name = self.names[split][index]
-        image = decode_image(read_image_file(self.root / name), name)
-        if self.size is not None:
-            image = resize(middle_square(image), (self.size, self.size), self.method)
-        return image, int(self.labels[split][index])
 
 
 def read_image_file(path: Path) -> bytes:
@@ -70,21 +38,10 @@ def middle_square(image: np.ndarray) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def open_source(request: Request) -> ImageFolder:
+def open_source(request: Request) -> ImageTable:
     """Opens the folder `request.path`. Hidden files, other files and folders without images are ignored."""
     root, options = request.required_path, request.options
-    if not root.is_dir():
-        raise DataError(f"--input {root.absolute()} is a file; expected a folder of images")
-    folders = {split: root / split for split in _SPLITS if (root / split).is_dir()}
-    if "train" not in folders:
-        folders = {"train": root}
-    if "val" not in folders and options.val_fraction is None:
-        raise DataError(
-            f"--input {root.absolute()} has no train/ and val/ folders; give --val-fraction to set a share of the"
-            " images aside for validation, such as 0.1"
-        )
-    if "val" in folders and options.val_fraction is not None:
-        raise ConfigError(f"--val-fraction is given, but {root.absolute()} already has a folder val/; omit one of them")
+    folders = _split_folders(request)
     found = {split: _find_images(request, folder) for split, folder in folders.items()}
     classes = tuple(sorted(found["train"]))
     for split, images in found.items():
@@ -94,17 +51,45 @@ def open_source(request: Request) -> ImageFolder:
         if name.encode("utf-8", "ignore").decode() != name:
             raise DataError(f"the name of the class folder {name!r} is not valid UTF-8; rename it")
     listing = hashlib.sha256()
-    names, labels = {}, {}
+    names, labels, rows = [], [], {}
     for split, images in found.items():
-        rows = [(name, label, size) for label, key in enumerate(classes) for name, size in images.get(key, ())]
-        for name, _, size in rows:
-            listing.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
-        names[split] = Names.of(name for name, _, _ in rows)
-        labels[split] = np.array([label for _, label, _ in rows], np.int32)
+        start = len(names)
+        for label, key in enumerate(classes):
+            for name, size in images.get(key, ()):
+                listing.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
+                names.append(name)
+                labels.append(label)
+        rows[split] = np.arange(start, len(names))
     if "val" not in folders:
-        names, labels = _set_aside(names, labels, options.val_fraction or 0, request.seed)
+        rows |= _set_aside(rows["train"], options.val_fraction or 0, request.seed)
     facts = {"listing_sha256": listing.hexdigest(), "layout": "of the sorted lines `name<tab>bytes`"}
-    return ImageFolder(root, names, labels, classes, options.size, options.resize or "pillow", facts)
+    size = options.size
+    decode = functools.partial(_decode, root, Names.of(names), size, options.resize or "pillow")
+    order = {split: rows[split] for split in dict.fromkeys(("train", "val", *rows))}
+    return ImageTable(classes, np.array(labels, np.int32), order, decode, (), facts, size and 3 * size**2)
+
+
+def _decode(root: Path, names: Names, size: int | None, method: Method, row: int) -> np.ndarray:
+    image = decode_image(read_image_file(root / names[row]), names[row])
+    return image if size is None else resize(middle_square(image), (size, size), method)
+
+
+def _split_folders(request: Request) -> dict[str, Path]:
+    """Returns the folder of each split, after checking that --val-fraction is given exactly if it is needed."""
+    root, fraction = request.required_path, request.options.val_fraction
+    if not root.is_dir():
+        raise DataError(f"--input {root.absolute()} is a file; expected a folder of images")
+    folders = {split: root / split for split in _SPLITS if (root / split).is_dir()}
+    if "train" not in folders:
+        folders = {"train": root}
+    if "val" not in folders and fraction is None:
+        raise DataError(
+            f"--input {root.absolute()} has no train/ and val/ folders; give --val-fraction to set a share of the"
+            " images aside for validation, such as 0.1"
+        )
+    if "val" in folders and fraction is not None:
+        raise ConfigError(f"--val-fraction is given, but {root.absolute()} already has a folder val/; omit one of them")
+    return folders
 
 
 def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, int]]]:
@@ -159,19 +144,12 @@ def _walk(request: Request, folder: Path, parents: tuple[str, ...]) -> Iterator[
             yield path, entry.stat().st_size
 
 
-def _set_aside(
-    names: dict[str, Names], labels: dict[str, np.ndarray], fraction: float, seed: int
-) -> tuple[dict[str, Names], dict[str, np.ndarray]]:
-    """Moves a random share of the training images to a split 'val'."""
-    all_names, all_labels = names.pop("train"), labels.pop("train")
-    total = len(all_names)
-    count = round(fraction * total)
-    if not 0 < count < total:
+def _set_aside(rows: np.ndarray, fraction: float, seed: int) -> dict[str, np.ndarray]:
+    """Divides the training images into the splits 'train' and 'val' at random."""
+    count = round(fraction * len(rows))
+    if not 0 < count < len(rows):
         raise ConfigError(
-            f"--val-fraction {fraction:g} of {total} images leaves a split empty; choose another share, such as 0.1"
+            f"--val-fraction {fraction:g} of {len(rows)} images leaves a split empty; choose another share, such as 0.1"
         )
-    order = permutation(total, seed, 1)
-    rows = {"train": np.sort(order[count:]), "val": np.sort(order[:count])}
-    split_names = {split: Names.of(all_names[row] for row in chosen) for split, chosen in rows.items()}
-    split_labels = {split: all_labels[chosen] for split, chosen in rows.items()}
-    return {**split_names, **names}, {**split_labels, **labels}
+    order = permutation(len(rows), seed, 1)
+    return {"train": rows[np.sort(order[count:])], "val": rows[np.sort(order[:count])]}

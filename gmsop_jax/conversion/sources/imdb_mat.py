@@ -5,8 +5,8 @@ floating-point numbers. `images.set` is 1 for train, 2 for val and 3 for test. `
 the author of the file computed.
 """
 
-import dataclasses
-from collections.abc import Mapping
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.files import FileArray, check_space
+from gmsop_jax.conversion.sources.table import ImageTable
 from gmsop_jax.errors import CheckpointError, DataError
 from gmsop_jax.files import replacing
 from gmsop_jax.interop import matfile
@@ -27,35 +28,8 @@ _MAX_LABEL = 1_000_000
 _BLOCK = 256  # images copied at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class ImdbMat:
-    """Images [n, 3, W, H], in a file or in memory, and for each split the rows and 0-based labels."""
-
-    data: FileArray | np.ndarray
-    rows: Mapping[str, np.ndarray]
-    labels: Mapping[str, np.ndarray]
-    classes: tuple[str, ...]
-    files: tuple[Path, ...]
-    facts: Mapping[str, Any]
-
-    @property
-    def num_images(self) -> dict[str, int]:
-        """Images per split."""
-        return {split: len(rows) for split, rows in self.rows.items()}
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of one image."""
-        return int(np.prod(self.data.shape[1:]))
-
-    def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
-        """One image, uint8 [h, w, 3], and its 0-based label."""
-        image = self.data[int(self.rows[split][index])].transpose(2, 1, 0)
-        return np.ascontiguousarray(image), int(self.labels[split][index])
-
-
-def open_source(request: Request) -> ImdbMat:
-    """The .mat file `request.path`."""
+def open_source(request: Request) -> ImageTable:
+    """Opens the .mat file `request.path`."""
     path = request.required_path
     if path.is_dir():
         raise DataError(f"--input {path.absolute()} is a folder; give the .mat file itself")
@@ -73,8 +47,12 @@ def open_source(request: Request) -> ImdbMat:
         raise DataError(f"{path}: images.set has no 1: there are no training images")
     classes = tuple(f"class {label}" for label in range(1, int(labels.max()) + 1))
     facts = {} if fields["mean"] is None else {"stored_mean_rgb": _mean(fields["mean"], path)}
-    split_labels = {name: labels[at] - 1 for name, at in rows.items()}
-    return ImdbMat(data, rows, split_labels, classes, (path,), facts)
+    decode = functools.partial(_decode, data)
+    return ImageTable(classes, labels - 1, rows, decode, (path,), facts, math.prod(data.shape[1:]))
+
+
+def _decode(data: FileArray | np.ndarray, row: int) -> np.ndarray:
+    return np.ascontiguousarray(data[row].transpose(2, 1, 0))
 
 
 def _open_hdf5(path: Path, scratch: Path) -> tuple[FileArray, dict[str, Any]]:
@@ -95,7 +73,7 @@ def _read_hdf5(path: Path, budget: Budget, scratch: Path) -> tuple[FileArray, di
 
 
 def _dataset(file: h5py.File, name: str, budget: Budget) -> h5py.Dataset:
-    """An array that is stored in this very file and does not claim much more than the file's size."""
+    """Returns an array that is stored in this file itself and does not claim much more than the file's size."""
     node: Any = file
     for part in name.split("/"):
         if not isinstance(node, h5py.Group) or not isinstance(node.get(part, getlink=True), h5py.HardLink):
@@ -109,14 +87,14 @@ def _dataset(file: h5py.File, name: str, budget: Budget) -> h5py.Dataset:
 
 
 def _flat(data: h5py.Dataset, path: Path, scratch: Path) -> FileArray:
-    """The images as they lie in the file, or copied out of its chunks, which hold parts of many images."""
+    """Returns the images where they are in the file, or a copy, if the file stores them in chunks."""
     offset = data.id.get_offset()
     if data.chunks is None and offset is not None:
         return FileArray(path, offset, data.shape)
     target = scratch / f"{path.stem}.images"
     if not target.exists():
         scratch.mkdir(parents=True, exist_ok=True)
-        check_space(scratch, int(np.prod(data.shape, dtype=np.int64)))
+        check_space(scratch, math.prod(data.shape))
         chunk = (data.chunks or (1,))[0]
         step = -(-_BLOCK // chunk) * chunk  # whole chunks: each is unpacked once
         with replacing(target) as temporary, temporary.open("wb") as file:
@@ -151,7 +129,7 @@ def _mean(value: Any, path: Path) -> list[float]:
 
 
 def _codes(values: Any, name: str, count: int, path: Path) -> np.ndarray:
-    """Whole numbers stored as floating point, int32 [count]."""
+    """Checks and converts whole numbers that are stored as floating point; returns int32 [count]."""
     values = np.ravel(values)
     if len(values) != count:
         raise DataError(f"{path}: there are {count} images, but {len(values)} entries in images.{name}")

@@ -6,12 +6,11 @@ the images, in `train_256_places365standard.tar` and `val_256.tar` or in the fol
 
 import array
 import dataclasses
+import functools
 import hashlib
 import re
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from gmsop_jax.conversion.sources import Request, UnreadableImage
 from gmsop_jax.conversion.sources.files import read_at, read_lines
 from gmsop_jax.conversion.sources.image_folder import read_image_file
 from gmsop_jax.conversion.sources.images import Names, decode_image
+from gmsop_jax.conversion.sources.table import ImageTable
 from gmsop_jax.data.resize import Method, resize
 from gmsop_jax.errors import DataError
 
@@ -33,12 +33,11 @@ _FOLDERS = {"train": "data_256", "val": "val_256"}
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The images of one split: names, labels, and where they are in a tar archive or folder."""
+    """The images of one split: their names, and where they are in a tar archive or folder."""
 
     request: Request
     path: Path
     names: Names
-    labels: np.ndarray
     members: np.ndarray | None  # offset and size in the archive, int64 [n, 2]; None for a folder
 
     def read(self, index: int) -> bytes:
@@ -53,60 +52,37 @@ class Images:
         return read_image_file(path)
 
 
-@dataclasses.dataclass(frozen=True)
-class Places365:
-    """The splits, and the size to which their images are resized."""
-
-    splits: Mapping[str, Images]
-    size: int
-    method: Method
-    classes: tuple[str, ...]
-    files: tuple[Path, ...]
-
-    @property
-    def num_images(self) -> dict[str, int]:
-        """Number of images in each split."""
-        return {split: len(images.labels) for split, images in self.splits.items()}
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of one image."""
-        return 3 * self.size**2
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """How the images were resized."""
-        return {"size": self.size, "resize": self.method}
-
-    def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
-        """Returns one image, uint8 [size, size, 1 or 3], and its label."""
-        images = self.splits[split]
-        image = decode_image(images.read(index), images.names[index])
-        return resize(image, (self.size, self.size), self.method), int(images.labels[index])
-
-
-def open_source(request: Request) -> Places365:
+def open_source(request: Request) -> ImageTable:
     """Opens the folder `request.path`."""
     folder, options = request.required_path, request.options
     categories = folder / "categories_places365.txt"
     classes, numbers = _list(categories)
     if (numbers != np.arange(len(classes))).any():
         raise DataError(f"{categories}: the numbers of the categories are not 0 to {len(classes) - 1} in order")
-    splits, files = {}, [categories]
+    splits, labels, files = [], [], [categories]
     for split, name in _LISTS.items():
-        names, labels = _list(folder / name)
-        if labels.min() < 0 or labels.max() >= len(classes):
+        names, numbers = _list(folder / name)
+        if numbers.max() >= len(classes):
             raise DataError(
-                f"{folder / name}: labels go from {labels.min()} to {labels.max()}; {len(classes)} "
-                f"categories go from 0 to {len(classes) - 1}. The labels are wrong, or the lists are of different"
-                " versions"
+                f"{folder / name}: labels go from {numbers.min()} to {numbers.max()}; {len(classes)} categories go"
+                f" from 0 to {len(classes) - 1}. The labels are wrong, or the lists are of different versions"
             )
-        splits[split] = _find_images(request, split, names, labels)
-        files.append(folder / name)
-        if splits[split].members is not None:
-            files.append(splits[split].path)
-    plain = tuple(name.split("/", 1)[-1] for name in (classes[label] for label in range(len(classes))))
-    return Places365(splits, options.size or _SIZE, options.resize or "matlab", plain, tuple(files))
+        images = _find_images(request, split, names)
+        splits.append(images)
+        labels.append(numbers)
+        files += [folder / name] if images.members is None else [folder / name, images.path]
+    num_train = len(labels[0])
+    rows = {"train": np.arange(num_train), "val": np.arange(num_train, num_train + len(labels[1]))}
+    plain = tuple(classes[label].split("/", 1)[-1] for label in range(len(classes)))
+    size, method = options.size or _SIZE, options.resize or "matlab"
+    decode = functools.partial(_decode, *splits, size, method)
+    facts = {"size": size, "resize": method}
+    return ImageTable(plain, np.concatenate(labels), rows, decode, tuple(files), facts, 3 * size**2)
+
+
+def _decode(train: Images, val: Images, size: int, method: Method, row: int) -> np.ndarray:
+    images, index = (train, row) if row < len(train.names) else (val, row - len(train.names))
+    return resize(decode_image(images.read(index), images.names[index]), (size, size), method)
 
 
 def _list(file: Path) -> tuple[Names, np.ndarray]:
@@ -117,17 +93,17 @@ def _list(file: Path) -> tuple[Names, np.ndarray]:
     return Names.of(name.lstrip("/") for name, _ in lines), np.array([int(n) for _, n in lines], np.int32)
 
 
-def _find_images(request: Request, split: str, names: Names, labels: np.ndarray) -> Images:
+def _find_images(request: Request, split: str, names: Names) -> Images:
     folder = request.required_path
     tar, images = folder / _TARS[split], folder / _FOLDERS[split]
     if tar.is_file():
-        return Images(request, tar, names, labels, _find_members(tar, names))
-    if images.is_dir():
-        for index in range(len(names)):  # links are checked when an image is read
-            if ".." in names[index].split("/"):
-                request.check_inside(images / names[index])
-        return Images(request, images, names, labels, None)
-    raise DataError(f"--input {folder.absolute()} has neither {tar.name} nor the folder {images.name}")
+        return Images(request, tar, names, _find_members(tar, names))
+    if not images.is_dir():
+        raise DataError(f"--input {folder.absolute()} has neither {tar.name} nor the folder {images.name}")
+    for index in range(len(names)):  # links are checked when an image is read
+        if ".." in names[index].split("/"):
+            request.check_inside(images / names[index])
+    return Images(request, images, names, None)
 
 
 def _find_members(tar: Path, names: Names) -> np.ndarray:
