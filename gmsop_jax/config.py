@@ -342,7 +342,7 @@ def run_name(path: str | pathlib.Path) -> str:
     """A name for the runs of a configuration, made from its file and argument.
 
     Example:
-      >>> run_name("configs/imagenet.py:resnet50,gmsop")
+      >>> run_name("imagenet:resnet50,gmsop")
       'imagenet-resnet50-gmsop'
     """
     file, argument = split_argument(path)

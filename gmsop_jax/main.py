@@ -1,4 +1,4 @@
-"""The command line `gmsop COMMAND …`, and its older form `python -m gmsop_jax.main --config FILE [--mode …]`."""
+"""The command line: `gmsop COMMAND …`, or without a command `--config FILE [--mode …]`."""
 
 import argparse
 import importlib

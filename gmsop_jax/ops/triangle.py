@@ -23,7 +23,7 @@ def _positions(d: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _take(x: Array, positions: np.ndarray) -> Array:
-    return jnp.take(x, positions, axis=-1, mode="clip", unique_indices=False)
+    return jnp.take(x, positions, axis=-1, mode="clip")
 
 
 def triangle_vector(m: Shaped[AnyArray, "*b d d"]) -> Shaped[Array, "*b t"]:
