@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 
 from gmsop_jax.errors import ConfigError, did_you_mean
+from gmsop_jax.models.heads import GatedMixtureHead, MPNCOVHead, SecondOrderHead
 from gmsop_jax.models.network import BACKBONES, HEADS
+from gmsop_jax.models.resnet import ResNet
 
 if TYPE_CHECKING:
 
@@ -125,7 +127,8 @@ class Field:
     resumable: bool = False
 
 
-# The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, with the authors' recipe.
+# The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, with the authors' recipe. Where a module has a default of
+# its own, it is taken from there.
 # fmt: off
 FIELDS = {
     "seed": Field(0, "seed of initialization, data order, augmentation, gate noise and dropout", _between(0, 2**32 - 1)),
@@ -134,35 +137,35 @@ FIELDS = {
     "model.compute_dtype": Field("", "the same value as `compute_dtype`", _DTYPES),
     # backbone
     "model.backbone": Field("narrow", "`narrow` (the authors' ResNet of basic blocks), or a ResNet or ResNeXt for ImageNet", _one_of(*BACKBONES)),
-    "model.blocks_per_stage": Field(2, "narrow: 2 gives ResNet-18, 4 gives WRN-36, 6 gives the authors' 64×64 ResNet-50", _between(1, 1000)),
-    "model.width_factor": Field(1, "narrow: factor for `stage_widths`; 2 gives WRN-36-2", _between(1, 1000)),
-    "model.stage_widths": Field((16, 32, 64, 128), "narrow: channels of each stage", _SIZES),
-    "model.stem_width": Field(16, "narrow: channels of the first convolution", _between(1, 2**16)),
+    "model.blocks_per_stage": Field(ResNet.blocks_per_stage, "narrow: 2 gives ResNet-18, 4 gives WRN-36, 6 gives the authors' 64×64 ResNet-50", _between(1, 1000)),
+    "model.width_factor": Field(ResNet.width_factor, "narrow: factor for `stage_widths`; 2 gives WRN-36-2", _between(1, 1000)),
+    "model.stage_widths": Field(ResNet.stage_widths, "narrow: channels of each stage", _SIZES),
+    "model.stem_width": Field(ResNet.stem_width, "narrow: channels of the first convolution", _between(1, 2**16)),
     "model.stem": Field("small", "`small`: 3×3, stride 1; `large`: 7×7, stride 2, max-pooling, for 224×224 (not narrow)", _one_of("small", "large")),
-    "model.stage_strides": Field((1, 2, 2, 1), "stride of the first block of each stage; the last one is 2 for first-order heads", _SIZES),
-    "model.pixel_scale": Field(60.0, "typical pixel value; the stem's kernel starts smaller by this factor, and learns slower by its square", _POSITIVE),
+    "model.stage_strides": Field(ResNet.stage_strides, "stride of the first block of each stage; the last one is 2 for first-order heads", _SIZES),
+    "model.pixel_scale": Field(ResNet.pixel_scale, "typical pixel value; the stem's kernel starts smaller by this factor, and learns slower by its square", _POSITIVE),
     "model.batch_norm_rate": Field(0.3, "weight of the current batch in the running moments of batch norm", _SHARE),
     # head
     "model.head": Field("gmsop", "pooling and classifier, see docs/heads.md", _one_of(*HEADS)),
-    "model.projection_widths": Field((), "heads without a mixture: channels of 1×1 convolutions before the pooling", _OPTIONAL_SIZES),
-    "model.projection_batch_norm": Field(False, "apply batch norm after each of these convolutions, as iSQRT-COV does"),
-    "model.num_iters": Field(3, "Newton–Schulz iterations; iSQRT-COV uses 5", _between(1, 100)),
-    "model.power": Field(0.5, "exponent α of the head `mpncov`", _POSITIVE),
+    "model.projection_widths": Field(SecondOrderHead.projection_widths, "heads without a mixture: channels of 1×1 convolutions before the pooling", _OPTIONAL_SIZES),
+    "model.projection_batch_norm": Field(SecondOrderHead.projection_batch_norm, "apply batch norm after each of these convolutions, as iSQRT-COV does"),
+    "model.num_iters": Field(SecondOrderHead.num_iters, "Newton–Schulz iterations; iSQRT-COV uses 5", _between(1, 100)),
+    "model.power": Field(MPNCOVHead.power, "exponent α of the head `mpncov`", _POSITIVE),
     # mixtures
-    "model.num_candidates": Field(16, "N, the number of candidates in the bank", _between(1, 10**6)),
-    "model.num_selected": Field(8, "K, the number of candidates selected per image; gated mixtures only", _between(1, 10**6)),
-    "model.candidate_widths": Field((256, 128), "channels of a candidate's 1×1 convolutions; the last one is pooled", _SIZES),
-    "model.dispatch": Field("auto", "how the selected candidates are computed; `auto` decides by the backend", _one_of("auto", "gather", "loop"), resumable=True),
-    "model.dropout_rate": Field(0.2, "dropout before the classifier of a mixture", _FRACTION),
+    "model.num_candidates": Field(GatedMixtureHead.num_candidates, "N, the number of candidates in the bank", _between(1, 10**6)),
+    "model.num_selected": Field(GatedMixtureHead.num_selected, "K, the number of candidates selected per image; gated mixtures only", _between(1, 10**6)),
+    "model.candidate_widths": Field(GatedMixtureHead.candidate_widths, "channels of a candidate's 1×1 convolutions; the last one is pooled", _SIZES),
+    "model.dispatch": Field(GatedMixtureHead.dispatch, "how the selected candidates are computed; `auto` decides by the backend", _one_of("auto", "gather", "loop"), resumable=True),
+    "model.dropout_rate": Field(GatedMixtureHead.dropout_rate, "dropout before the classifier of a mixture", _FRACTION),
     # gate
-    "model.gate_widths": Field((256, 128), "channels of the 1×1 convolutions of the gate", _SIZES),
-    "model.gate_order": Field(0, "pooling of the gate: 1 averages, 2 covariances, 0 the order of the candidates", _one_of(0, 1, 2)),
-    "model.gate_init": Field("constant", "initial gate weights; with `constant`, all logits are equal at first", _one_of("constant", "random")),
-    "model.gate_noise": Field("image", "noise of the logits: `image` or `candidate` (one draw per …, learned scale), `fixed` (1/N), `none`", _one_of("image", "candidate", "fixed", "none")),
-    "model.gate_softmax": Field("selected", "softmax over the `selected` logits, or over `all` N with the other weights set to 0", _one_of("selected", "all")),
-    "model.gate_gradient": Field("straight_through", "gradient of the weights; the authors' is `masked`", _one_of("straight_through", "masked")),
-    "model.balance_on": Field("weights", "balance the gate's `weights`, or the `softmax` over all N logits", _one_of("weights", "softmax")),
-    "model.balance_ddof": Field(1, "1 divides the variance in the balance loss by N − 1, 0 by N", _one_of(0, 1)),
+    "model.gate_widths": Field(GatedMixtureHead.gate_widths, "channels of the 1×1 convolutions of the gate", _SIZES),
+    "model.gate_order": Field(GatedMixtureHead.gate_order, "pooling of the gate: 1 averages, 2 covariances, 0 the order of the candidates", _one_of(0, 1, 2)),
+    "model.gate_init": Field(GatedMixtureHead.gate_init, "initial gate weights; with `constant`, all logits are equal at first", _one_of("constant", "random")),
+    "model.gate_noise": Field(GatedMixtureHead.gate_noise, "noise of the logits: `image` or `candidate` (one draw per …, learned scale), `fixed` (1/N), `none`", _one_of("image", "candidate", "fixed", "none")),
+    "model.gate_softmax": Field(GatedMixtureHead.gate_softmax, "softmax over the `selected` logits, or over `all` N with the other weights set to 0", _one_of("selected", "all")),
+    "model.gate_gradient": Field(GatedMixtureHead.gate_gradient, "gradient of the weights; the authors' is `masked`", _one_of("straight_through", "masked")),
+    "model.balance_on": Field(GatedMixtureHead.balance_on, "balance the gate's `weights`, or the `softmax` over all N logits", _one_of("weights", "softmax")),
+    "model.balance_ddof": Field(GatedMixtureHead.balance_ddof, "1 divides the variance in the balance loss by N − 1, 0 by N", _one_of(0, 1)),
     # data
     "data.dir": Field("data/imagenet64", "folder with the shards and dataset.json that `gmsop convert` wrote", resumable=True),
     "data.source": Field("imagenet64", "source that `gmsop convert` converted the data from"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Tiny programs: compiling them takes longer than running them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -23,6 +24,42 @@ def unchecked_types() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where compiled programs are kept for other tests and for the processes that they start."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def compile_once(compiled: Path) -> Iterator[None]:
+    """Keeps compiled programs, since every start of the trainer compiles the same ones."""
+    fields = {
+        "jax_compilation_cache_dir": str(compiled),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,  # tiny networks take longer to compile than to run
+    }
+    before = {name: jax.config.values[name] for name in fields}
+    for name, value in fields.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def environment(compiled: Path) -> dict[str, str]:
+    """Environment variables with which a process started by a test does the same as `compile_once`."""
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The manifest of a data set, dataset.json, and checks that the files beside it are those that it describes."""
+"""The manifest of a data set, dataset.json, and checks that the files beside it match it."""
 
 import collections
 import dataclasses
@@ -266,7 +266,7 @@ def _parse_split(value: Any) -> Split:
 
 
 def _check(manifest: Manifest) -> None:
-    """Refuses values that parse but can't be true, which a hostile file may hold."""
+    """Refuses values that have the right types but can't be true, which a hostile file may contain."""
     if not manifest.classes or not manifest.splits:
         raise DataError("it names no classes or no splits")
     files = [shard.file for split in manifest.splits.values() for shard in split.shards]

@@ -1,8 +1,8 @@
 """Permutations and random numbers that are functions of a key alone.
 
-A key is one or more non-negative integers, such as a seed, a purpose and an epoch. Only those parts of NumPy are used
-that promise the same numbers in every release (SeedSequence and the raw output of PCG64, not the distributions), so
-shards and the order of training are the same on every machine.
+A key consists of one or more non-negative integers, such as a seed, a purpose and an epoch. Only those parts of NumPy
+are used that guarantee the same numbers in every release (SeedSequence and the raw output of PCG64, but not the
+distributions), so shards and the order of training are the same on every machine.
 """
 
 import math

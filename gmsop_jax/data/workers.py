@@ -1,4 +1,4 @@
-"""Processes that prepare batches, and what happens to them when a run is stopped or killed."""
+"""Worker processes that prepare batches, and end when the run is stopped or killed."""
 
 import contextlib
 import multiprocessing
@@ -21,12 +21,12 @@ Batch = dict[str, np.ndarray]
 class WorkerIterator(grain.DatasetIterator[Batch]):
     """Batches that are prepared by worker processes.
 
-    The workers leave signals to the process that started them, since a terminal and a cluster's scheduler send them to
-    all processes of a run, which then may need some more batches before it has saved its state. They end with that
-    process, even if it is killed.
+    The workers block signals. A terminal or a cluster's scheduler sends a signal to all processes of a run, and the
+    main process may need some more batches before it has saved its state. The workers end when the main process ends,
+    even if it is killed.
 
     Args:
-      dataset: what each worker computes a share of.
+      dataset: the batches, of which each worker computes a share.
       num_workers: number of processes.
     """
 

@@ -65,8 +65,13 @@ class Checkpoints:
         process.
     """
 
-    def __init__(self, directory: str | pathlib.Path, *, keep: int = 3, read_only: bool = False):
-        """Opens the folder, and creates it unless `read_only` is set. Damaged checkpoints are moved away.
+    def __init__(self, directory: str | pathlib.Path, *, keep: int | None = None, read_only: bool = False):
+        """Opens the folder. Unless `read_only` is set, creates it if necessary, and moves damaged checkpoints away.
+
+        Args:
+          directory: the folder.
+          keep: number of latest checkpoints to keep, besides the best; None keeps all.
+          read_only: whether the folder is only read.
 
         Raises:
           CheckpointError: if all checkpoints are damaged, or the folder can't be written to.

@@ -1,6 +1,6 @@
-"""What a network takes and gives, beside its weights; kept in the working directory.
+"""The description of a network's inputs and classes, which is stored in the working directory.
 
-With it a trained network can be used without its data set.
+It makes a trained network usable without its data set.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def fingerprint(manifest: Manifest) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A data set as its network sees it.
+    """The properties of a data set on which its network depends.
 
     Attributes:
       dataset: name of the data set.
@@ -65,8 +65,8 @@ class Inputs:
         if stored.order != self.order:
             logging.getLogger(__name__).warning(
                 "%s was trained by another version of gmsop_jax, which shuffled the images in another order (version"
-                " %d, now %d): from here on the run differs from one that is not interrupted, and within the current"
-                " epoch it may see images twice",
+                " %d; this is version %d). From here on the run differs from an uninterrupted one, and in the current"
+                " epoch it may see some images twice",
                 workdir,
                 stored.order,
                 self.order,

@@ -14,14 +14,14 @@ from jax.experimental import multihost_utils
 from gmsop_jax.errors import UserError
 
 _SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-START_ME_AGAIN = 75  # EX_TEMPFAIL: exit status after SIGTERM, for schedulers that restart
+RESTART_STATUS = os.EX_TEMPFAIL  # 75: exit status after SIGTERM and SIGHUP, after which schedulers restart a job
 
 
 class Interrupted(UserError):
     """The run was asked to stop, and saved its state first.
 
     Attributes:
-      status: exit status: 130 after Ctrl-C, 75 ("start me again") after SIGTERM and SIGHUP.
+      status: exit status: 130 after Ctrl-C, 75 (restart) after SIGTERM and SIGHUP.
     """
 
     saved = True  # all processes of the run stop after the same step
@@ -29,15 +29,16 @@ class Interrupted(UserError):
     def __init__(self, signum: int, step: int):
         name = signal.Signals(signum).name
         super().__init__(f"stopped by {name} at step {step}, saved; run the same command again to resume")
-        self.status = 130 if signum == signal.SIGINT else START_ME_AGAIN
+        self.status = 130 if signum == signal.SIGINT else RESTART_STATUS
 
 
 class SignalCatcher:
-    """While entered, notes Ctrl-C, SIGTERM (a pre-emption notice) and SIGHUP; a second one raises KeyboardInterrupt.
+    """Catches Ctrl-C, SIGTERM (a pre-emption notice) and SIGHUP while it is entered, so that a run can save its state.
 
-    In a run of several processes, a signal to any of them stops all after the same step: JAX's coordination
-    service handles SIGTERM, and the others are passed on to it as SIGTERM. A signal that is ignored, as SIGHUP is
-    under nohup, stays ignored. Outside the main thread, where Python allows no handlers, nothing is noted.
+    A second signal raises KeyboardInterrupt. In a run of several processes, a signal to any of them stops all
+    processes after the same step: JAX's coordination service handles SIGTERM, and the other signals are passed on
+    to it as SIGTERM. A signal that was ignored before, as SIGHUP is under nohup, is still ignored. Outside the main
+    thread, where Python allows no signal handlers, no signal is caught.
     """
 
     def __init__(self):
@@ -57,7 +58,7 @@ class SignalCatcher:
             signal.signal(signum, handler)
 
     def caught(self, step: int) -> int | None:
-        """Returns the signal after which to stop at this step, or None; must be called once a step."""
+        """Returns the signal because of which to stop after this step, or None; must be called at every step."""
         if self._several:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._caught
@@ -72,7 +73,7 @@ class SignalCatcher:
 
 @contextlib.contextmanager
 def tolerating_closed_streams() -> Iterator[None]:
-    """Keeps a run going if its standard output or error is closed, as by `| head` or with its terminal."""
+    """Lets a run continue after its standard output or error was closed, for example by `| head`."""
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as null:
         sys.stdout, sys.stderr = (_TolerantStream(stream or null) for stream in before)
@@ -85,7 +86,7 @@ def tolerating_closed_streams() -> Iterator[None]:
 
 
 class _TolerantStream:
-    """Passes text on to a stream until that fails; from then on, it is discarded."""
+    """Writes text to a stream; once writing fails, discards all further text."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -141,7 +141,8 @@ def _loop(
 
     with _open_writer(run, start, workdir) as writer, profile_steps(workdir.path, profile) as profiled:
         _announce(writer, start, workdir.path)
-        for step, batch in enumerate(run.batches(start.step), start.step + 1):
+        steps = range(start.step + 1, run.total_steps + 1)
+        for step, batch in zip(steps, run.batches(start.step), strict=False):
             if step in start.skipped:
                 state = state.replace(step=state.step + 1)
             else:
@@ -179,8 +180,6 @@ def _loop(
             if signal and step < run.total_steps:
                 checkpoints.wait()
                 raise Interrupted(signal, step)
-            if step == run.total_steps:
-                break
     return progress(run.total_steps)
 
 

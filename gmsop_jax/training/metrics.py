@@ -1,4 +1,4 @@
-"""Metrics as sums and counts, which add up over steps and devices; the host turns them into ratios."""
+"""Metrics as sums and counts, which can be added over steps and devices; the host computes ratios from them."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -31,8 +31,8 @@ def count_errors(
 ) -> dict[str, Int[Array, ""]]:
     """Counts the images whose label is not the first guess, or not among the first five.
 
-    Of equal logits, the lower class ranks first. With fewer than five classes, the label is always among
-    the first five. A row with an infinite or NaN logit counts as an error.
+    If logits are equal, the class with the lower index ranks first. With fewer than five classes, the label is always
+    among the first five. A row with an infinite or NaN logit counts as an error.
 
     Returns: `top1_errors`, `top5_errors` and `count`, leaving out the rows that `mask` marks as padding.
 
@@ -55,7 +55,7 @@ def count_errors(
 def add_up(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Adds the metrics of several steps, one after the other in float64.
 
-    A total may itself be added to later steps, with the same result as adding all steps at once.
+    A total can be added to later steps; the result is the same as if all steps were added at once.
 
     Returns: the sum of each metric as floats (or lists of floats), and the number of `steps`.
     """
@@ -122,11 +122,11 @@ class MetricsBuffer:
             jax.block_until_ready(self._steps[-1 - self.MAX_STEPS_AHEAD])
 
     def restart_clock(self) -> None:
-        """Leaves the time until now out of the speed; call it only when the buffer is drained."""
+        """Excludes the time since the last `drain` from the speed; to be called when the buffer is empty."""
         self._clock = time.monotonic()
 
     def drain(self) -> float:
-        """Adds all steps to `total`; returns the images per second since the last call.
+        """Adds all steps to `total`, and returns the images per second since the last call.
 
         Raises:
           NonFiniteError: if the loss or the gradient of a step is not finite.

@@ -1,4 +1,4 @@
-"""The optimisers, SGD as the authors' and AdamW, and their learning rates."""
+"""The optimisers (SGD as in the authors' code, and AdamW) and their learning rates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,10 @@ RateFactors = Sequence[tuple[str, float]]
 def create_schedule(train: Any, steps_per_epoch: int) -> optax.Schedule:
     """Creates the learning rate as a function of the step, counted from 0.
 
-    `steps`: each rate of `learning_rates` holds for its number of epochs, the last one for ever.
+    `steps`: each rate of `learning_rates` applies for its number of epochs, the last one for ever.
     `cosine`: rate · (1 + cos(π t/T))/2 at step t of T = epochs · steps_per_epoch, and 0 from T on.
-    Either is multiplied by min(1, (t + 1)/w) during a warm-up of w = warmup_epochs · steps_per_epoch steps,
-    rounded to a whole number.
+    During a warm-up of w = warmup_epochs · steps_per_epoch steps, rounded to a whole number, both are multiplied by
+    min(1, (t + 1)/w).
 
     Args:
       train: `config.train`, of which `schedule`, `learning_rates` and `warmup_epochs` are used.
@@ -52,20 +52,19 @@ def create_optimizer(train: Any, schedule: optax.Schedule, pixel_scale: float) -
     adamw:  m ← μ·m + (1 − μ)·∂;  v ← β₂·v + (1 − β₂)·∂²;  u = m̂/(√v̂ + 10⁻⁸) + λ·p;  p ← p − lr·f·u,
             where m̂ = m/(1 − μᵗ) and v̂ = v/(1 − β₂ᵗ) at step t, counted from 1
 
-    The authors' m has the opposite sign.
+    In the authors' code, m has the opposite sign.
 
-    The kernel of the stem sees pixels of magnitude `pixel_scale`, and its entries are smaller than usual by
-    that factor. It is updated as if the pixels were divided by pixel_scale and the kernel multiplied by it.
-    For SGD this multiplies the update by 1/pixel_scale²: one factor for the gradient, one for the kernel. (Its
-    weight decay is then 1/pixel_scale² of the others', as in the authors' code.) The step of Adam does not
-    depend on the scale of the gradient, so m̂/(√v̂ + 10⁻⁸) is divided by pixel_scale once, and the decay is
-    unchanged.
+    The input of the stem's kernel are pixels of magnitude `pixel_scale`, and its entries are smaller than usual by
+    that factor. It is updated as if the pixels were divided by pixel_scale and the kernel multiplied by it. For SGD
+    this multiplies the update by 1/pixel_scale²: one factor for the gradient and one for the kernel. (Its weight decay
+    is then 1/pixel_scale² of that of other parameters, as in the authors' code.) Adam's step does not depend on the
+    scale of the gradient, so m̂/(√v̂ + 10⁻⁸) is divided by pixel_scale once, and the decay is unchanged.
 
     Args:
       train: `config.train`, of which `optimizer`, `momentum` (μ), `beta2` (β₂), `nesterov`, `weight_decay`
         (λ) and `rate_factors` (f, see `rate_factor_tree`) are used.
       schedule: step → learning rate.
-      pixel_scale: `config.model.pixel_scale`; 1 treats the stem like any other parameter.
+      pixel_scale: `config.model.pixel_scale`; if it is 1, the stem is updated like any other parameter.
 
     Returns: a transformation whose updates are added to the parameters. Its `update` takes the training
       `step`, counted from 0, which then decides the learning rate and Adam's bias correction; without it the

@@ -1,7 +1,7 @@
-"""The processes of one run: they start together, agree on what they do, and end together.
+"""The processes of one run: they start together, check that they agree, and end together.
 
-All that is exchanged here goes through the key-value store of JAX's coordination service, so it works before
-any device is used, and with processes that differ.
+They exchange values through the key-value store of JAX's coordination service, which works before any device is
+used, and even if the processes disagree.
 """
 
 import atexit
@@ -21,11 +21,11 @@ from jax._src import distributed  # JAX has no public access to its key-value st
 
 from gmsop_jax.errors import ConfigError, UserError
 
-JOIN_SECONDS = 60  # for all processes to start and find each other, and for each exchange of values
-HEARTBEAT_SECONDS = 20  # after which JAX ends the others if a process was killed
-SHUTDOWN_SECONDS = 30  # for all processes to reach the end
+JOIN_SECONDS = 60  # until all processes have started and found each other, and for each exchange of values
+HEARTBEAT_SECONDS = 20  # without a heartbeat, after which JAX considers a process dead and ends the others
+SHUTDOWN_SECONDS = 30  # until all processes have reached the end
 _POLL_SECONDS = 0.5
-_ACTION_SECONDS = 7 * 24 * 3600  # for the first process, which may convert a data set; its failure is noticed at once
+_ACTION_SECONDS = 7 * 24 * 3600  # the first process may convert a data set; if it fails, the others notice at once
 _FAILURES = "gmsop_jax/failures/"
 
 _exchanges = itertools.count()
@@ -38,15 +38,17 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
     Args:
       coordinator: `host:port` of the first process; `auto` asks the cluster (SLURM, Open MPI,
         Kubernetes, TPU pods); None for a run of a single process.
-      num_processes, process_id: required with an address; the cluster knows them otherwise.
+      num_processes, process_id: required with an address; with `auto`, the cluster provides them.
 
     Raises:
-      ConfigError: if these don't fit together, the port is taken, or the processes don't find each other
-        within `JOIN_SECONDS`.
+      ConfigError: if the arguments contradict each other, the port is in use, or the processes don't find each
+        other within `JOIN_SECONDS`.
     """
     if coordinator is None:
         if num_processes is not None or process_id is not None:
-            raise ConfigError("--num-processes and --process-id need --coordinator host:port, the first process's")
+            raise ConfigError(
+                "--num-processes and --process-id need --coordinator host:port, the address of the first process"
+            )
         return
     address = None if coordinator == "auto" else coordinator
     if address is not None:
@@ -129,7 +131,7 @@ def ending_together() -> Iterator[None]:
         if isinstance(error, UserError):
             _report_failure(str(error))
             raise
-        time.sleep(4 * _POLL_SECONDS)  # if another process has failed, `_watch` knows more
+        time.sleep(4 * _POLL_SECONDS)  # if another process failed first, `_watch` reports its error meanwhile
         first_line = str(error).strip().partition("\n")[0]
         _report_failure(f"{type(error).__name__}: {first_line}")
         if isinstance(error, jax.errors.JaxRuntimeError):

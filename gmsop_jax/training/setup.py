@@ -1,4 +1,4 @@
-"""Setting up a run: from the configuration to the data, state, steps and schedule that the loop needs."""
+"""Sets up a run: creates the data, state, steps and schedule that the loop needs from the configuration."""
 
 import contextlib
 import dataclasses
@@ -31,9 +31,9 @@ class Run:
     Attributes:
       config: the configuration, with the data set's number of classes filled in.
       manifest: description of the data set.
-      inputs: the data set as the network sees it.
-      batches: number of steps done → endless iterator over the batches of the following steps, placed on
-        this process's devices.
+      inputs: the properties of the data set on which the network depends.
+      batches: maps the number of steps that are done to an endless iterator over the batches of the following steps,
+        placed on the devices of this process.
       initial_state: creates the state before the first step.
       abstract_state: shapes, dtypes and shardings of the state.
       train_step: (state, batch) → (state, metrics); donates the state's memory.
@@ -42,7 +42,7 @@ class Run:
       steps_per_epoch: optimiser steps in an epoch.
       parameters: number of parameters.
       feature_dimension: width of the classifier's input.
-      origin: describes what the initial state takes from `config.train.init_from`; empty without that.
+      origin: describes what is copied from `config.train.init_from` to the initial state; empty without that.
     """
 
     config: ConfigDict
@@ -145,7 +145,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
 
 
 def _mean_rgb(config: ConfigDict, manifest: Manifest, workdir: pathlib.Path) -> tuple[float, float, float]:
-    """The colour that is subtracted: that of the data set, or of the one that a network was first trained on."""
+    """Returns the colour to subtract: the mean of the data set, or of that on which the network was first trained."""
     if not steps_on_disk(workdir / DIRECTORY):
         return manifest.mean_rgb
     try:

@@ -1,4 +1,4 @@
-"""Pure training and evaluation steps: arrays in, arrays out."""
+"""Training and evaluation steps as pure functions of arrays."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,11 +24,11 @@ class TrainState(flax.struct.PyTreeNode):
     """The arrays that training carries from step to step.
 
     Attributes:
-      step: number of optimiser steps done, an int32 scalar.
+      step: number of optimiser steps that are done, an int32 scalar.
       params: parameters.
-      batch_stats: running moments of batch norm; {} for a network without.
+      batch_stats: running moments of batch norm; {} for a network without batch norm.
       opt_state: state of the optimiser.
-      ema: moving averages of `params` and `batch_stats`; None in a run that keeps none.
+      ema: moving averages of `params` and `batch_stats`; None in a run without averages.
     """
 
     step: Array

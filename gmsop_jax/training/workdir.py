@@ -1,4 +1,4 @@
-"""The working directory of a run: one run at a time, with one configuration."""
+"""The working directory of a run, which belongs to one run at a time and to one configuration."""
 
 import contextlib
 import os
@@ -18,12 +18,18 @@ from gmsop_jax.training.checkpoint import DIRECTORY, read_copy, steps_on_disk
 from gmsop_jax.training.processes import check_same, first_process_does
 
 _CONFIG, _LOCK = "config.json", ".lock"
-_BY_HOST = ("data.dir", "data.num_threads", "data.num_workers", "data.auto_convert")  # may differ between processes
+_HOST_FIELDS = ("data.dir", "data.num_threads", "data.num_workers", "data.auto_convert")  # may differ between processes
 
 
 def check_same_config(config: ConfigDict) -> None:
-    """Raises ConfigError if the processes of a run have other versions or configurations; some may differ by host."""
-    here = {f"config.{name}": value for name, value in configs.flatten(config) if name not in _BY_HOST}
+    """Checks that all processes of a run have the same versions and the same configuration.
+
+    Fields that describe the host, such as `data.dir`, may differ.
+
+    Raises:
+      ConfigError: naming the process and the field that differ.
+    """
+    here = {f"config.{name}": value for name, value in configs.flatten(config) if name not in _HOST_FIELDS}
     check_same({"the version of gmsop_jax": gmsop_jax.__version__, "the version of JAX": jax.__version__, **here})
 
 
@@ -48,14 +54,13 @@ def check_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 class Workdir:
-    """A working directory, which is created if it is missing, and locked while entered.
+    """A working directory. Entering it creates the directory if it is missing, and locks it.
 
-    The first process holds the lock and writes for all; the lock ends with that process, however it ends.
+    The first process holds the lock and writes for all processes. However that process ends, the lock ends with it.
 
     Args:
       path: the directory.
-      config: the resolved configuration, which is written there as `config.json` and compared with what is
-        stored there already.
+      config: the resolved configuration, which is compared with the stored `config.json`, or stored as such.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: ConfigDict):
@@ -67,8 +72,8 @@ class Workdir:
         """Locks the folder.
 
         Raises:
-          CheckpointError: if it can't be written to, another run is in it, or it was made with another
-            configuration.
+          CheckpointError: if it can't be written to, if another run uses it, or if it belongs to a run with
+            another configuration.
         """
         first_process_does(self._open)
         check_same({f"the lock of the working directory ({_LOCK})": self._read_lock()})
@@ -80,7 +85,7 @@ class Workdir:
             self._lock = None
 
     def _read_lock(self) -> str:
-        """The text in the lock, which the first process has written; absent in any other folder."""
+        """The text of the lock, which the first process wrote; a process with another folder doesn't find it."""
         files = [file for file in self.path.glob(f"{_LOCK}*") if file.stat().st_size]
         return files[-1].read_text(errors="replace") if files else f"absent in {self.path}"
 

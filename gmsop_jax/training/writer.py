@@ -32,13 +32,13 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 class Writer:
     """Logs the progress of a run, in its first process only.
 
-    On a terminal there is a progress bar; elsewhere, as in a log file, a plain line every few seconds.
+    On a terminal it shows a progress bar; otherwise, as in a log file, it prints a line every few seconds.
 
     Args:
-      workdir: where the files go.
+      workdir: the working directory, in which the files are written.
       total_steps: number of steps of the whole run.
-      start_step: number of steps done before. Records of later steps, which were written before an
-        interruption and are computed again now, are dropped.
+      start_step: number of steps that are already done. Records of later steps, which were written before an
+        interruption and will be computed again, are removed.
       enabled: whether this process logs anything.
       loggers: further places to log to.
     """

@@ -57,21 +57,8 @@ def config(fault_config: Path) -> ConfigDict:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where processes started here keep compiled programs for one another."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="session")
-def start(compiled: Path, fault_config: Path) -> Callable[..., subprocess.Popen[str]]:
+def start(environment: dict[str, str], fault_config: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts the command line in a process of its own; `prologue` is Python that runs before it."""
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
-    }
 
     def run(*arguments: object, prologue: str = "", devices: int = 1) -> subprocess.Popen[str]:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"

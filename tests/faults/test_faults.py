@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.data.manifest import Manifest
@@ -32,21 +31,8 @@ from gmsop_jax.training.writer import read_metrics
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compile_once(compiled: Path):
-    """Every run here compiles the same programs: keeps them for the module."""
-    fields = {
-        "jax_compilation_cache_dir": str(compiled),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in fields}
-    for name, value in fields.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def keep_programs(compile_once: None) -> None:
+    """Applies `compile_once` to all tests of this file."""
 
 
 @pytest.fixture(scope="module")

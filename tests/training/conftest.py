@@ -1,12 +1,9 @@
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from gmsop_jax.config import ConfigDict, load
 from gmsop_jax.conversion.convert import convert
@@ -39,23 +36,9 @@ def get_config():
 """
 
 
-@pytest.fixture(autouse=True, scope="package")
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Every start of the trainer compiles the same programs: keeps them for this session."""
-    folder = tmp_path_factory.mktemp("compiled")
-    fields = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,  # tiny networks take longer to compile than to run
-    }
-    before = {name: jax.config.values[name] for name in fields}
-    for name, value in fields.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+@pytest.fixture(autouse=True, scope="module")
+def keep_programs(compile_once: None) -> None:
+    """Applies `compile_once` to all tests of this folder."""
 
 
 @pytest.fixture(scope="package")
@@ -79,16 +62,11 @@ def tiny(config_file: Path) -> ConfigDict:
 
 
 @pytest.fixture(scope="package")
-def start(compile_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen[str]]:
+def start(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.Popen[str]]:
     """Starts the command line in a process of its own, in an empty folder."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(compile_once),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
-    }
 
     def run(*arguments: object) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "gmsop_jax.main", *map(str, arguments)]
