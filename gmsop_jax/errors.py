@@ -135,7 +135,7 @@ _STATUS = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: os.EX_TEMPFAIL, s
 
 def _explain(error: BaseException, stopped_by: list[int]) -> tuple[str, int]:
     """The line to print and the exit status; the line is empty for an error that is not the user's."""
-    if stopped_by:  # first, for the KeyboardInterrupt may have been turned into another error
+    if stopped_by:  # checked first, because another library may have turned the KeyboardInterrupt into another error
         signum = signal.Signals(stopped_by[0])
         return f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signum.name}", _STATUS[signum]
     if isinstance(error, KeyboardInterrupt):
@@ -149,10 +149,11 @@ def _explain(error: BaseException, stopped_by: list[int]) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _raising_on_signals(caught: list[int]) -> Iterator[None]:
-    """Lets Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, and notes the signal in `caught`.
+    """Lets Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, and adds the signal to `caught`.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays so. Outside the main thread Python allows no handlers.
-    While a module is imported, the signal waits: an exception can crash the initialization of a C extension.
+    A signal that was ignored before, as SIGHUP is under nohup, is still ignored. Outside the main thread, Python allows
+    no signal handlers. While a module is being imported, a signal is postponed, because an exception can crash the
+    initialization of a C extension.
     """
 
     def stop(signum, frame):

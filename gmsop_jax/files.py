@@ -24,8 +24,8 @@ _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on leaving, flushes that file to disk and renames it to `path`.
 
-    Readers see the old file or the new one, never a part. The temporary file is removed if the block raises.
-    Its name is `<name>.tmp-<pid>`.
+    Readers see either the old file or the whole new one. If the block raises, the temporary file is removed. Its name
+    is `<name>.tmp-<pid>`.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -34,19 +34,19 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the error in flight says more
+        with contextlib.suppress(OSError):  # the original error is the one to report
             temporary.unlink()
         raise
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file, text as UTF-8, completely or not at all."""
+    """Writes a file atomically; text is encoded as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, completely or not at all."""
+    """Writes a value as JSON atomically."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -74,11 +74,11 @@ def write_checksums(folder: Path) -> None:
 def find_damage(folder: Path, below: str = "") -> str | None:
     """Compares a folder, or one of its sub-folders, with its `checksums.json`.
 
-    Returns: what is wrong, or None. A folder without a list of checksums, or with an empty one, can't be
-      verified and counts as damaged.
+    Returns: a description of the damage, or None. A folder without a list of checksums, or with an empty one, can't
+      be verified and counts as damaged.
 
     Raises:
-      FileAccessError: if the system refuses to read a file that is there, which is no damage.
+      FileAccessError: if the system refuses to read an existing file, which doesn't mean that it is damaged.
     """
     file = folder / CHECKSUMS
     try:
@@ -115,12 +115,12 @@ class LockHeldError(OSError):
 class FileLock:
     """A lock between processes, on one machine or several, that ends with the process that holds it.
 
-    It is the operating system's `flock`. On file systems without it, a second file `<name>.held` that names
-    host and process is created exclusively, and its time is renewed as a heartbeat; a lock whose process has
-    ended on this host, or whose heartbeat has stopped for a minute, is taken over.
+    It uses the operating system's `flock`. On file systems without it, a second file `<name>.held` that names the
+    host and the process is created exclusively, and its modification time is renewed as a heartbeat. Another process
+    may take over a lock whose process has ended on the same host, or whose heartbeat has stopped for a minute.
 
     Attributes:
-      note: a sentence for the user where the heartbeat is used; empty otherwise.
+      note: a sentence for the user if the heartbeat is used; empty otherwise.
     """
 
     HEARTBEAT_SECONDS = 5
@@ -129,7 +129,7 @@ class FileLock:
     def __init__(self, path: Path):
         self.path = path
         self.note = ""
-        self._locked = path  # the file that is locked
+        self._locked = path  # or the file with the heartbeat
         self._file: int | None = None
         self._released = threading.Event()
 
@@ -164,7 +164,7 @@ class FileLock:
             raise
 
     def release(self) -> None:
-        """Gives the lock back; does nothing if it isn't held."""
+        """Releases the lock; does nothing if it isn't held."""
         if self._file is None:
             return
         if self.note:
@@ -176,7 +176,7 @@ class FileLock:
         self._file = None
 
     def is_held(self) -> bool:
-        """Whether the file is still the one that was locked, and not removed or replaced by another."""
+        """Returns whether the locked file still exists and has not been replaced by another."""
         try:
             return self._file is not None and os.path.samestat(os.stat(self._locked), os.fstat(self._file))
         except OSError:
@@ -200,7 +200,7 @@ class FileLock:
 
     def _beat(self, file: int) -> None:
         while not self._released.wait(self.HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a file system that is away for a moment
+            with contextlib.suppress(OSError):  # the file system may be unreachable for a moment
                 os.utime(file)
 
 
@@ -211,8 +211,8 @@ def _read_holder(file: int) -> str:
 def _remove_if_abandoned(path: Path, expiry_seconds: float) -> None:
     """Removes a heartbeat file whose process has ended on this host or whose heartbeat has stopped.
 
-    Ages are by the file system's clock, that of a file written now. Of several processes that find the same
-    file abandoned, the one that renames it removes it.
+    Its age is measured by the clock of the file system, which is read from a file that is created for this. If several
+    processes find the same file abandoned, the one that succeeds in renaming it removes it.
     """
     probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
@@ -224,7 +224,7 @@ def _remove_if_abandoned(path: Path, expiry_seconds: float) -> None:
         here = len(words) == 4 and words[1].isdigit() and words[3] == socket.gethostname()
         if (here and not _is_running(int(words[1]))) or age > expiry_seconds:
             path.rename(probe)
-            if not os.path.samestat(probe.stat(), before):  # another process was faster, and this is its lock
+            if not os.path.samestat(probe.stat(), before):  # another process took the lock over in the meantime
                 probe.rename(path)
             else:
                 probe.unlink()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gmsop_jax.config import FIELDS
+
 PACKAGE = Path(__file__).parents[1] / "gmsop_jax"
 
 
@@ -142,3 +144,31 @@ def test_private_names_are_found():
 )
 def test_one_module_per_library(library, only):
     assert [name(file) for file in files(".") if imports_any(file, library)] == [only]
+
+
+def keyword_defaults(tree: ast.Module) -> set[tuple[str, str]]:
+    """Names and values of the literal defaults of a module's arguments and class fields."""
+    pairs: list[tuple[str, ast.expr | None]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            arguments = [*node.args.posonlyargs, *node.args.args]
+            named = arguments[len(arguments) - len(node.args.defaults) :]
+            pairs += [(arg.arg, value) for arg, value in zip(named, node.args.defaults, strict=True)]
+            pairs += [(arg.arg, value) for arg, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+        elif isinstance(node, ast.ClassDef):
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            pairs += [(ast.unparse(field.target), field.value) for field in fields]
+    return {(name, ast.unparse(value)) for name, value in pairs if value is not None}
+
+
+@pytest.mark.parametrize("room", ["data", "training"])
+def test_no_default_of_the_configuration_is_written_twice(room):
+    defaults = {(name.rpartition(".")[2], repr(field.default)) for name, field in FIELDS.items()}
+    for file in files(room):
+        repeated = keyword_defaults(ast.parse(file.read_text())) & defaults
+        assert not repeated, f"{name(file)} repeats {repeated}: take the section of the configuration instead"
+
+
+def test_keyword_defaults_are_found():
+    code = "def f(a, b=1, *, c='x', d): ...\nclass C:\n  e: int = 2\n  f: int\nlambda g=(3,): 0"
+    assert keyword_defaults(ast.parse(code)) == {("b", "1"), ("c", "'x'"), ("e", "2"), ("g", "(3,)")}

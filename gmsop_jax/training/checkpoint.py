@@ -106,7 +106,7 @@ class Checkpoints:
         for name in ("progress", "files"):
             registry.add(name, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
             registry.add(name, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-        with self._damage_as_error() if read_only else self._write_failure_as_error():
+        with self._open_failure_as_error() if read_only else self._write_failure_as_error():
             self._manager = ocp.CheckpointManager(path, options=options, handler_registry=registry)
             # held open, so that no other folder can get its inode number
             self._folder = None if read_only else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -119,14 +119,13 @@ class Checkpoints:
         with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
             self.close()
 
+    def _folder_of(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
     def _damaged(self) -> dict[int, str]:
-        """A message for each damaged step."""
-        damage = {step: find_damage(self.directory / str(step)) for step in steps_on_disk(self.directory)}
-        return {
-            step: f"checkpoint {self.directory / str(step)} is damaged ({what})"
-            for step, what in damage.items()
-            if what
-        }
+        """Returns a message for each damaged step."""
+        found = {step: find_damage(self._folder_of(step)) for step in steps_on_disk(self.directory)}
+        return {step: f"checkpoint {self._folder_of(step)} is damaged ({what})" for step, what in found.items() if what}
 
     def _clean_up(self) -> None:
         """Deletes what a killed process had begun to delete, and moves damaged checkpoints out of the way."""
@@ -142,7 +141,7 @@ class Checkpoints:
                 while target.exists():
                     target = target.with_name(f"{target.name}_")
                 target.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(target)
+                self._folder_of(step).rename(target)
             self.set_aside.append(f"{line}; moved to {target}")
 
     def _delete_discarded(self) -> None:
@@ -156,7 +155,7 @@ class Checkpoints:
             write_checksums(folder)
 
     def _check_folder(self) -> None:
-        """Raises FileNotFoundError if the folder was removed, and removes what a save in flight brought back of it."""
+        """Raises FileNotFoundError if the folder was removed, after removing what a save in flight wrote since then."""
         with contextlib.suppress(FileNotFoundError):
             if self._folder is None or os.path.samestat(self.directory.stat(), os.fstat(self._folder)):
                 return
@@ -168,7 +167,7 @@ class Checkpoints:
         raise FileNotFoundError(f"{self.directory} was removed")
 
     @contextlib.contextmanager
-    def _damage_as_error(self) -> Iterator[None]:
+    def _open_failure_as_error(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -179,30 +178,38 @@ class Checkpoints:
     def _write_failure_as_error(self) -> Iterator[None]:
         try:
             yield
+        except CheckpointError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            steps = steps_on_disk(self.directory)
-            saved = f"the latest saved step is {steps[-1]}" if steps else "no step has been saved"
             raise CheckpointError(
-                f"can't write a checkpoint to {self.directory} ({_first_line(error)}); {saved}. Free some"
-                " space or restore the folder, and run the same command again to resume"
+                f"can't write a checkpoint to {self.directory} ({_first_line(error)}); {latest_saved(self.directory)}."
+                " Free some space or restore the folder, and run the same command again to resume"
+            ) from error
+
+    @contextlib.contextmanager
+    def _read_failure_as_error(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises exceptions of many types for damaged files
+            raise CheckpointError(
+                f"checkpoint {self._folder_of(step)} can't be read ({_first_line(error)});"
+                " delete that folder to resume from the previous checkpoint"
             ) from error
 
     @property
     def latest_step(self) -> int | None:
-        """The latest saved step; None if there is none."""
+        """The latest saved step; None if nothing was saved."""
         return self._manager.latest_step()
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest top-1 error, the latest of equals; None if none was evaluated."""
+        """The step with the lowest top-1 error, and of equal errors the latest; None if no step was evaluated."""
         metrics = {step: self.metrics(step) for step in self._manager.all_steps()}
         errors = [(_error(values), -step) for step, values in metrics.items() if values]
         return -min(errors)[1] if errors else None
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """The evaluation metrics of a step; None if it was not evaluated."""
+        """Returns the evaluation metrics of a step; None if it was not evaluated."""
         with self._read_failure_as_error(step):
             values = self._manager.metrics(step)
             return values and {**values, "top1_error": float(values["top1_error"])}
@@ -229,84 +236,40 @@ class Checkpoints:
           CheckpointError: if the shapes differ from those of `like`, or files are damaged.
         """
         items, progress = self._restore(_trees(like), step)
-        return like.replace(step=_like(like.step, progress.step), **items), progress
+        number = jax.device_put(jax.numpy.asarray(progress.step, like.step.dtype), like.step.sharding)
+        return like.replace(step=number, **items), progress
 
     def restore_variables(self, like: Mapping[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
         """Restores the variables to evaluate, for `model.apply`: the averages if there are any.
 
         Raises:
-          CheckpointError: as `restore`.
+          CheckpointError: as in `restore`.
         """
-        if not (self.directory / str(step) / _AVERAGES).is_dir():
+        if not (self._folder_of(step) / _AVERAGES).is_dir():
             return self._restore(dict(like), step)
         items, progress = self._restore({_AVERAGES: dict(like)}, step)
         return items[_AVERAGES], progress
 
     def _restore(self, trees: dict[str, Any], step: int) -> tuple[dict[str, Any], Progress]:
-        if damage := find_damage(self.directory / str(step)):
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged ({damage}); give another step")
+        if damage := find_damage(self._folder_of(step)):
+            raise CheckpointError(f"checkpoint {self._folder_of(step)} is damaged ({damage}); give another step")
         abstract = {name: jax.tree.map(_abstract, tree) for name, tree in trees.items()}
-        self._check_shapes(abstract, step)
+        with self._read_failure_as_error(step):
+            stored = self._manager.item_metadata(step)
+        _check_shapes(abstract, stored, self._folder_of(step))
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         with self._read_failure_as_error(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()))
-        items = {name: restored[name] for name in trees}
-        return items, self._progress(restored["progress"], step)
-
-    @contextlib.contextmanager
-    def _read_failure_as_error(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax raises exceptions of many types for damaged files
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} can't be read ({_first_line(error)});"
-                " delete that folder to resume from the previous checkpoint"
-            ) from error
-
-    def _progress(self, stored: Any, step: int) -> Progress:
-        try:
-            skipped = tuple(int(at) for at in stored.get("skipped", ()))
-            pending = {str(name): float(value) for name, value in stored.get("pending", {}).items()}
-            progress = Progress(
-                int(stored["step"]), int(stored["epoch"]), float(stored["wall_seconds"]), skipped, pending
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} has no progress ({error})") from error
-        if progress.step != step:
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} is step {progress.step}; rename it back")
-        return progress
-
-    def _check_shapes(self, abstract: Mapping[str, Any], step: int) -> None:
-        with self._read_failure_as_error(step):
-            stored_items = self._manager.item_metadata(step)
-        lines = []
-        for name, tree in abstract.items():
-            stored = stored_items.get(name)
-            if stored is None:
-                raise CheckpointError(
-                    f"{self.directory / str(step)} has no {name}: it is damaged, or not a checkpoint of gmsop_jax"
-                )
-            theirs, ours = dict(_shapes(stored)), dict(_shapes(tree))
-            for path in sorted(theirs.keys() | ours.keys()):
-                a, b = theirs.get(path, "absent"), ours.get(path, "absent")
-                if a != b:
-                    lines.append(f"  {name}{path}: checkpoint {a}, model {b}")
-        if lines:
-            more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} does not fit the model:\n"
-                + "\n".join(lines[:10] + more)
-                + "\nuse the configuration it was trained with (config.json beside the checkpoints)"
-            )
+        return {name: restored[name] for name in trees}, _parse_progress(restored["progress"], self._folder_of(step))
 
     def wait(self) -> None:
-        """Waits until everything is on disk; raises CheckpointError as `save`."""
+        """Waits until everything is on disk; raises CheckpointError as `save` does."""
         with self._write_failure_as_error():
             self._manager.wait_until_finished()
             self._check_folder()
 
     def close(self) -> None:
-        """Waits as `wait`, and closes the folder."""
+        """Waits as `wait` does, and closes the folder."""
         with self._write_failure_as_error():
             self._manager.close()
             self._check_folder()
@@ -315,6 +278,37 @@ class Checkpoints:
             self._folder = None
             if jax.process_index() == 0:
                 self._delete_discarded()
+
+
+def _parse_progress(stored: Any, folder: pathlib.Path) -> Progress:
+    try:
+        skipped = tuple(int(at) for at in stored.get("skipped", ()))
+        pending = {str(name): float(value) for name, value in stored.get("pending", {}).items()}
+        progress = Progress(int(stored["step"]), int(stored["epoch"]), float(stored["wall_seconds"]), skipped, pending)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder} has no progress ({error})") from error
+    if str(progress.step) != folder.name:
+        raise CheckpointError(f"checkpoint {folder} is step {progress.step}; rename it back")
+    return progress
+
+
+def _check_shapes(abstract: Mapping[str, Any], stored: Any, folder: pathlib.Path) -> None:
+    lines = []
+    for name, tree in abstract.items():
+        if stored.get(name) is None:
+            raise CheckpointError(f"{folder} has no {name}: it is damaged, or not a checkpoint of gmsop_jax")
+        theirs, ours = dict(_shapes(stored.get(name))), dict(_shapes(tree))
+        for path in sorted(theirs.keys() | ours.keys()):
+            a, b = theirs.get(path, "absent"), ours.get(path, "absent")
+            if a != b:
+                lines.append(f"  {name}{path}: checkpoint {a}, model {b}")
+    if lines:
+        more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise CheckpointError(
+            f"checkpoint {folder} does not fit the model:\n"
+            + "\n".join(lines[:10] + more)
+            + "\nuse the configuration it was trained with (config.json beside the checkpoints)"
+        )
 
 
 @functools.cache
@@ -340,10 +334,6 @@ def _trees(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in names}
 
 
-def _like(array: jax.Array, value: int) -> jax.Array:
-    return jax.device_put(jax.numpy.asarray(value, array.dtype), array.sharding)
-
-
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
@@ -362,6 +352,12 @@ def _first_line(error: BaseException) -> str:
 def steps_on_disk(directory: pathlib.Path) -> list[int]:
     """The steps with a complete checkpoint, in ascending order."""
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
+def latest_saved(directory: pathlib.Path) -> str:
+    """Says which step was saved last, for the message of an error."""
+    steps = steps_on_disk(directory)
+    return f"the latest saved step is {steps[-1]}" if steps else "no step has been saved"
 
 
 def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:

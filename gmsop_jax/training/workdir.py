@@ -14,7 +14,7 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import manifest
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import FileLock, LockHeldError, write_atomic
-from gmsop_jax.training.checkpoint import DIRECTORY, read_copy, steps_on_disk
+from gmsop_jax.training.checkpoint import DIRECTORY, latest_saved, read_copy, steps_on_disk
 from gmsop_jax.training.processes import check_same, first_process_does
 
 _CONFIG, _LOCK = "config.json", ".lock"
@@ -107,11 +107,9 @@ class Workdir:
             raise CheckpointError(self._explain("the folder has vanished, or another took its place"))
 
     def _explain(self, reason: str) -> str:
-        steps = steps_on_disk(self.path / DIRECTORY)
-        saved = f"the latest saved step is {steps[-1]}" if steps else "no step has been saved"
         return (
-            f"can't write to the working directory {self.path} ({reason}); {saved}. Free some space or restore"
-            " the folder, and run the same command again to resume"
+            f"can't write to the working directory {self.path} ({reason}); {latest_saved(self.path / DIRECTORY)}."
+            " Free some space or restore the folder, and run the same command again to resume"
         )
 
     def _open(self) -> None:
