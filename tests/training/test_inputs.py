@@ -20,7 +20,7 @@ def test_another_order_of_the_images_is_said_once(tmp_path, caplog):
     (tmp_path / "inputs.json").write_text(json.dumps(earlier))
     with caplog.at_level(logging.WARNING):
         INPUTS.save(tmp_path)
-        assert "in another order (version 1, now 2)" in caplog.text
+        assert "in another order (version 1; this is version 2)" in caplog.text
         caplog.clear()
         INPUTS.save(tmp_path)
         assert not caplog.text
