@@ -23,7 +23,7 @@ COMMANDS = {  # each has its function run_… in a module of gmsop_jax.commands
     "report": ("study", "write an HTML page about one run or several"),
     "sweep": ("study", "train several configurations with several seeds"),
     "summary": ("study", "count the parameters and multiply-adds of networks"),
-    "export": ("weights", "write a trained network as safetensors or StableHLO"),
+    "export": ("weights", "write a trained network as safetensors, StableHLO or ONNX"),
     "import": ("weights", "turn PyTorch or MatConvNet weights into a run"),
 }
 

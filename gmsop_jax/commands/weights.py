@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from gmsop_jax.errors import ArgumentParser
-from gmsop_jax.inference.export import export_safetensors, export_stablehlo
+from gmsop_jax.inference.export import export_onnx, export_safetensors, export_stablehlo
 from gmsop_jax.interop.matconvnet_run import ImportedRun, import_checkpoint
 from gmsop_jax.interop.torch_run import ImportedWeights, import_weights
 from gmsop_jax.training.restore import folder_of
@@ -34,7 +34,7 @@ def run_export(arguments: Sequence[str]) -> None:
     """Exports a network and checks the copy: `gmsop export runs/quickstart --format stablehlo`."""
     parser = ArgumentParser(prog="gmsop export", description="Exports a trained network.")
     parser.add_argument("run", type=pathlib.Path, help="working directory, or one step's folder in it")
-    parser.add_argument("--format", choices=("stablehlo", "safetensors"), required=True)
+    parser.add_argument("--format", choices=("safetensors", "stablehlo", "onnx"), required=True)
     parser.add_argument("--output", type=pathlib.Path, help="folder (default: export/FORMAT in the run's)")
     parser.add_argument("--license", help="safetensors: licence of the weights, for the model card, as in cc-by-4.0")
     args = parser.parse_args(arguments)
@@ -44,7 +44,7 @@ def run_export(arguments: Sequence[str]) -> None:
     elif args.license:
         parser.error("--license goes into the model card, which only --format safetensors writes")
     else:
-        exported = export_stablehlo(args.run, output)
+        exported = {"stablehlo": export_stablehlo, "onnx": export_onnx}[args.format](args.run, output)
     for file in exported.files:
         print(f"{file}: {file.stat().st_size:,} bytes")
     largest = ", ".join(f"{name} {difference:.2g}" for name, difference in exported.differences.items())

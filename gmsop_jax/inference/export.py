@@ -1,4 +1,4 @@
-"""Exports trained networks: StableHLO that runs without this package, and a folder for model hubs.
+"""Exports trained networks: StableHLO and ONNX, which run without this package, and a folder for model hubs.
 
 After writing, each artefact is read back and compared with the original on random images.
 """
@@ -27,7 +27,8 @@ from gmsop_jax.training.checkpoint import DIRECTORY
 from gmsop_jax.training.restore import Info
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-STABLEHLO_FILE, JSON_FILE = "model.stablehlo", "model.json"
+STABLEHLO_FILE, ONNX_FILE, JSON_FILE = "model.stablehlo", "model.onnx", "model.json"
+OUTPUTS = ("logits", "probabilities", "gate_weights", "features")
 _BATCHES = (1, 3)  # sizes of the random batches for the comparison
 _TOLERANCE = 1e-3  # relative to the largest output; compilers order sums differently
 
@@ -76,13 +77,50 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
     def predict(images: jax.Array) -> dict[str, jax.Array]:
         return jax.lax.platform_dependent(variables, images, cpu=on_cpu, default=elsewhere)
 
-    batch = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((*batch, *info.inputs.image_size, 3), jnp.uint8)
-    artefact = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(images)
+    artefact = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(_any_images(info))
     description = _describe(info, variables) | {"platforms": list(PLATFORMS)}
     files = _write(output, {STABLEHLO_FILE: artefact.serialize(), JSON_FILE: _json(description)})
     restored: Any = jax.export.deserialize(bytearray(files[0].read_bytes()))
     return Exported(files, _compare(_run(model, variables, info), restored.call, info))
+
+
+def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Exported:
+    """Writes `model.onnx`, with the weights and the preprocessing, and `model.json`.
+
+    The input `images` and the outputs are those of `export_stablehlo`. The comparison runs in ONNX Runtime.
+
+    Args: as in `export_stablehlo`.
+
+    Raises: as `export_stablehlo`, and
+      ExportError: if jax2onnx can't convert the network. The head `mpncov` is one of these: ONNX has no
+        eigendecomposition.
+    """
+    _need("jax2onnx", "pip install 'gmsop-jax[onnx]' and pip install --no-deps jax2onnx")
+    _need("onnxruntime", "pip install 'gmsop-jax[onnx]'")
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+    from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
+
+    model, variables, info = gmsop_jax.load(path)
+    step = _make_step(_with_dispatch(info, "gather"), info)
+
+    def predict(images: jax.Array) -> tuple[jax.Array, ...]:
+        outputs = step(variables, images)
+        return tuple(outputs[name] for name in OUTPUTS)
+
+    try:
+        proto = to_onnx(predict, [_any_images(info)], input_names=["images"], output_names=list(OUTPUTS))
+    except Exception as error:  # jax2onnx has no error class of its own
+        raise ExportError(
+            f"jax2onnx can't convert this network with the head {info.config.model.head!r}"
+            f" ({type(error).__name__}: {error}); use --format stablehlo"
+        ) from error
+    files = _write(output, {ONNX_FILE: proto.SerializeToString(), JSON_FILE: _json(_describe(info, variables))})
+    session = onnxruntime.InferenceSession(str(files[0]), providers=["CPUExecutionProvider"])
+
+    def run(images: np.ndarray) -> Outputs:
+        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"images": images}), strict=True))
+
+    return Exported(files, _compare(_run(model, variables, info), run, info))
 
 
 def export_safetensors(
@@ -158,6 +196,11 @@ def _write(output: str | os.PathLike[str], contents: Mapping[str, bytes | bytear
     return tuple(folder / name for name in contents)
 
 
+def _any_images(info: Info) -> jax.ShapeDtypeStruct:
+    """A batch of any number of images."""
+    return jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *info.inputs.image_size, 3), jnp.uint8)
+
+
 def _with_dispatch(info: Info, dispatch: str) -> Network:
     model = configs.ConfigDict(info.config.model.to_dict())
     model.dispatch = dispatch
@@ -190,8 +233,8 @@ def _compare(
     return differences
 
 
-def _need(package: str) -> None:
+def _need(package: str, remedy: str = "pip install 'gmsop-jax[export]'") -> None:
     try:
         __import__(package)
     except ImportError as error:
-        raise ExportError(f"this export needs {package}: pip install 'gmsop-jax[export]'") from error
+        raise ExportError(f"this export needs {package}: {remedy}") from error

@@ -198,6 +198,48 @@ def test_mismatched_files_are_refused(safetensors, tmp_path):
             export.load_safetensors(folder)
 
 
+@pytest.mark.filterwarnings("default")  # those of jax2onnx
+def test_onnx_agrees_with_the_original(trained_run, tmp_path):
+    pytest.importorskip("jax2onnx")
+    exported = export.export_onnx(trained_run, tmp_path)
+    assert [file.name for file in exported.files] == ["model.onnx", "model.json"]
+    assert set(exported.differences) == set(export.OUTPUTS)
+    assert max(exported.differences.values()) < 1e-4
+
+
+def test_onnx_is_compared_in_its_runtime(trained_run, tmp_path, monkeypatch):
+    """With stand-ins for jax2onnx, which only stores the function, and for ONNX Runtime, which calls it."""
+    stored = []
+
+    def to_onnx(function, inputs, input_names, output_names):
+        assert str(inputs[0].shape) == "(b, 28, 28, 3)"
+        assert (input_names, output_names) == (["images"], list(export.OUTPUTS))
+        stored.append(jax.jit(function))
+        return types.SimpleNamespace(SerializeToString=lambda: b"onnx")
+
+    class InferenceSession:
+        error = 0.0
+
+        def __init__(self, file, providers):
+            assert pathlib.Path(file).read_bytes() == b"onnx"
+
+        def run(self, names, inputs):
+            return [np.asarray(output) + self.error for output in stored[-1](inputs["images"])]
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=to_onnx))
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=InferenceSession))
+    assert max(export.export_onnx(trained_run, tmp_path).differences.values()) < 1e-4
+    monkeypatch.setattr(InferenceSession, "error", 0.1)
+    with pytest.raises(export.ExportError, match="differ by"):
+        export.export_onnx(trained_run, tmp_path)
+    monkeypatch.setattr(sys.modules["jax2onnx"], "to_onnx", lambda *args, **options: 1 // 0)
+    with pytest.raises(export.ExportError, match=r"can't convert .* 'gmsop' \(ZeroDivisionError"):
+        export.export_onnx(trained_run, tmp_path)
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(export.ExportError, match="needs jax2onnx: pip install"):
+        export.export_onnx(trained_run, tmp_path)
+
+
 def test_a_copy_that_differs_is_refused(trained_run, tmp_path, monkeypatch):
     model, variables, _ = gmsop_jax.load(trained_run)
     other = jax.tree.map(lambda leaf: leaf + 0.01, variables)
