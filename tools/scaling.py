@@ -35,7 +35,7 @@ def _model(file: Path, num_classes: int) -> ConfigDict:
 def tables(machine: Machine, per_device: int = 256, whole: int = 256) -> str:
     """The tables of docs/scaling.md, as Markdown."""
     lines = [
-        "| network | parameters | all-reduced | all-reduces, at most | kept an image | MFLOP an image |",
+        "| network | parameters | bytes all-reduced | all-reduces, at most | stored per image | MFLOP per image |",
         "|---|---|---|---|---|---|",
     ]
     counted = {name: count(model, side) for name, (model, side) in cases().items()}
@@ -48,7 +48,8 @@ def tables(machine: Machine, per_device: int = 256, whole: int = 256) -> str:
         c = counted[name]
         lines += [
             f"\n{name}:\n",
-            f"| devices | sent by each | memory, {per_device} a device | bound | memory, {whole} in all | bound |",
+            f"| devices | sent per device | memory, {per_device} images per device | bound "
+            f"| memory, {whole} images in total | bound |",
             "|---|---|---|---|---|---|",
         ]
         for devices in DEVICES:
