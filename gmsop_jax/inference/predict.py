@@ -53,7 +53,7 @@ class Unreadable:
 
 
 def make_predict_step(
-    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool = False
+    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool
 ) -> Callable[[Mapping[str, Any], UInt8[Array, "b h w 3"]], dict[str, Array]]:
     """Creates the prediction step (variables, images) → outputs, for `jax.jit` and `jax.export`.
 
@@ -216,13 +216,14 @@ class Predictor:
         return {name: value[: len(images)] for name, value in outputs.items()}
 
     def predict(
-        self, inputs: Iterable[str | os.PathLike[str]], *, batch_size: int = 256
+        self, inputs: Iterable[str | os.PathLike[str]], *, batch_size: int | None = None
     ) -> Iterator[Prediction | Unreadable]:
         """Predicts the classes of images in batches, and reads the next images meanwhile.
 
         Args:
           inputs: files, folders and lists; see `list_files`.
-          batch_size: number of files in a batch; at most the number of files is used.
+          batch_size: number of files in a batch, by default `eval.batch_size` of the network's run; at most the number
+            of files is used.
 
         Returns: an iterator over the results, in the order of the files. A file that can't be read gives an
           `Unreadable`.
@@ -231,7 +232,7 @@ class Predictor:
           DataError: if there are no files.
         """
         files = list_files(inputs)
-        return self._predict(files, min(batch_size, len(files)))
+        return self._predict(files, min(batch_size or self.info.config.eval.batch_size, len(files)))
 
     def _predict(self, files: list[str], batch_size: int) -> Iterator[Prediction | Unreadable]:
         read = functools.partial(_try_read, size=self.info.inputs.image_size, shorter_side=self.info.config.eval.resize)

@@ -28,7 +28,7 @@ def run(
     top: int = 5,
     features: str | None = None,
     output_format: str = "table",
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> int:
     """Predicts the classes of images and prints them.
 
@@ -41,7 +41,7 @@ def run(
       top: number of most probable classes to print for each image.
       features: an .npz file for the features; see `FeatureFile`.
       output_format: one of `FORMATS`.
-      batch_size: number of images in a batch.
+      batch_size: number of images in a batch; by default `eval.batch_size` of the network's run.
 
     Returns: the exit status: 1 if a file could not be read, 0 otherwise.
 

@@ -82,40 +82,25 @@ class Checkpoints:
         if not read_only:
             first_process_does(self._clean_up)
         _silence_orbax()
-        keep_policy = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(keep),
-                # the lowest error comes last, and of equal errors the latest
-                policies.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
         options = ocp.CheckpointManagerOptions(
             best_fn=_error,  # without this function, Orbax writes no metrics
-            preservation_policy=keep_policy,
+            preservation_policy=_latest_and_best(keep),
             read_only=read_only,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
             todelete_subdir=None if read_only else _DISCARDED,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._before_rename),
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in (*_ITEMS, _AVERAGES)}
-        registry = ocp.DefaultCheckpointHandlerRegistry()
-        for name, handler in handlers.items():
-            registry.add(name, ocp.args.StandardSave, handler)
-            registry.add(name, ocp.args.StandardRestore, handler)
-        for name in ("progress", "files"):
-            registry.add(name, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-            registry.add(name, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
         with self._open_failure_as_error() if read_only else self._write_failure_as_error():
-            self._manager = ocp.CheckpointManager(path, options=options, handler_registry=registry)
-            # held open, so that no other folder can get its inode number
+            self._manager = ocp.CheckpointManager(path, options=options, handler_registry=_handlers())
+            # it stays open, so that no other folder can get its inode number
             self._folder = None if read_only else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        # an exception in flight is not hidden by one that closing raises for the same reason
+        # if an error is already being raised, closing often fails for the same reason; the first error is reported
         with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
             self.close()
 
@@ -309,6 +294,24 @@ def _check_shapes(abstract: Mapping[str, Any], stored: Any, folder: pathlib.Path
             + "\n".join(lines[:10] + more)
             + "\nuse the configuration it was trained with (config.json beside the checkpoints)"
         )
+
+
+def _latest_and_best(keep: int | None) -> policies.PreservationPolicy:
+    # BestN sorts by error, so that with `reverse` the lowest error comes last, and of equal errors the latest step.
+    best = policies.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    return policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    registry = ocp.DefaultCheckpointHandlerRegistry()
+    for name in (*_ITEMS, _AVERAGES):
+        handler = ocp.StandardCheckpointHandler()
+        registry.add(name, ocp.args.StandardSave, handler)
+        registry.add(name, ocp.args.StandardRestore, handler)
+    for name in ("progress", "files"):
+        registry.add(name, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        registry.add(name, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+    return registry
 
 
 @functools.cache

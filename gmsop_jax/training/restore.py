@@ -40,27 +40,23 @@ class Info:
         return self.config.model.num_candidates if self.config.model.head in ("gmgap", "gmsop") else 1
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any], Info]:
+def load(path: str | os.PathLike[str], sharding: Sharding | None = None) -> tuple[Network, dict[str, Any], Info]:
     """Restores a trained network. Its data set is not needed.
 
     Args:
-      path: a working directory (its best checkpoint is taken, or the last if none was evaluated), one step's folder in
-        it, a folder that `gmsop export --format safetensors` wrote, or the name of a repository on the Hugging Face Hub
-        with the contents of such a folder (needs huggingface_hub).
+      path: a working directory (its best checkpoint is restored, or the last if none was evaluated), the folder of one
+        step in it, a folder that `gmsop export --format safetensors` wrote, or the name of a repository on the Hugging
+        Face Hub with the contents of such a folder (needs huggingface_hub).
+      sharding: where the variables are placed; by default on the first device.
 
-    Returns: `(model, variables, info)` for `model.apply(variables, images)`, images being float
-      [b, h, w, 3] with `info.inputs.mean_rgb` subtracted (`train_step.normalize`); the variables,
-      averages if the run has them, are on the first device.
+    Returns: `(model, variables, info)` for `model.apply(variables, images)`. The images are float [b, h, w, 3] with
+      `info.inputs.mean_rgb` subtracted, as `step.normalize` does. The variables are the averages if the run computed
+      them.
 
     Raises:
       CheckpointError: if there is no checkpoint, a file of its run is missing or damaged, or the
         configuration doesn't fit it.
     """
-    return load_onto(path, SingleDeviceSharding(jax.local_devices()[0]))
-
-
-def load_onto(path: str | os.PathLike[str], sharding: Sharding) -> tuple[Network, dict[str, Any], Info]:
-    """Restores a network like `load`, and places its variables by a sharding."""
     config, inputs = read_description(path)
     configs.validate(config)
     if config.model.num_classes != len(inputs.classes):
@@ -69,6 +65,7 @@ def load_onto(path: str | os.PathLike[str], sharding: Sharding) -> tuple[Network
             f" {len(inputs.classes)}; they belong to different runs"
         )
     model = create_model(config.model)
+    sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     variables, step, metrics = load_variables(model, (*inputs.image_size, 3), path, sharding)
     return model, variables, Info(config, inputs, step, metrics)
 
@@ -85,22 +82,22 @@ def read_description(path: str | os.PathLike[str]) -> tuple[ConfigDict, Inputs]:
 
 
 def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The working directory of a run, or the folder of an exported network. Args, Raises: as in `load`."""
+    """Returns the working directory of a run, or the folder of an exported network. Args, Raises: as in `load`."""
     return exported.find(path) or checkpoint.locate(os.fspath(path))[0].parent
 
 
 def load_variables(
     model: Network, image_shape: tuple[int, int, int], path: str | os.PathLike[str], sharding: Sharding
 ) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
-    """Restores the parameters and moments of a network; the averages, if the run computes them.
+    """Restores the parameters and moments of a network, or their averages if the run computed them.
 
     Args:
       model: the network.
       image_shape: height, width and channels of its images.
-      path: as `load`.
-      sharding: where each array goes.
+      path: as in `load`.
+      sharding: where the arrays are placed.
 
-    Returns: (variables, step, what was measured at that step).
+    Returns: (variables, step, evaluation metrics of that step).
 
     Raises:
       CheckpointError: if there is no checkpoint, it doesn't fit the model, or is damaged.

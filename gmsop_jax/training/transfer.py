@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.training.inputs import Inputs
-from gmsop_jax.training.restore import load_onto
+from gmsop_jax.training.restore import load
 
 Path = tuple[str, ...]  # the path of an array: collection, backbone or head, …, name
 
@@ -46,7 +46,7 @@ def read_source(config: ConfigDict, sharding: Sharding) -> Source:
     """
     path = config.train.init_from
     try:
-        _, variables, info = load_onto(path, sharding)
+        _, variables, info = load(path, sharding)
     except (CheckpointError, ConfigError) as error:
         raise ConfigError(f"config.train.init_from = {path!r}: {error}") from error
     theirs, ours = info.config.model.pixel_scale, config.model.pixel_scale

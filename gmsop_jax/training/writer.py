@@ -80,7 +80,7 @@ class Writer:
     def __exit__(self, kind, *_):
         self._bar.close()
         if self._enabled:
-            # an error in flight is not hidden by one that closing raises for the same reason
+            # if an error is already being raised, closing often fails for the same reason; the first error is reported
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
                 self._jsonl.close()
                 for logger in self._loggers:
