@@ -6,6 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from gmsop_jax.analysis import summary, sweep
+from gmsop_jax.analysis.study import Study, StudyRunner, load_study
+from gmsop_jax.config import split_argument
+from gmsop_jax.conversion.convert import convert
+from gmsop_jax.conversion.sources import Options
 from gmsop_jax.errors import ArgumentParser, ConfigError, UserError
 from gmsop_jax.files import write_atomic
 
@@ -38,6 +42,8 @@ def run_report(arguments: Sequence[str]) -> None:
 def run_sweep(arguments: Sequence[str]) -> int:
     """Trains configurations with several seeds, and writes one table: `gmsop sweep heads --seeds 0 1 2`.
 
+    A configuration file that defines a study is executed as one: `gmsop sweep configs/studies/elpv.py`.
+
     Returns: 1 if a run failed, and otherwise 0.
     """
     parser = ArgumentParser(
@@ -52,7 +58,18 @@ def run_sweep(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
     parser.add_argument("--part", default="0/1", type=_part, metavar="I/N", help="every N-th run from the I-th, from 0")
     parser.add_argument("--gather", action="store_true", help="only write the table of the runs that are finished")
+    group = parser.add_argument_group("for studies, which choose their seeds and hyperparameters themselves")
+    group.add_argument("--input", help="what was downloaded, as for `gmsop convert`")
+    group.add_argument("--data-dir", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data sets")
+    group.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="folder of raw results")
     options = parser.parse_args(arguments)
+    studies = {path: study for path in options.configs if (study := load_study(path))}
+    if studies:
+        if len(studies) < len(options.configs) or options.overrides:
+            raise ConfigError("studies can't be combined with other configurations or with --config.field=value")
+        for path, study in studies.items():
+            _execute_study(study, path, options)
+        return 0
     jobs = sweep.plan_sweep(options.configs, options.seeds, options.output, options.overrides)
     part, parts = options.part
     options.output.mkdir(parents=True, exist_ok=True)
@@ -61,6 +78,15 @@ def run_sweep(arguments: Sequence[str]) -> int:
     write_atomic(options.output / "table.md", table)
     print(f"{table}{options.output / 'table.md'}")
     return 1 if failed else 0
+
+
+def _execute_study(study: Study, path: str, options: argparse.Namespace) -> None:
+    """Converts the data sets of a study that do not exist yet, and executes its runs."""
+    for data in study.data:
+        convert(data.source, options.input, options.data_dir / data.name, options=Options(**data.options))
+    file, _ = split_argument(path)
+    StudyRunner(study, file, data_dir=options.data_dir, output=options.output, results=options.results).execute()
+    print(f"all runs of {study.name} are finished; make its page with: python tools/results.py")
 
 
 def _part(text: str) -> tuple[int, int]:

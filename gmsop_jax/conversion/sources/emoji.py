@@ -8,14 +8,13 @@ with skin tones.
 import dataclasses
 import functools
 import json
-import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from gmsop_jax.conversion.sources import Request
+from gmsop_jax.conversion.sources.files import tar_members
 from gmsop_jax.conversion.sources.images import decode_image
 from gmsop_jax.conversion.sources.table import ImageTable, fold_masks, stratified_parts, subset
 from gmsop_jax.data.resize import Method, resize
@@ -115,17 +114,11 @@ def _find_tarball(request: Request, vendor: Vendor) -> Path:
 
 def _members(tarball: Path, wanted: str) -> Iterator[tuple[str, bytes]]:
     """Yields the name and content of a file, or of each file directly in a folder."""
-    try:
-        with tarfile.open(tarball, "r:gz") as archive:
-            for member in archive:
-                inside = member.name == wanted or member.name.rpartition("/")[0] == wanted
-                if inside and member.isfile():
-                    if member.size > _LARGEST_FILE:
-                        raise DataError(f"{tarball}: {member.name} has {member.size:,} bytes, which is too large")
-                    if (file := archive.extractfile(member)) is not None:
-                        yield member.name, file.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{tarball} is not a complete tarball ({error}); download it again") from error
+    for member, read in tar_members(tarball, "r:gz"):
+        if wanted in (member.name, member.name.rpartition("/")[0]):
+            if member.size > _LARGEST_FILE:
+                raise DataError(f"{tarball}: {member.name} has {member.size:,} bytes, which is too large")
+            yield member.name, read()
 
 
 def _read_groups(tarball: Path) -> dict[str, str]:

@@ -1,18 +1,21 @@
 """Arrays that are read from their files item by item, and the archives that contain them."""
 
+import contextlib
 import dataclasses
+import functools
 import lzma
 import math
 import os
 import re
 import shutil
 import struct
+import tarfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 
@@ -30,6 +33,17 @@ _ZIP_ERRORS = (
     ValueError,
     OverflowError,
     IndexError,
+)
+# RecursionError: headers within headers; MemoryError and OverflowError: impossible sizes.
+_TAR_ERRORS = (
+    tarfile.TarError,
+    zlib.error,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
 )
 _HEADER_ERRORS = (ValueError, TypeError, EOFError, OverflowError, SyntaxError, tokenize.TokenError, MemoryError)
 
@@ -151,6 +165,38 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> 
         raise DataError(
             f"{archive.filename}: {member.filename} can't be unpacked ({error}); download it again"
         ) from error
+
+
+def tar_members(path: Path, mode: Literal["r:", "r:gz"]) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """Yields the regular files of a tar archive, each with a function that returns its content if it is called at once.
+
+    Raises:
+      DataError: if the archive is damaged or truncated.
+    """
+    with _explaining_tar_errors(path), tarfile.open(path, mode) as archive:
+        end = 0
+        for member in archive:
+            if member.offset < end or member.size < 0:  # the headers of a damaged file may form a circle
+                raise tarfile.ReadError(f"the member at byte {member.offset:,} has a wrong size")
+            end = member.offset_data
+            if member.isfile() and not member.issparse():
+                yield member, functools.partial(_read_member, path, archive, member)
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # otherwise all stay in memory
+
+
+def _read_member(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    with _explaining_tar_errors(path):
+        file = archive.extractfile(member)
+        assert file is not None  # it is a regular file
+        return file.read()
+
+
+@contextlib.contextmanager
+def _explaining_tar_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _TAR_ERRORS as error:
+        raise DataError(f"{path} is not a complete tar archive ({error}); download it again") from error
 
 
 def check_space(folder: Path, needed: int) -> None:

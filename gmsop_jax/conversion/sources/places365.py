@@ -9,13 +9,12 @@ import dataclasses
 import functools
 import hashlib
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
 
 from gmsop_jax.conversion.sources import Request, UnreadableImage
-from gmsop_jax.conversion.sources.files import read_at, read_lines
+from gmsop_jax.conversion.sources.files import read_at, read_lines, tar_members
 from gmsop_jax.conversion.sources.image_folder import read_image_file
 from gmsop_jax.conversion.sources.images import Names, decode_image
 from gmsop_jax.conversion.sources.table import ImageTable
@@ -24,8 +23,6 @@ from gmsop_jax.errors import DataError
 
 OPTIONS = frozenset({"size", "resize"})
 _SIZE = 100
-# RecursionError: headers within headers; MemoryError and OverflowError: impossible sizes.
-_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 _LISTS = {"train": "places365_train_standard.txt", "val": "places365_val.txt"}
 _TARS = {"train": "train_256_places365standard.tar", "val": "val_256.tar"}
 _FOLDERS = {"train": "data_256", "val": "val_256"}
@@ -112,19 +109,9 @@ def _find_members(tar: Path, names: Names) -> np.ndarray:
     Names are compared by 8-byte hashes, because millions of strings would need too much memory.
     """
     hashes, places = array.array("Q"), array.array("q")
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            end = 0
-            for member in archive:
-                if member.offset < end or member.size < 0:  # the headers of a damaged file may form a circle
-                    raise tarfile.ReadError(f"the member at byte {member.offset:,} has a wrong size")
-                end = member.offset_data
-                if member.isfile() and not member.issparse():
-                    hashes.append(_hash(member.name.removeprefix("./").split("/", 1)[-1]))
-                    places.extend((member.offset_data, member.size))
-                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # otherwise all stay in memory
-    except _TAR_ERRORS as error:
-        raise DataError(f"{tar} is not a complete tar archive ({error}); download it again") from error
+    for member, _ in tar_members(tar, "r:"):
+        hashes.append(_hash(member.name.removeprefix("./").split("/", 1)[-1]))
+        places.extend((member.offset_data, member.size))
     found, table = np.array(hashes, np.uint64), np.array(places, np.int64).reshape(-1, 2)
     order = np.argsort(found)
     wanted = np.fromiter((_hash(names[row]) for row in range(len(names))), np.uint64, len(names))

@@ -1,0 +1,34 @@
+"""What N, K, the gate's start, noise and gradient, and the number of iterations change in GM-SOP.
+
+    python tools/sweep.py configs/studies/ablations.py
+
+450 training images of Fashion-MNIST, as in `fashion_sample_10.py`. The balance weight α is in every grid.
+"""
+
+import dataclasses
+import pathlib
+
+from gmsop_jax.config import run_file
+
+_TENTH = run_file(pathlib.Path(__file__).with_name("fashion_sample_10.py"))
+_METHODS = run_file(pathlib.Path(__file__).with_name("methods.py"))
+_EPOCHS = 20
+
+
+def _grid(method: str) -> list[tuple[str, ...]]:
+    return [
+        (*point[:2], f"train.balance_weight={alpha}")
+        for point in _METHODS.grid(method, epochs=_EPOCHS, size=1)
+        for alpha in (0, 20, 100)
+    ]
+
+
+STUDY = dataclasses.replace(
+    _TENTH.STUDY,
+    name="ablations",
+    title="Ablations of the gated mixture on 450 images of Fashion-MNIST",
+    grids={method: _grid(method) for method in _METHODS.ABLATIONS},
+    reference="gmsop",
+    notes="Each row changes one thing in GM-SOP with N = 8, K = 4. The balance weight α is chosen from 0, 20 and 100.",
+)
+get_config = _TENTH.get_config

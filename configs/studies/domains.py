@@ -1,0 +1,26 @@
+"""All methods on solar cells, clothing and emoji together, at 64×64: do images of several kinds need several poolings?
+
+    python tools/sweep.py configs/studies/domains.py --input FOLDER
+
+FOLDER contains the folders `elpv`, `fashion-mnist` and `emoji` with the inputs of these sources, see docs/data.md.
+"""
+
+import dataclasses
+import pathlib
+
+from gmsop_jax.analysis.study import StudyData
+from gmsop_jax.config import run_file
+
+_EMOJI = run_file(pathlib.Path(__file__).with_name("emoji.py"))
+
+STUDY = dataclasses.replace(
+    _EMOJI.STUDY,
+    name="domains",
+    title="Solar cells, clothing and emoji together, at 64×64",
+    data=[StudyData("domains-64-fold0", "domains", {"fold": 0})],
+    test_splits=("test", "test_elpv", "test_fashion_mnist", "test_emoji"),
+    notes="""\
+One network for 21 classes: two of solar cells, ten of clothing and nine of emoji. The images are of three known kinds,
+so this is where a mixture of poolings should help if it helps anywhere.""",
+)
+get_config = _EMOJI.get_config

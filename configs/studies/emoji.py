@@ -1,0 +1,33 @@
+"""All methods on emoji in three vendors' drawings at 64×64: nine groups are the classes.
+
+    npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d
+    python tools/sweep.py configs/studies/emoji.py --input FOLDER
+
+All drawings of an emoji are in the same split. `emoji_vendors.py` leaves a vendor out instead.
+"""
+
+import pathlib
+
+from gmsop_jax.analysis.study import Study, StudyData
+from gmsop_jax.config import ConfigDict, run_file
+
+_METHODS = run_file(pathlib.Path(__file__).with_name("methods.py"))
+_EPOCHS = 20
+
+STUDY = Study(
+    name="emoji",
+    title="Emoji in three vendors' drawings at 64×64",
+    grids={method: _METHODS.grid(method, epochs=_EPOCHS) for method in _METHODS.METHODS},
+    data=[StudyData("emoji-64-fold0", "emoji", {"fold": 0})],
+    test_splits=("test", "test_google", "test_twitter", "test_fluent"),
+    notes="""\
+1,852 emoji, each drawn by Google, Twitter and Microsoft, in nine groups. The three drawings of an emoji are in the same
+split: 70 % of the emoji are for training, 10 % for validation and 20 % for the test.""",
+)
+
+
+def get_config(method: str = "gmsop") -> ConfigDict:
+    c = _METHODS.create_config(method, epochs=_EPOCHS)
+    c.model.stage_widths = (16, 16, 32, 32)
+    c.model.stage_strides = (2, 2, 2, 1)
+    return c

@@ -1,0 +1,27 @@
+"""All methods on emoji at 64×64, with the drawings of one vendor left out of training and used for the test.
+
+npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d
+python tools/sweep.py configs/studies/emoji_vendors.py --input FOLDER
+"""
+
+import dataclasses
+import pathlib
+
+from gmsop_jax.analysis.study import StudyData
+from gmsop_jax.config import run_file
+
+_EMOJI = run_file(pathlib.Path(__file__).with_name("emoji.py"))
+_VENDORS = ("google", "twitter", "fluent")
+
+STUDY = dataclasses.replace(
+    _EMOJI.STUDY,
+    name="emoji_vendors",
+    title="Emoji of a vendor whose drawings were not seen, at 64×64",
+    data=[StudyData(f"emoji-64-without-{vendor}", "emoji", {"leave_out": vendor}) for vendor in _VENDORS],
+    test_splits=("test",),
+    notes="""\
+1,852 emoji, each drawn by Google, Twitter and Microsoft, in nine groups. The drawings of one vendor are the test
+images, and those of the other two are for training (90 % of the emoji) and validation. The error is the mean over the
+three vendors that can be left out. The emoji themselves were seen in training, as the other vendors draw them.""",
+)
+get_config = _EMOJI.get_config

@@ -1,0 +1,232 @@
+"""Pages of results: tables and plots of a study, made from its results alone."""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import scipy.stats
+
+from gmsop_jax.analysis.study import Study, short_form
+
+Results = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+      mean: the mean.
+      deviation: standard deviation (n − 1); NaN for a single value.
+      count: number of seeds, n.
+    """
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """The estimate from one value for each seed."""
+        deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+        return cls(statistics.mean(values), deviation, len(values))
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the 95 % confidence interval, by Student's t; NaN for a single value.
+
+        Example:
+          >>> round(Estimate.of([1.0, 2.0, 3.0]).half_width, 3)
+          2.484
+        """
+        if self.count < 2:
+            return float("nan")
+        return float(scipy.stats.t.ppf(0.975, self.count - 1)) * self.deviation / self.count**0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodResults:
+    """The final runs of one method, averaged over data sets for each seed that has a run on all of them.
+
+    Attributes:
+      method: the method.
+      point: the chosen hyperparameters.
+      errors: error in percent by split and seed.
+      runs: the results.
+    """
+
+    method: str
+    point: tuple[str, ...]
+    errors: Mapping[str, Mapping[int, float]]
+    runs: Results
+
+
+def collect(study: Study, results: Results, metric: str = "balanced_error") -> list[MethodResults]:
+    """Returns the finished final runs of each method that has any.
+
+    Args:
+      study: the study.
+      results: its results. Runs without test splits served only to choose hyperparameters.
+      metric: `balanced_error` or `top1_error`.
+    """
+    final = [result for result in results if all(split in result["splits"] for split in study.test_splits)]
+    collected = []
+    for method in study.grids:
+        own = [result for result in final if result["method"] == method]
+        seeds = {
+            seed: [result for result in own if result["seed"] == seed]
+            for seed in study.seeds
+            if {result["data"] for result in own if result["seed"] == seed} >= {data.name for data in study.data}
+        }
+        if not seeds:
+            continue
+        errors = {
+            split: {seed: statistics.mean(run["splits"][split][metric] for run in runs) for seed, runs in seeds.items()}
+            for split in study.test_splits
+        }
+        collected.append(MethodResults(method, tuple(own[0]["point"]), errors, own))
+    return collected
+
+
+def difference(method: MethodResults, reference: MethodResults, split: str) -> Estimate | None:
+    """The difference of two methods over the seeds that both have; None if there are none."""
+    own, other = method.errors[split], reference.errors[split]
+    paired = [own[seed] - other[seed] for seed in own if seed in other]
+    return Estimate.of(paired) if paired else None
+
+
+def page(study: Study, results: Results, config_file: str) -> str:
+    """The Markdown page of a study.
+
+    Args:
+      study: the study.
+      results: its results.
+      config_file: the path of its configuration, for the command.
+    """
+    methods = collect(study, results)
+    lines = [f"# {study.title}", "", study.notes.strip(), ""] if study.notes else [f"# {study.title}", ""]
+    if not methods:
+        return "\n".join([*lines, "There are no results yet.", ""])
+    lines += [f"![Errors of each method]({study.name}.svg)", "", *_main_table(study, methods), ""]
+    lines += [_reading(study, methods), ""]
+    if len(study.test_splits) > 1:
+        lines += ["## Parts of the test images", "", *_split_table(study, methods), ""]
+    lines += ["## How it was measured", "", *_provenance(study, methods, results, config_file), ""]
+    return "\n".join(lines)
+
+
+def _main_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
+    split = study.test_splits[0]
+    reference = next((method for method in methods if method.method == study.reference), None)
+    lines = [
+        f"| method | seeds | balanced error | top-1 error | difference to {study.reference} | parameters | MMAC |"
+        " s/epoch | chosen |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    top1 = {method.method: method for method in collect(study, _of(methods), "top1_error")}
+    for method in methods:
+        first = method.runs[0]
+        delta = difference(method, reference, split) if reference and method is not reference else None
+        chosen = ", ".join(map(short_form, method.point)) or "–"
+        seconds = statistics.median(run["epoch_seconds"] for run in method.runs)
+        lines.append(
+            f"| {method.method} | {len(method.errors[split])} | {_spread(list(method.errors[split].values()))} |"
+            f" {_spread(list(top1[method.method].errors[split].values()))} | {_interval(delta)} |"
+            f" {first['parameters']:,} | {first['macs'] / 1e6:.2f} | {seconds:.1f} | {chosen} |"
+        )
+    return lines
+
+
+def _of(methods: Sequence[MethodResults]) -> list[Mapping[str, Any]]:
+    return [run for method in methods for run in method.runs]
+
+
+def _split_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
+    splits = study.test_splits[1:]
+    lines = [f"| method | {' | '.join(splits)} |", "|---" * (len(splits) + 1) + "|"]
+    for method in methods:
+        cells = [_spread(list(method.errors[split].values())) for split in splits]
+        lines.append(f"| {method.method} | {' | '.join(cells)} |")
+    return lines
+
+
+def _reading(study: Study, methods: Sequence[MethodResults]) -> str:
+    """One paragraph about which differences are larger than chance, computed from the results."""
+    split = study.test_splits[0]
+    reference = next((method for method in methods if method.method == study.reference), None)
+    if reference is None:
+        return f"There is no result of {study.reference} yet, so methods can't be compared."
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+    for method in methods:
+        delta = difference(method, reference, split) if method is not reference else None
+        if delta is not None:
+            sure = delta.count > 1 and abs(delta.mean) > delta.half_width
+            groups["open" if not sure else "better" if delta.mean < 0 else "worse"].append(method.method)
+    sentences = [
+        f"Compared with {study.reference} on the same seeds, the 95 % interval of the difference lies below 0 for"
+        f" {_listed(groups['better'])}, and above 0 for {_listed(groups['worse'])}.",
+        f"It contains 0, or there are too few seeds, for {_listed(groups['open'])}.",
+    ]
+    return " ".join(sentences)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "no method"
+
+
+def _provenance(study: Study, methods: Sequence[MethodResults], results: Results, config_file: str) -> list[str]:
+    runs = _of(methods)
+    points = ", ".join(f"{len(points)} for {method}" for method, points in study.grids.items())
+    versions = sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in runs})
+    hours = sum(result["wall_seconds"] for result in results) / 3600
+    return [
+        "The error is that of the last epoch on the test images, which were used for nothing else. The balanced error",
+        "is the mean of the errors of the classes. Values are mean ± standard deviation over seeds. Differences are",
+        "paired by seed, with 95 % intervals by Student's t. Hyperparameters were chosen by the balanced error on the",
+        f"split `val` with the first seed. Number of points in the grid: {points}. Seconds per epoch were",
+        "measured while other jobs ran on the machine, so they can only be compared roughly.",
+        "",
+        f"- Command: `python tools/sweep.py {config_file}`, then `python tools/results.py`",
+        f"- Runs: {len(results)} in {hours:.1f} hours, of which {len(runs)} with test images",
+        f"- Training images: {', '.join(sorted({str(run['train_images']) for run in runs}))}",
+        f"- Device: {', '.join(sorted({run['device'] for run in runs}))}",
+        f"- Commits: {', '.join(sorted({run['commit'] for run in runs}))}",
+        f"- Versions: {'; '.join(versions)}",
+        f"- Raw results: `results/{study.name}/`",
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    estimate = Estimate.of(values)
+    return f"{estimate.mean:.2f}" + (f" ± {estimate.deviation:.2f}" if estimate.count > 1 else "") + " %"
+
+
+def _interval(delta: Estimate | None) -> str:
+    if delta is None:
+        return "–"
+    if delta.count < 2:
+        return f"{delta.mean:+.2f}"
+    return f"{delta.mean:+.2f} [{delta.mean - delta.half_width:+.2f}, {delta.mean + delta.half_width:+.2f}]"
+
+
+def plot(study: Study, results: Results, file: pathlib.Path) -> None:
+    """Draws the errors of each method: every seed, and the mean with its 95 % interval. Writes SVG."""
+    from matplotlib.figure import Figure
+
+    methods, split = collect(study, results), study.test_splits[0]
+    figure = Figure(figsize=(7, 0.8 + 0.36 * len(methods)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, method in enumerate(reversed(methods)):
+        values = list(method.errors[split].values())
+        estimate = Estimate.of(values)
+        axes.plot(values, [row] * len(values), "o", color="#9ab", markersize=4)
+        width = estimate.half_width if estimate.count > 1 else 0.0
+        axes.errorbar(estimate.mean, row, xerr=width, fmt="D", color="#135", capsize=3, markersize=5)
+    axes.set_yticks(range(len(methods)), [method.method for method in reversed(methods)])
+    axes.set_xlabel("balanced error on the test images in %, by seed, and mean with 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
+    with matplotlib.rc_context({"svg.hashsalt": study.name}):  # the same results give the same file
+        figure.savefig(file, format="svg", metadata={"Date": None})

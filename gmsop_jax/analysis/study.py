@@ -1,0 +1,286 @@
+"""Studies: methods that are compared on one data set, each with hyperparameters chosen on validation images.
+
+A study trains every method at every point of its grid, and chooses the point with the lowest error on the split `val`.
+With that point, it trains the method with every seed on every data set, and measures the test splits once. The results
+are JSON, one file for each run; a run whose file exists is not repeated.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gmsop_jax import config as configs
+from gmsop_jax.analysis.costs import cost
+from gmsop_jax.config import ConfigDict
+from gmsop_jax.data import pipeline
+from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.errors import ConfigError, DataError
+from gmsop_jax.files import write_json
+from gmsop_jax.inference.predict import make_predict_step
+from gmsop_jax.training import checkpoint, restore
+from gmsop_jax.training.loop import train_and_evaluate
+
+Point = tuple[str, ...]  # assignments `field=value`
+_PACKAGES = ("gmsop_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def short_form(assignment: str) -> str:
+    """An assignment without the section of its field.
+
+    Example:
+      >>> short_form("train.balance_weight=20.0")
+      'balance_weight=20.0'
+    """
+    field, _, value = assignment.partition("=")
+    return f"{field.rpartition('.')[2]}={value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyData:
+    """How a data set of a study is made.
+
+    Attributes:
+      name: name of its folder.
+      source: source that tools/convert.py converts.
+      options: options of the source.
+    """
+
+    name: str
+    source: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison of methods.
+
+    Attributes:
+      name: name of the results.
+      title: heading of the page of results.
+      grids: the points to choose from, for each method. A method is an argument of the file's `get_config`.
+      data: the data sets, such as folds; hyperparameters are chosen on the first one.
+      seeds: seeds of the final runs; hyperparameters are chosen with the first one.
+      test_splits: splits that are measured, with the main one first.
+      reference: the method that the others are compared with.
+      notes: text for the page of results.
+    """
+
+    name: str
+    title: str
+    grids: Mapping[str, Sequence[Point]]
+    data: Sequence[StudyData]
+    seeds: Sequence[int] = range(5)
+    test_splits: Sequence[str] = ("test",)
+    reference: str = "srsop"
+    notes: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyRun:
+    """One training run of a study; its `name` is that of its working directory and of its result."""
+
+    study: str
+    method: str
+    point: Point
+    seed: int
+    data: str
+
+    @property
+    def name(self) -> str:
+        """A name that differs for every run of a study."""
+        name = "-".join([self.method, *map(short_form, self.point), self.data, f"seed{self.seed}"])
+        return "".join(char for char in name if char.isalnum() or char in "-_.=,").replace(",", "_")
+
+
+class StudyRunner:
+    """Executes the runs of a study one after the other in this process.
+
+    Args:
+      study: the study.
+      path: its configuration file, with `get_config(method)`.
+      data_dir: the folder that contains the data sets.
+      output: the folder for working directories.
+      results: the folder for results; they go to its subfolder with the name of the study.
+      say: prints a line.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        path: str | pathlib.Path,
+        *,
+        data_dir: pathlib.Path,
+        output: pathlib.Path,
+        results: pathlib.Path,
+        say: Callable[[str], None] = print,
+    ):
+        self.study, self.path, self.data_dir = study, pathlib.Path(path), data_dir
+        self.output, self.results, self.say = output / study.name, results / study.name, say
+
+    def selection_runs(self, method: str) -> list[StudyRun]:
+        """The runs among which the hyperparameters of a method are chosen."""
+        return [self._run(method, point, self.study.seeds[0], self.study.data[0]) for point in self.study.grids[method]]
+
+    def choose(self, method: str) -> Point:
+        """Returns the point with the lowest balanced error on `val`; of equal ones, that with the lowest loss."""
+
+        def key(run: StudyRun) -> tuple[float, float]:
+            measured = self.measure(run, ["val"])["splits"]["val"]
+            return measured["balanced_error"], measured["loss"]
+
+        return min(self.selection_runs(method), key=key).point
+
+    def execute(self) -> None:
+        """Executes all runs that have no result yet; may be interrupted and repeated."""
+        study = self.study
+        points = {method: self.choose(method) for method in study.grids}
+        for seed in study.seeds:
+            for data in study.data:
+                for method, point in points.items():
+                    self.measure(self._run(method, point, seed, data), ["val", *study.test_splits])
+
+    def measure(self, run: StudyRun, splits: Sequence[str]) -> dict[str, Any]:
+        """Returns the result of a run with measurements of `splits`; trains and measures what is missing."""
+        file = self.results / f"{run.name}.json"
+        config = self.config(run)
+        fields = _changed_fields(config)
+        result = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        if result and result["config"] != json.loads(json.dumps(fields)):
+            raise ConfigError(f"{file} was measured with another configuration; delete it, or rename the study")
+        missing = [split for split in splits if split not in result.get("splits", {})]
+        if not missing:
+            return result
+        workdir = self.output / run.name
+        self.say(f"{run.name}:")
+        trained = train_and_evaluate(config, workdir)
+        measured = {split: measure_split(workdir, split) for split in missing}
+        result = (result or _describe(run, config, fields, trained, workdir)) | {
+            "splits": result.get("splits", {}) | measured
+        }
+        write_json(_made(file), result)
+        jax.clear_caches()  # every run compiles its own step, whose program is not needed any more
+        return result
+
+    def config(self, run: StudyRun) -> ConfigDict:
+        """The configuration of a run."""
+        folder = self.data_dir / run.data
+        fields = [*run.point, f"seed={run.seed}", f"data.dir={folder}", "eval.split=val", "checkpoint.keep=1"]
+        return configs.load(f"{self.path}:{run.method}", fields)
+
+    def _run(self, method: str, point: Point, seed: int, data: StudyData) -> StudyRun:
+        return StudyRun(self.study.name, method, point, seed, data.name)
+
+
+def load_study(path: str | pathlib.Path) -> Study | None:
+    """Returns the study that a configuration file defines as `STUDY`, or None if it defines none."""
+    return getattr(configs.run_file(configs.split_argument(path)[0]), "STUDY", None)
+
+
+def load_results(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the results in a folder, sorted by file name."""
+    return [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+
+
+def measure_split(workdir: pathlib.Path, split: str) -> dict[str, Any]:
+    """Measures the last checkpoint of a run on a split.
+
+    Returns: `loss` (nats), `top1_error` and `balanced_error` (percent), and `confusion`, the number of images of each
+      true class (row) that were predicted as each class (column).
+    """
+    folder, _ = checkpoint.locate(workdir)
+    last = max(checkpoint.steps_on_disk(folder))
+    model, variables, info = restore.load(folder / str(last))
+    config = info.config
+    predict = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=config.eval.flip_average))
+    counts = np.zeros((len(info.inputs.classes),) * 2, int)
+    loss = 0.0
+    batches = pipeline.eval_batches(
+        config.data.dir,
+        split,
+        batch_size=config.eval.batch_size,
+        image_size=config.data.image_size or None,
+        resize=config.eval.resize,
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            probabilities = np.asarray(predict(variables, batch["image"])["probabilities"], np.float64)[batch["mask"]]
+            labels = batch["label"][batch["mask"]]
+            np.add.at(counts, (labels, probabilities.argmax(1)), 1)
+            loss -= np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-30)).sum()
+    return {
+        "loss": loss / counts.sum(),
+        "top1_error": float(100 * (1 - np.trace(counts) / counts.sum())),
+        "balanced_error": balanced_error(counts),
+        "confusion": counts.tolist(),
+    }
+
+
+def balanced_error(confusion: Any) -> float:
+    """The mean error over the classes that occur, in percent.
+
+    Example:
+      >>> balanced_error([[8, 2], [0, 0]])
+      20.0
+    """
+    counts = np.asarray(confusion)
+    sizes = counts.sum(1)
+    return float(np.mean(100 - 100 * np.diag(counts)[sizes > 0] / sizes[sizes > 0]))
+
+
+def _describe(
+    run: StudyRun, config: ConfigDict, fields: dict[str, Any], trained: Mapping[str, Any], workdir: pathlib.Path
+) -> dict[str, Any]:
+    """What a result says about how it was obtained."""
+    manifest = Manifest.load(config.data.dir, splits=())
+    size = config.data.image_size or (manifest.split("train").image_size or (0,))[0]
+    if not size:
+        raise DataError(f"the images of {config.data.dir} differ in size; a study needs images of one size")
+    network = ConfigDict(config.model.to_dict())
+    network.num_classes = manifest.num_classes
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()]
+    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
+    num_images = manifest.split("train").num_images
+    return dataclasses.asdict(run) | {
+        "config": fields,
+        "classes": list(manifest.classes),
+        "train_images": num_images,
+        "parameters": trained["parameters"],
+        "features": trained["feature_dimension"],
+        "macs": cost(network, size).macs,
+        "epoch_seconds": round(num_images / statistics.median(speeds), 2),
+        "wall_seconds": trained["wall_seconds"],
+        "device": f"{trained['device']}, {platform.processor() or platform.machine()}",
+        "commit": _commit(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _changed_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields that differ from their defaults, without those that depend on the machine."""
+    default = dict(configs.flatten(configs.default_config()))
+    ignored = ("data.dir", "seed")
+    return {name: value for name, value in configs.flatten(config) if value != default[name] and name not in ignored}
+
+
+def _commit() -> str:
+    """The commit of this package's repository, with `-dirty` after changes; empty if it is not in a repository."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _made(file: pathlib.Path) -> pathlib.Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file

@@ -1,0 +1,148 @@
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import results as results_tool
+from PIL import Image
+
+from gmsop_jax.analysis import results, study
+from gmsop_jax.analysis.study import Study, StudyData, StudyRunner, balanced_error, load_results, load_study
+from gmsop_jax.conversion.convert import convert
+from gmsop_jax.conversion.sources import Options
+from gmsop_jax.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[2]
+STUDY_FILES = [file for file in sorted((ROOT / "configs/studies").glob("*.py")) if load_study(file)]
+TINY = """
+from gmsop_jax.config import default_config
+
+def get_config(method):
+    c = default_config()
+    c.model.blocks_per_stage, c.model.stage_widths, c.model.stage_strides, c.model.stem_width = 1, (4,), (2,), 4
+    c.model.head = method
+    c.train.learning_rates, c.train.num_epochs, c.train.batch_size = ((0.05, 1),), 1, 4
+    c.eval.batch_size = 4
+    return c
+"""
+
+
+def result(method: str, seed: int, error: float, *, data: str = "d", point: tuple[str, ...] = ("train.rate=0.1",)):
+    """A result as `StudyRunner.measure` returns it, with the given error on the test images."""
+    wrong = round(error)
+    measured = {"balanced_error": error, "top1_error": error, "loss": 1.0}
+    return {
+        "method": method,
+        "seed": seed,
+        "data": data,
+        "point": list(point),
+        "splits": {"val": measured, "test": measured | {"confusion": [[100 - wrong, wrong], [0, 0]]}},
+        "parameters": 1234,
+        "macs": 2_500_000,
+        "epoch_seconds": 1.5,
+        "wall_seconds": 36.0,
+        "train_images": 8,
+        "device": "1 × cpu",
+        "commit": "abc",
+        "versions": {"jax": "0"},
+    }
+
+
+def a_study(**fields) -> Study:
+    grids = {method: [("train.rate=0.1",)] for method in ("srsop", "gap", "gmsop")}
+    return Study(**{"name": "s", "title": "S", "grids": grids, "data": [StudyData("d", "x")], **fields})
+
+
+def test_balanced_error_counts_every_class_alike():
+    assert balanced_error([[90, 10], [5, 5]]) == pytest.approx((10 + 50) / 2)
+
+
+def test_interval_is_that_of_students_t():
+    estimate = results.Estimate.of([1.0, 2.0, 4.0, 5.0])
+    # t(0.975, 3) = 3.182446; the standard deviation is sqrt(10 / 3)
+    assert estimate.half_width == pytest.approx(3.182446 * (10 / 3) ** 0.5 / 2)
+    assert np.isnan(results.Estimate.of([1.0]).half_width)
+
+
+def test_differences_are_paired_by_seed_and_averaged_over_folds():
+    data = [StudyData("a", "x"), StudyData("b", "x")]
+    errors = {("srsop", 0): (10, 20), ("srsop", 1): (12, 22), ("gap", 0): (11, 23), ("gap", 1): (12, 24)}
+    found = [result(m, s, e, data=d) for (m, s), pair in errors.items() for d, e in zip("ab", pair, strict=True)]
+    found.append(result("gap", 2, 50, data="a"))  # has no run on b yet, so seed 2 is not counted
+    srsop, gap = results.collect(a_study(data=data), found)
+    assert srsop.errors["test"] == {0: 15, 1: 17}
+    delta = results.difference(gap, srsop, "test")
+    assert delta is not None
+    assert (delta.mean, delta.count) == (pytest.approx((2 + 1) / 2), 2)
+
+
+def test_page_says_which_differences_are_larger_than_chance():
+    errors = {"srsop": (10, 11, 12), "gap": (15, 16.1, 16.9), "gmsop": (9, 12, 11)}
+    found = [result(method, seed, error) for method, all_ in errors.items() for seed, error in enumerate(all_)]
+    page = results.page(a_study(), found, "configs/studies/s.py")
+    assert "lies below 0 for no method, and above 0 for gap" in page
+    assert "It contains 0, or there are too few seeds, for gmsop." in page
+    row = "| gap | 3 | 16.00 ± 0.95 % | 16.00 ± 0.95 % | +5.00 [+4.75, +5.25] | 1,234 | 2.50 | 1.5 | rate=0.1 |"
+    assert row in page
+
+
+def test_plot_is_the_same_each_time(tmp_path: pathlib.Path):
+    found = [result(method, seed, 10 + seed) for method, seed in itertools.product(["gap", "srsop"], range(2))]
+    for name in ("a.svg", "b.svg"):
+        results.plot(a_study(), found, tmp_path / name)
+    assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
+    assert "srsop" in results.page(a_study(), found, "x")
+
+
+def test_a_study_chooses_on_val_and_measures_test_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    for split, label, at in itertools.product(("train", "val", "test"), ("a", "b"), range(4)):
+        folder = tmp_path / "images" / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{at}.png")
+    convert("image-folder", tmp_path / "images", tmp_path / "d", options=Options(size=8), progress=False)
+    (tmp_path / "tiny.py").write_text(TINY)
+    points = [(f"train.learning_rates=(({rate}, 1),)",) for rate in (0.01, 0.1)]
+    tiny = a_study(grids={"gap": points}, seeds=(0, 1))
+    runner = StudyRunner(
+        tiny, tmp_path / "tiny.py", data_dir=tmp_path, output=tmp_path / "runs", results=tmp_path / "results"
+    )
+    runner.execute()
+    found = load_results(tmp_path / "results" / "s")
+    assert len(found) == 2 + 1  # both points with seed 0, then the chosen one with seed 1
+    on_val = {tuple(r["point"]): r["splits"]["val"] for r in found if r["seed"] == 0}
+    best = min(on_val, key=lambda point: (on_val[point]["balanced_error"], on_val[point]["loss"]))
+    assert runner.choose("gap") == best
+    with_test = {tuple(r["point"]) for r in found if "test" in r["splits"]}
+    assert with_test == {best}
+    assert all(np.sum(r["splits"]["val"]["confusion"]) == 8 for r in found)
+    assert found[0]["train_images"] == 8
+
+    monkeypatch.setattr(study, "train_and_evaluate", None)  # nothing is trained again
+    runner.execute()
+    file = next((tmp_path / "results" / "s").glob("gap-*-seed0.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config": {"model.head": "srsop"}}))
+    with pytest.raises(ConfigError, match="measured with another configuration"):
+        runner.execute()
+
+
+@pytest.mark.parametrize("file", STUDY_FILES, ids=lambda file: file.stem)
+def test_studies_are_valid(file: pathlib.Path, tmp_path: pathlib.Path):
+    found = load_study(file)
+    assert found is not None
+    assert found.name == file.stem
+    assert found.reference in found.grids
+    assert len({len(points) for points in found.grids.values()}) == 1  # equal budgets
+    runner = StudyRunner(found, file, data_dir=tmp_path, output=tmp_path, results=tmp_path)
+    runs = [run for method in found.grids for run in runner.selection_runs(method)]
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        config = runner.config(run)
+        assert config.eval.split == "val"
+        assert sum(epochs for _, epochs in config.train.learning_rates) == config.train.num_epochs
+
+
+def test_pages_are_those_of_the_raw_results(tmp_path: pathlib.Path):
+    for page in results_tool.make_pages(ROOT / "results", tmp_path):
+        assert page.read_text() == (ROOT / "docs/results" / page.name).read_text(), "run python tools/results.py"
