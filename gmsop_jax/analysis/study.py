@@ -29,6 +29,7 @@ from gmsop_jax.files import write_json
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.training import checkpoint, restore
 from gmsop_jax.training.loop import train_and_evaluate
+from gmsop_jax.training.writer import read_metrics
 
 Point = tuple[str, ...]  # assignments `field=value`
 _PACKAGES = ("gmsop_jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -204,13 +205,9 @@ def measure_split(workdir: pathlib.Path, split: str) -> dict[str, Any]:
     predict = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=config.eval.flip_average))
     counts = np.zeros((len(info.inputs.classes),) * 2, int)
     loss = 0.0
-    batches = pipeline.eval_batches(
-        config.data.dir,
-        split,
-        batch_size=config.eval.batch_size,
-        image_size=config.data.image_size or None,
-        resize=config.eval.resize,
-    )
+    evaluation = ConfigDict(config.eval.to_dict())
+    evaluation.split = split
+    batches = pipeline.eval_batches(config.data, evaluation, Manifest.load(config.data.dir, splits=(split,)))
     with contextlib.closing(batches):
         for batch in batches:
             probabilities = np.asarray(predict(variables, batch["image"])["probabilities"], np.float64)[batch["mask"]]
@@ -247,8 +244,7 @@ def _describe(
         raise DataError(f"the images of {config.data.dir} differ in size; a study needs images of one size")
     network = ConfigDict(config.model.to_dict())
     network.num_classes = manifest.num_classes
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()]
-    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
+    speeds = [record["images_per_second"] for record in read_metrics(workdir) if "images_per_second" in record]
     num_images = manifest.split("train").num_images
     return dataclasses.asdict(run) | {
         "config": fields,
