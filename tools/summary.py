@@ -24,7 +24,7 @@ def write(rows: list[summary.Row]) -> None:
     _, mark, after = rest.partition(_MARKS[1])
     if not mark:
         raise UserError(f"{README} lacks the lines {_MARKS[0].strip()} and {_MARKS[1].strip()}")
-    published = [row for row in rows if row.published.name or row.name == "quickstart.py"]
+    published = [row for row in rows if row.published.name or row.name == "quickstart"]
     short = summary.markdown(published, [column for column in summary.HEADER if column not in ("side", "GMAC, XLA")])
     write_atomic(README, f"{before}{_MARKS[0]}{short}{_MARKS[1]}{after}")
     write_atomic(DOCUMENT, f"{_INTRODUCTION}\n{summary.markdown(rows, summary.HEADER)}")
@@ -35,7 +35,7 @@ _INTRODUCTION = """# Networks
 This page lists the network of every configuration in `configs/`. The numbers are counted from the code, for one image
 and the number of classes of the data set; `gmsop summary --all` prints them. The columns are:
 
-- *configuration*: the file, with its argument after a colon. Train it with `gmsop train --config configs/FILE`.
+- *configuration*: its name, with an argument after a colon. Train it with `gmsop train --config NAME`.
 - *network*: the head and the backbone. GM-SOP-16-8 selects 8 of 16 candidates for each image.
 - *side*: height and width of the images in pixels.
 - *features*: dimension of the pooled vector that the classifier receives.

@@ -68,7 +68,7 @@ def summarize(path: str) -> Row:
     config.model.num_classes = config.model.num_classes or num_classes
     published = find_published(config) or Published("")
     file, argument = configs.split_argument(path)
-    name = ":".join([file.name, *argument])
+    name = ":".join([file.stem, *argument])
     return Row(name, describe_network(config.model), image_size, cost(config.model, image_size), published)
 
 

@@ -1,6 +1,8 @@
 """The backends of the log, with stand-ins for the packages of Weights & Biases and Trackio."""
 
 import json
+import pathlib
+import re
 import sys
 import types
 
@@ -79,6 +81,16 @@ def test_a_backend_of_ones_own(tmp_path, monkeypatch):
     assert first == "0 3"
     assert json.loads(second.removeprefix("5 ")) == {"train/loss": 1.5}
     assert not list(tmp_path.glob("events*"))
+
+
+def test_the_documented_backend_runs(tmp_path):
+    page = pathlib.Path(__file__).parents[2] / "docs/training.md"
+    [code] = re.findall(r"```python\n(class MyLogger.*?)```", page.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    with Writer(tmp_path, total_steps=9, loggers=[names["MyLogger"](tmp_path, {}, 0)]) as writer:
+        writer.record("train", 5, 0.5, {"loss": 1.5})
+    assert (tmp_path / "my.log").read_text() == "5 {'train/loss': 1.5}\n"
 
 
 def test_backends_that_are_missing_or_fail_are_named(tmp_path, monkeypatch):
