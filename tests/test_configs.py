@@ -1,4 +1,5 @@
 import ast
+import io
 import pathlib
 
 import jax
@@ -9,6 +10,7 @@ from gmsop_jax import config as configs
 from gmsop_jax.analysis import summary
 from gmsop_jax.analysis.costs import cost, multiply_adds
 from gmsop_jax.errors import ConfigError
+from gmsop_jax.main import main
 from gmsop_jax.models import count_parameters, create_model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -134,3 +136,27 @@ def test_the_readmes_table_is_what_is_counted():
     assert len(rows) == 19
     for row in rows:
         assert summary.markdown([row], columns).splitlines()[-1] == told[row.name]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_progress_line_is_cleared_before_the_table(count, monkeypatch):
+    """It shares its line with nothing: the table on the standard output would begin behind it."""
+    shown = Terminal()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setattr("sys.stdout", shown)
+    assert main(["summary", *[str(ROOT / "configs/quickstart.py")] * count]) == 0
+    progress, _, table = shown.getvalue().rpartition("\r\x1b[K")
+    assert progress == "".join(f"\r{i}/{count}" for i in range(1, count + 1))
+    assert table.startswith("configuration ")
+
+
+def test_no_progress_line_off_a_terminal(capsys):
+    assert main(["summary", str(ROOT / "configs/quickstart.py")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "\r" not in captured.out

@@ -11,7 +11,7 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
-from gmsop_jax.training.evaluation import create_evaluation, image_size, resolve
+from gmsop_jax.training.evaluation import COMPILING, create_evaluation, image_size, resolve, verify_shards
 from gmsop_jax.training.processes import ending_together
 from gmsop_jax.training.restore import folder_of, load_variables, read_description
 from gmsop_jax.training.workdir import check_same_config
@@ -43,7 +43,8 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     """Evaluates a checkpoint on `config.eval.split`.
 
     The shards of the training split need not exist. The mean colour of the images that the network was
-    trained on (`inputs.json`) is subtracted.
+    trained on (`inputs.json`) is subtracted. With `config.data.verify`, the checksums of the split's shards are
+    verified first, as at the start of training: each process verifies its share.
 
     Args:
       config: the configuration; its model must fit the checkpoint.
@@ -59,10 +60,13 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     check_same_config(config)
     _, inputs = read_description(path)
     checked = [config.eval.split] if config.data.on_corrupt == "stop" else []
-    manifest = Manifest.load(config.data.dir, config.data.verify, splits=checked)
+    manifest = Manifest.load(config.data.dir, splits=checked)
+    verify_shards(config.data, manifest, checked)
     config = resolve(config, manifest)
     mesh = parallel.create_mesh()
     evaluate = create_evaluation(config, manifest, inputs.mean_rgb, mesh)
     shape = (*image_size(config, manifest), 3)
     variables, step, _ = load_variables(create_model(config.model), shape, path, parallel.replicated(mesh))
+    if jax.process_index() == 0:
+        print(COMPILING, file=sys.stderr)
     return {"step": step, **evaluate(variables)}

@@ -1,7 +1,7 @@
 """Evaluation of a network on a whole split."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
 from gmsop_jax.training.metrics import summarize
 from gmsop_jax.training.step import make_eval_step
+
+COMPILING = "XLA is compiling the evaluation step, which takes minutes for large networks"
 
 
 def create_evaluation(
@@ -45,6 +47,23 @@ def create_evaluation(
         return summarize(jax.device_get(sums))
 
     return evaluate
+
+
+def verify_shards(data: Any, manifest: Manifest, splits: Collection[str] | None = None) -> None:
+    """Verifies the checksums of this process's share of the shards, if the configuration asks for that.
+
+    Args:
+      data: `config.data`. Nothing is verified without `verify`, or if damaged records are to be skipped.
+      manifest: of the data set.
+      splits: names of the splits to verify; all of them by default.
+
+    Raises:
+      DataError: if a shard is missing or its bytes changed.
+      FileAccessError: if the system refuses to read one.
+    """
+    if data.verify and data.on_corrupt == "stop":
+        index, count = jax.process_index(), jax.process_count()
+        manifest.verify_checksums(data.dir, splits=splits, process_index=index, process_count=count)
 
 
 def resolve(config: ConfigDict, manifest: Manifest) -> ConfigDict:

@@ -14,6 +14,7 @@ from gmsop_jax.errors import ConfigError
 from gmsop_jax.files import write_json
 from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress
 from gmsop_jax.training.divergence import check_evaluation, check_state, explain, step_to_skip
+from gmsop_jax.training.evaluation import COMPILING, verify_shards
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
 from gmsop_jax.training.loggers import create_loggers, find_backends
 from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError
@@ -67,7 +68,7 @@ def train_and_evaluate(
     find_backends(config.log.backends)
     run = prepare(config, pathlib.Path(workdir))
     with Workdir(workdir, run.config) as folder, folder.explaining_errors():
-        run.verify_data()
+        verify_shards(run.config.data, run.manifest)
         check_same({f"the data set's split {name}": text for name, text in run.inputs.splits.items()})
         first_process_does(lambda: run.inputs.save(folder.path))
         with Checkpoints(folder.path / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
@@ -169,6 +170,8 @@ def _loop(
                 writer.show(values)
             evaluation = None
             if epoch_ends:
+                if step <= start.step + run.steps_per_epoch:  # for the first time
+                    writer.say(COMPILING)
                 evaluation = run.evaluate(state.evaluated)
                 check_evaluation(step, evaluation)
                 writer.record("eval", step, epoch, evaluation)

@@ -64,18 +64,6 @@ class Run:
         """Number of steps in all epochs."""
         return self.config.train.num_epochs * self.steps_per_epoch
 
-    def verify_data(self) -> None:
-        """Verifies the checksums of this process's share of the shards, if the configuration asks for that.
-
-        Raises:
-          DataError: if a shard is missing or its bytes changed.
-          FileAccessError: if the system refuses to read one.
-        """
-        data = self.config.data
-        if data.verify and data.on_corrupt == "stop":
-            index, count = jax.process_index(), jax.process_count()
-            self.manifest.verify_checksums(data.dir, process_index=index, process_count=count)
-
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Sets up a run. Nothing is compiled until a step is first called, and nothing is written.

@@ -1,7 +1,7 @@
 """Training and evaluation steps as pure functions of arrays."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt8
-from numpy.typing import ArrayLike
 
 from gmsop_jax.ops import balance_loss
+from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.training.losses import cross_entropy, draw_share, mix_batch
 from gmsop_jax.training.metrics import count_errors
 
@@ -66,7 +66,7 @@ def create_state(
 
 
 def normalize(
-    images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mean_rgb: ArrayLike
+    images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mean_rgb: Sequence[float] | AnyArray
 ) -> Float[Array, "b h w 3"]:
     """Subtracts the training set's mean colour (0–255) from the images, in float32."""
     return images.astype(jnp.float32) - jnp.asarray(mean_rgb, jnp.float32)
@@ -100,7 +100,13 @@ def update_average(average: Any, new: Any, step: Array, decay: float) -> Any:
 
 
 def make_loss(
-    model: nn.Module, train: Any, *, seed: int, mean_rgb: ArrayLike, balance_ddof: int, axis_name: str | None = None
+    model: nn.Module,
+    train: Any,
+    *,
+    seed: int,
+    mean_rgb: Sequence[float] | AnyArray,
+    balance_ddof: int,
+    axis_name: str | None = None,
 ) -> Callable[[Any, TrainState, Batch], tuple[Array, tuple[Metrics, Array, Any]]]:
     """Makes the training loss.
 
@@ -176,7 +182,7 @@ def make_train_step(
     train: Any,
     *,
     seed: int,
-    mean_rgb: ArrayLike,
+    mean_rgb: Sequence[float] | AnyArray,
     balance_ddof: int,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -214,7 +220,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool, axis_name: str | None = None
+    model: nn.Module, *, mean_rgb: Sequence[float] | AnyArray, flip_average: bool, axis_name: str | None = None
 ) -> Callable[[Mapping[str, Any], Batch], Metrics]:
     """Makes the evaluation step (variables, batch) → metrics.
 

@@ -1,6 +1,9 @@
 """Everything that can go wrong while a run goes on, one after the other."""
 
+import collections
 import contextlib
+import errno
+import functools
 import json
 import logging
 import os
@@ -9,20 +12,26 @@ import resource
 import shutil
 import signal
 import subprocess
+import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gmsop_jax.conversion.convert import convert
+from gmsop_jax.data import manifest
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import CheckpointError, DataError
+from gmsop_jax.inference import evaluate
+from gmsop_jax.main import main
 from gmsop_jax.training import parallel, setup
 from gmsop_jax.training.checkpoint import Checkpoints
+from gmsop_jax.training.evaluation import COMPILING
 from gmsop_jax.training.loop import train_and_evaluate
 from gmsop_jax.training.metrics import NonFiniteError
 from gmsop_jax.training.restore import load
@@ -109,6 +118,75 @@ def test_half_written_checkpoint_is_cleaned_up(finished, config, tmp_path):
     shutil.copytree(workdir / "checkpoints" / "9" / "params", half / "params")
     train_and_evaluate(config, workdir)
     assert not half.exists()
+
+
+def test_a_run_of_an_older_version_is_resumed_and_evaluated(config, tmp_path, capsys):
+    """One epoch by the version that stored no copy of the configuration, and named no data or order of images."""
+    with tarfile.open(Path(__file__).parent / "old_run.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    workdir, data = tmp_path / "run", config.data.dir
+    assert main(["--mode", "evaluate", "--checkpoint", str(workdir), f"--config.data.dir={data}"]) == 0
+    (stored,) = (record for record in read_metrics(workdir) if record["kind"] == "eval")
+    assert (
+        f"top-1 error {stored['top1_error']:.2f} %, top-5 error {stored['top5_error']:.2f} %" in capsys.readouterr().out
+    )
+    evaluated = json.loads((workdir / "evaluation-val.json").read_text())
+    assert evaluated["loss"] == pytest.approx(stored["loss"], rel=1e-5)
+
+    run = setup.prepare(config, workdir)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        state, progress = checkpoints.restore(run.abstract_state, 3)
+    assert (int(state.step), progress.step, progress.epoch, progress.skipped) == (3, 3, 1, ())
+    floats = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    momentum = sum(float(jnp.sum(jnp.square(x))) for x in floats) ** 0.5
+    assert momentum == pytest.approx(214.8180, rel=1e-5)  # as the older version read it
+
+    config.train.num_epochs = 2
+    assert train_and_evaluate(config, workdir)["step"] == 6
+    errors = capsys.readouterr().err
+    assert "resuming from step 3" in errors
+    assert np.isfinite(training_losses := [r["loss"] for r in read_metrics(workdir) if r["kind"] == "train"]).all()
+    assert len(training_losses) == 6
+
+
+# ---- evaluation
+
+
+def test_files_of_the_data_set_are_checked_once_a_start(config, tmp_path, monkeypatch, capsys):
+    """Not again at each of the three evaluations, before the first of which the wait is explained."""
+    opened, read = collections.Counter(), collections.Counter()
+
+    def count(counter, function, *arguments):
+        counter[str(getattr(arguments[-1], "file", arguments[-1])).rpartition("/")[2]] += 1
+        return function(*arguments)
+
+    for name, counter in (("shard_size", opened), ("sha256", read)):
+        monkeypatch.setattr(manifest, name, functools.partial(count, counter, getattr(manifest, name)))
+    train_and_evaluate(config, tmp_path / "run")
+    shards = {
+        shard.file for split in Manifest.load(config.data.dir, splits=()).splits.values() for shard in split.shards
+    }
+    assert opened == dict.fromkeys(shards, 2)  # its size is compared first, its checksum later
+    assert read == dict.fromkeys(shards, 1)
+    assert capsys.readouterr().err.count(COMPILING) == 1
+
+    opened.clear()
+    read.clear()
+    evaluate.run(config, tmp_path / "run")
+    assert read == dict.fromkeys((file for file in shards if file.startswith("val")), 1)
+    assert capsys.readouterr().err.count(COMPILING) == 1
+
+
+def test_a_result_is_printed_before_it_is_written(finished, config, tmp_path, monkeypatch, capsys):
+    def refuse(file, value):
+        printed.append(capsys.readouterr().out)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+
+    printed: list[str] = []
+    monkeypatch.setattr(evaluate, "write_json", refuse)  # a read-only directory would not stop root
+    evaluate.run(config, finished)
+    assert "top-1 error" in printed[0]
+    assert "warning: the result can't be written to " in capsys.readouterr().err
 
 
 # ---- the working directory

@@ -1,6 +1,7 @@
 """Two real processes over loopback, and the way from there to one process and back."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,6 +161,27 @@ def test_other_data_in_a_process(start, tmp_path):
         assert "the data set's split" in errors
         assert "in process 1" in errors
         assert "Traceback" not in errors
+
+
+def damage(shard: Path) -> None:
+    """Flips a bit of a shard; its size stays."""
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_damaged_shard_in_either_share_ends_both_processes(start, alone, fault_data, tmp_path, mode, index):
+    """Each process verifies every second shard, and says so if one of its share is damaged."""
+    data = shutil.copytree(fault_data, tmp_path / "data")
+    shards = sorted(data.glob("train-*" if mode == "train" else "val-*"))
+    damage(shards[index])
+    workdir = tmp_path / "run" if mode == "train" else shutil.copytree(alone, tmp_path / "run")
+    errors = failures(two_processes(start, workdir, "--mode", mode, f"--config.data.dir={data}", WITHOUT_NEAR_TIES))
+    assert f"error: shard {shards[index]} has sha256" in errors[index]
+    assert f"error: process {index} of this run failed: shard {shards[index]} has sha256" in errors[1 - index]
+    assert not any("Traceback" in text for text in errors)
 
 
 def test_other_workdir_in_a_process(start, tmp_path):
