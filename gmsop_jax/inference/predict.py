@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import PIL
 from jaxtyping import Array, UInt8
-from numpy.typing import ArrayLike
 
 from gmsop_jax.conversion.sources import UnreadableImage
 from gmsop_jax.conversion.sources.images import decode_image
 from gmsop_jax.data.augment import evaluation_image, middle
 from gmsop_jax.errors import DataError, FileAccessError
+from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.training import parallel, restore
 from gmsop_jax.training.step import normalize
 
@@ -53,7 +53,7 @@ class Unreadable:
 
 
 def make_predict_step(
-    model: nn.Module, *, mean_rgb: ArrayLike, flip_average: bool
+    model: nn.Module, *, mean_rgb: Sequence[float] | AnyArray, flip_average: bool
 ) -> Callable[[Mapping[str, Any], UInt8[Array, "b h w 3"]], dict[str, Array]]:
     """Creates the prediction step (variables, images) → outputs, for `jax.jit` and `jax.export`.
 
