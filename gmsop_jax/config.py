@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
+from flax.traverse_util import unflatten_dict
 
 from gmsop_jax.errors import ConfigError, did_you_mean
 from gmsop_jax.models.heads import GatedMixtureHead, MPNCOVHead, SecondOrderHead
@@ -224,25 +225,19 @@ _REMOVED_VALUES = {("model.dispatch", "pallas"): "auto"}
 
 
 def default_config() -> ConfigDict:
-    """A new configuration with all fields at their defaults: GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet."""
-    config = ConfigDict()
-    for name, field in FIELDS.items():
-        section = name.rpartition(".")[0]
-        if section and section not in config:
-            config[section] = ConfigDict()
-        parent, leaf = _locate(config, name)
-        parent[leaf] = field.default
+    """Creates a configuration with all fields at their defaults: GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet."""
+    config = ConfigDict(unflatten_dict({name: field.default for name, field in FIELDS.items()}, sep="."))
     config.model.compute_dtype = config.get_ref("compute_dtype")
     return config
 
 
 def model_defaults() -> ConfigDict:
-    """The section `model` of `default_config()`, on its own: its `compute_dtype` follows no other field."""
+    """Creates the section `model` of `default_config()` alone; its `compute_dtype` is independent of other fields."""
     return ConfigDict(default_config().model.to_dict())
 
 
 def _locate(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
-    """The section that contains a field, and the field's name in it."""
+    """Returns the section that contains a field, and the field's name in it."""
     section, _, leaf = name.rpartition(".")
     return (config[section] if section else config), leaf
 
@@ -410,7 +405,7 @@ _PARSERS: dict[type, Callable[[str], Any]] = {
 
 
 def as_tuples(value: Any) -> Any:
-    """The value with all lists in it replaced by tuples."""
+    """Returns the value with all lists in it replaced by tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
@@ -517,12 +512,12 @@ def _check_train(t: ConfigDict) -> None:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The configuration as JSON text."""
+    """Returns the configuration as JSON text."""
     return json.dumps(config.to_dict(), indent=2)
 
 
 def from_json(text: str) -> ConfigDict:
-    """The inverse of `to_json`. Fields that the text lacks, because it is older than they are, have their defaults.
+    """Reads what `to_json` returned. Fields that are missing, because they were added later, have their defaults.
 
     Raises:
       ConfigError: if the text is not JSON, or contains an unknown field or a value of another type.
@@ -551,7 +546,7 @@ def from_json(text: str) -> ConfigDict:
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
-    """Lines `config.field: a → b` for the fields that a resumed run may not change."""
+    """Returns a line `config.field: a → b` for each difference in a field that a resumed run may not change."""
     a, b = dict(flatten(config)), dict(flatten(other))
     return [
         f"config.{name}: {a[name]!r} → {b[name]!r}"
