@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 import scipy.stats
 
 from gmsop_jax.analysis.study import Study, short_form
@@ -114,6 +115,8 @@ def page(study: Study, results: Results, config_file: str) -> str:
     lines += [_reading(study, methods), ""]
     if len(study.test_splits) > 1:
         lines += ["## Parts of the test images", "", *_split_table(study, methods), ""]
+    if gated := [method for method in methods if "gate_use" in method.runs[0]["splits"][study.test_splits[0]]]:
+        lines += ["## What the gate does", "", *_gate_table(study, gated), ""]
     lines += ["## How it was measured", "", *_provenance(study, methods, results, config_file), ""]
     return "\n".join(lines)
 
@@ -151,6 +154,37 @@ def _split_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
         cells = [_spread(list(method.errors[split].values())) for split in splits]
         lines.append(f"| {method.method} | {' | '.join(cells)} |")
     return lines
+
+
+def _gate_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
+    split = study.test_splits[0]
+    lines = [
+        "The information that the choice of a candidate gives about the class of an image is 0 bits for a gate that treats",
+        "all classes alike. The entropy of the weights is log₂ K for equal weights of the K selected candidates, and that of",
+        "the use is log₂ N if all N candidates are used equally often. Values are means over the runs.",
+        "",
+        "| method | information about the class | entropy of an image's weights | entropy of the use |",
+        "|---|---|---|---|",
+    ]
+    for method in methods:
+        measured = [run["splits"][split] for run in method.runs]
+        information, entropy = (
+            statistics.mean(values) for values in zip(*map(_gate_information, measured), strict=True)
+        )
+        weights = statistics.mean(one["gate_entropy"] for one in measured)
+        lines.append(f"| {method.method} | {information:.3f} bits | {weights:.2f} bits | {entropy:.2f} bits |")
+    return lines
+
+
+def _gate_information(measured: Mapping[str, Any]) -> tuple[float, float]:
+    """The mutual information of class and candidate, and the entropy of the candidates' use, in bits."""
+    joint = np.array(measured["gate_use"]) / np.sum(measured["gate_use"])
+    classes, candidates = (_entropy(joint.sum(axis)) for axis in (1, 0))
+    return classes + candidates - _entropy(joint.ravel()), candidates
+
+
+def _entropy(probabilities: np.ndarray) -> float:
+    return float(-np.sum(probabilities * np.log2(np.where(probabilities > 0, probabilities, 1))))
 
 
 def _reading(study: Study, methods: Sequence[MethodResults]) -> str:

@@ -196,7 +196,8 @@ def measure_split(workdir: pathlib.Path, split: str) -> dict[str, Any]:
     """Measures the last checkpoint of a run on a split.
 
     Returns: `loss` (nats), `top1_error` and `balanced_error` (percent), and `confusion`, the number of images of each
-      true class (row) that were predicted as each class (column).
+      true class (row) that were predicted as each class (column). For a gate, also `gate_entropy`, the mean entropy of
+      an image's weights (bits), and `gate_use`, the sum of the weights over the images of each class [classes, n].
     """
     folder, _ = checkpoint.locate(workdir)
     last = max(checkpoint.steps_on_disk(folder))
@@ -204,22 +205,35 @@ def measure_split(workdir: pathlib.Path, split: str) -> dict[str, Any]:
     config = info.config
     predict = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=config.eval.flip_average))
     counts = np.zeros((len(info.inputs.classes),) * 2, int)
-    loss = 0.0
+    use = np.zeros((len(info.inputs.classes), info.num_candidates))
+    loss = entropy = 0.0
     evaluation = ConfigDict(config.eval.to_dict())
     evaluation.split = split
     batches = pipeline.eval_batches(config.data, evaluation, Manifest.load(config.data.dir, splits=(split,)))
     with contextlib.closing(batches):
         for batch in batches:
-            probabilities = np.asarray(predict(variables, batch["image"])["probabilities"], np.float64)[batch["mask"]]
-            labels = batch["label"][batch["mask"]]
+            outputs = {
+                name: np.asarray(value, np.float64)[batch["mask"]]
+                for name, value in predict(variables, batch["image"]).items()
+            }
+            labels, probabilities, weights = (
+                batch["label"][batch["mask"]],
+                outputs["probabilities"],
+                outputs["gate_weights"],
+            )
+            np.add.at(use, labels, weights)
+            entropy -= np.sum(weights * np.log2(np.where(weights > 0, weights, 1)))
             np.add.at(counts, (labels, probabilities.argmax(1)), 1)
             loss -= np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-30)).sum()
-    return {
+    measured = {
         "loss": loss / counts.sum(),
         "top1_error": float(100 * (1 - np.trace(counts) / counts.sum())),
         "balanced_error": balanced_error(counts),
         "confusion": counts.tolist(),
     }
+    if info.num_candidates > 1:
+        measured |= {"gate_entropy": entropy / counts.sum(), "gate_use": np.round(use, 3).tolist()}
+    return measured
 
 
 def balanced_error(confusion: Any) -> float:
