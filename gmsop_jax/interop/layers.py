@@ -340,22 +340,29 @@ def _number(layers: Mapping[str, Layer], name: str, key: str) -> float:
         raise CheckpointError(f"layer {name!r} is missing")
     if key not in layers[name].block:
         raise CheckpointError(f"layer {name!r} has no field {key!r} in its block")
-    value = np.asarray(layers[name].block[key])
-    if value.dtype.kind not in "biuf" or not value.size or not np.isfinite(value.flat[0]):
+    value = layers[name].block[key]
+    numbers = _numbers(value)
+    if not numbers or not math.isfinite(numbers[0]):
         raise CheckpointError(f"layer {name!r}: {key} is {value!r}; it must be a finite number")
-    return float(value.flat[0])
+    return float(numbers[0])
+
+
+def _numbers(value: Any) -> list[float]:
+    """Returns the numbers in a hyperparameter; an empty list if it is something else."""
+    array = np.asarray(value)
+    return array.ravel().tolist() if array.dtype.kind in "biuf" else []
 
 
 def size_mismatch(layers: Mapping[str, Layer], params: Mapping[str, np.ndarray]) -> str | None:
     """Describes the first parameter whose shape differs from the size that its layer stores; None if all agree."""
     for layer in layers.values():
-        size = np.ravel(layer.block.get("size", layer.block.get("numChannels", []))).tolist()
+        size = _numbers(layer.block.get("size", layer.block.get("numChannels")))
         for name in (name for name in layer.params if size and name in params):
             shape = params[name].shape
             is_vector = layer.type == "dagnn.BatchNorm" or name.endswith("_b")
             expected = size[-1:] if is_vector else size[: len(shape)]  # MATLAB drops trailing axes of length 1
             if list(shape[: len(expected)]) != expected:
-                expected = tuple(int(n) for n in expected)
+                expected = tuple(int(n) if math.isfinite(n) else n for n in expected)
                 return f"layer {layer.name!r}: parameter {name!r} has shape {shape}, but the layer's size is {expected}"
     return None
 
@@ -418,7 +425,7 @@ def _check_block(given: Layer, expected: Layer) -> None:
         if key not in given.block or key not in expected.block:
             continue
         found, needed = given.block[key], expected.block[key]
-        values = [found] if isinstance(found, str) else np.asarray(found).ravel().tolist()
+        values = [found] if isinstance(found, str) else _numbers(found)
         allowed = needed if isinstance(needed, list) else [needed]
         if not values or any(value not in allowed for value in values):
             raise CheckpointError(f"layer {given.name!r}: {key} is {found}, but gmsop_jax computes {needed}")

@@ -199,7 +199,7 @@ def _epoch(stored: Any, stats: Mapping[str, Any], path: pathlib.Path) -> int:
 def _structs(parent: Mapping[str, Any], name: str, where: str) -> list[dict[str, Any]]:
     value = _field(parent, name, where)
     value = [value] if isinstance(value, dict) else value
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise CheckpointError(f"{where}.{name} is not a struct array")
     return value
 

@@ -14,6 +14,7 @@ from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import FILE_NAME, Manifest
 from gmsop_jax.data.pipeline import steps_per_epoch
+from gmsop_jax.data.records import MAX_SIDE
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop.imported_run import (
     apply_overrides,
@@ -27,6 +28,7 @@ from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.step import TrainState
 
 _IMAGENET_IMAGES = 1_281_167  # in the training split
+_MAX_IMAGES = 10**9  # a larger number in a file is not one of images
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,14 @@ def _num_images(checkpoint: Checkpoint, manifest: Manifest | None) -> int:
     rows = checkpoint.stats.get("train")
     row = rows[-1] if isinstance(rows, list) and rows else rows
     count = _positive(row.get("num")) if isinstance(row, dict) else []
-    return int(count[0]) if count else _IMAGENET_IMAGES
+    return int(count[0]) if count and count[0] <= _MAX_IMAGES else _IMAGENET_IMAGES
 
 
 def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState:
     state = initial_state(config, checkpoint.variables, steps)
-    step = jnp.asarray(checkpoint.epoch * steps, jnp.int32)
+    if (count := checkpoint.epoch * steps) >= 2**31:
+        raise CheckpointError(f"{checkpoint.epoch} epochs of {steps} steps are more steps than a run can count")
+    step = jnp.asarray(count, jnp.int32)
     opt_state = optax.tree.set(state.opt_state, count=step)
     if checkpoint.momentum is not None and config.train.optimizer == "sgd":
         opt_state = optax.tree.set(opt_state, trace=to_float32(checkpoint.momentum))
@@ -144,8 +148,11 @@ def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState
 def _inputs(checkpoint: Checkpoint, config: ConfigDict, manifest: Manifest | None) -> Inputs:
     """The classes and mean colour of the data set if it exists, and those in the file otherwise."""
     size = checkpoint.normalization.get("imageSize")
-    height, width = (_positive(size) or [64.0, 64.0])[:2]
-    names = checkpoint.class_names or [str(i) for i in range(config.model.num_classes)]
+    sides = [side for side in _positive(size)[:2] if side <= MAX_SIDE]
+    height, width = sides if len(sides) == 2 else (64, 64)
+    names = checkpoint.class_names or []
+    if len(names) != config.model.num_classes:
+        names = [str(i) for i in range(config.model.num_classes)]
     mean = checkpoint.mean_rgb
     red, green, blue = (0.0, 0.0, 0.0) if mean is None else (float(x) for x in mean)
     if manifest is not None:

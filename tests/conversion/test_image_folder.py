@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from foreign import images, write_places
 from PIL import Image
 
 from gmsop_jax.conversion.convert import convert
-from gmsop_jax.conversion.sources import Options, Request, Source, open_source
+from gmsop_jax.conversion.sources import Options, Request, Source, image_folder, open_source
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError, DataError, FileAccessError
 
@@ -119,6 +120,28 @@ def test_links_that_lead_nowhere_or_in_circles_are_refused(folder: Path):
     link.unlink()
     (folder / "train/dog/again").symlink_to("..")
     with pytest.raises(DataError, match="is a link to a folder that contains the link"):
+        opened(folder)
+
+
+def test_folders_nested_a_thousand_deep_are_read(folder: Path):
+    deep = folder / "train/cat"
+    for _ in range(1100):
+        deep /= "d"
+        deep.mkdir()
+    (folder / "train/cat/0.png").rename(deep / "0.png")
+    assert opened(folder).num_images["train"] == 6
+    subprocess.run(["rm", "-r", folder], check=True)  # pytest's own cleaning up is recursive
+
+
+def test_links_that_form_a_graph_with_endless_paths_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """40 folders, each of which has two links to the next one: 2^40 paths."""
+    monkeypatch.setattr(image_folder, "MAX_FOLDERS", 2000)
+    for number in range(40):
+        level = folder / "train" / "cat" / f"level{number}"
+        level.mkdir()
+        for name in "ab":
+            (level / name).symlink_to(f"../level{number + 1}" if number < 39 else "../../dog")
+    with pytest.raises(DataError, match="has more than 2,000 folders"):
         opened(folder)
 
 

@@ -1,6 +1,7 @@
 import concurrent.futures
 import gzip
 import io
+import os
 import shutil
 import warnings
 import zipfile
@@ -89,10 +90,10 @@ def test_damaged_idx_files(tmp_path: Path):
     file = tmp_path / "train-images-idx3-ubyte"
     good = file.read_bytes()
     file.write_bytes(good[:-1])
-    with pytest.raises(DataError, match="5503 bytes; its header"):
+    with pytest.raises(DataError, match="requires 5,488 values, but it has 5,487"):
         opened("fashion-mnist", tmp_path, tmp_path)
     file.write_bytes(b"\1" + good[1:])
-    with pytest.raises(DataError, match="isn't an IDX file"):
+    with pytest.raises(DataError, match="is not an IDX file"):
         opened("fashion-mnist", tmp_path, tmp_path)
     write_idx(tmp_path, file.name, images(6, 28, 28)[..., 0], packed=False)
     with pytest.raises(DataError, match=r"6 images and .* 7 labels"):
@@ -101,6 +102,68 @@ def test_damaged_idx_files(tmp_path: Path):
     (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(good)[:-9])
     with pytest.raises(DataError, match="can't be decompressed"):
         opened("fashion-mnist", tmp_path, tmp_path)
+
+
+def test_a_gzipped_idx_file_cannot_claim_gigabytes(tmp_path: Path):
+    """A file of a few bytes whose header, and whose content too, claims 2^32 - 1 zeros."""
+    write_fashion(tmp_path, packed=True)
+    header = bytes([0, 0, 8, 3]) + np.array([2**32 - 1, 1, 1], ">u4").tobytes()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + bytes(10**6)))
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz can't be decompressed \(its arrays claim more"):
+        opened("fashion-mnist", tmp_path, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_fuzzed_idx_files_raise_one_error(tmp_path: Path, packed: bool):
+    write_fashion(tmp_path, packed=packed)
+    file = tmp_path / ("train-labels-idx1-ubyte" + ".gz" * packed)
+    good, draw, refused = file.read_bytes(), np.random.default_rng(0), 0
+    for case in range(5000):
+        damaged = bytearray(good)
+        for _ in range(draw.integers(1, 4)):
+            damaged[draw.integers(len(good))] = draw.integers(256)
+        if case % 5 == 0:
+            del damaged[draw.integers(len(good)) :]
+        file.write_bytes(damaged)
+        try:
+            opened("fashion-mnist", tmp_path, tmp_path)
+        except DataError:
+            refused += 1
+    assert refused > 500
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("imagenet64", "train_data_batch_2"),
+        ("imagenet64", "map_clsloc.txt"),
+        ("places365", "categories_places365.txt"),
+        ("places365", "val_256.tar"),
+        ("fashion-mnist", "train-images-idx3-ubyte"),
+    ],
+)
+def test_fifos_are_not_read(tmp_path: Path, source: str, name: str):
+    """A reader of a FIFO waits for ever."""
+    {"imagenet64": lambda: write_imagenet(tmp_path, "pickle"), "places365": lambda: small_places(tmp_path)}.get(
+        source, lambda: write_fashion(tmp_path)
+    )()
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"lacks|neither|is not a file"):
+        opened(source, tmp_path, tmp_path)
+
+
+def test_a_batch_cannot_hold_a_billion_empty_images(tmp_path: Path):
+    write_imagenet(tmp_path, "npz")
+    file = tmp_path / "train_data_batch_2.npz"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape in (("data", (10**9, 0)), ("labels", (10**8,))):
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            archive.writestr(f"{name}.npy", header.getvalue() + bytes(np.prod(shape)))
+    with pytest.raises(DataError, match=r"'data' has the shape \(1000000000, 0\)"):
+        opened("imagenet64", tmp_path, tmp_path)
 
 
 # --- downsampled ImageNet
@@ -139,8 +202,8 @@ def test_imagenet_refuses(tmp_path: Path):
     batches = write_imagenet(tmp_path, "npz")
     for change, message in (
         ({"labels": [0, *range(1, 20)]}, r"labels go from 0 to 19; expected 1 to 5 \(1-based\)"),
-        ({"labels": [1.5] * 20}, "float64"),
-        ({"labels": [1] * 19}, "does not match 20 images"),
+        ({"labels": [1.5] * 20}, "not an array of 20 integers"),
+        ({"labels": [1] * 19}, "there are 20 images, but 'labels' is not an array of 20 integers"),
         ({"data": np.zeros((20, 192), np.int32)}, "is not a uint8 array"),
         ({"data": np.zeros((20, 100), np.uint8)}, "rows of"),
     ):

@@ -1,5 +1,6 @@
 """Checkpoints of the authors' script: reading, writing, going on, and refusing what is damaged."""
 
+import random
 from typing import Any
 
 import jax
@@ -320,6 +321,56 @@ def test_variables_are_renamed_without_harm(small_model, tmp_path, assert_same):
             layer[key] = _text_cell(*(f"x_{name}" for name in layer[key].ravel()))
     matfile.write(tmp_path / "x.mat", contents)
     assert_same(load(tmp_path / "x.mat")[1], variables)
+
+
+ODD_VALUES = [
+    np.zeros((0, 0)),
+    np.full((1, 1), np.nan),
+    np.full((1, 1), 1e300),
+    np.full((1, 1), -1.0),
+    np.full((2, 3), 7.0),
+    np.full((1, 1), 2**63, np.uint64),
+    np.array([[True]]),
+    "text",
+    "",
+    {},
+    [],
+    [{"a": "b"}, {"a": np.eye(2)}],
+    _text_cell("a", np.eye(2), {"a": "b"}),
+    np.empty((0, 0), object),
+]
+
+
+def _mutate(draw: random.Random, value):
+    """A copy of MATLAB's values in which one, at any depth, is odd or missing."""
+    if isinstance(value, dict) and value and draw.random() < 0.95:
+        key = draw.choice(list(value))
+        if draw.random() < 0.1:
+            return {name: item for name, item in value.items() if name != key}
+        return value | {key: _mutate(draw, value[key])}
+    if isinstance(value, list) and value and draw.random() < 0.95:
+        at = draw.randrange(len(value))
+        return [*value[:at], _mutate(draw, value[at]), *value[at + 1 :]]
+    return draw.choice(ODD_VALUES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["gap", "gmsop"])
+def test_fuzzed_contents_raise_one_error(small_model, tmp_path, monkeypatch, head):
+    """1,500 files of each network with an odd value in a sound file: a network, or a CheckpointError."""
+    path = tmp_path / "net-epoch-1.mat"
+    save(path, *small_model(head), meta={"classes": {"name": _text_cell("a", "b", "c")}, "normalization": {"x": "y"}})
+    contents, draw, refused = matfile.read(path, VARIABLES), random.Random(0), 0
+    for _ in range(1500):
+        damaged = contents | {(key := draw.choice(VARIABLES)): _mutate(draw, contents[key])}
+        monkeypatch.setattr(matfile, "read", lambda *_, damaged=damaged: damaged)
+        try:
+            checkpoint = load_checkpoint(path)
+            assert isinstance(checkpoint.class_names, list | None)
+            assert isinstance(checkpoint.mean_rgb, np.ndarray | None)
+        except CheckpointError:
+            refused += 1
+    assert refused > 200
 
 
 @pytest.mark.parametrize("content", [b"", b"MATLAB 5.0 MAT-file", b"PK\x03\x04", b"\x80\x04K\x01.", bytes(5000)])

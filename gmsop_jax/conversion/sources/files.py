@@ -210,7 +210,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Returns the non-empty lines of a small UTF-8 text file; DataError if it can't be read as one."""
+    """Returns the non-empty lines of a UTF-8 text file; DataError if it can't be read as one."""
+    if not file.is_file():
+        raise DataError(f"{file} does not exist or is not a file")
     try:
         return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:

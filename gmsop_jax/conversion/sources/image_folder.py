@@ -20,6 +20,7 @@ OPTIONS = frozenset({"size", "resize", "val_fraction"})
 _LOG = logging.getLogger(__name__)
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _SPLITS = ("train", "val", "test")
+MAX_FOLDERS = 200_000  # ImageNet-21k has 21,841; links can form a graph with endless paths
 
 
 def read_image_file(path: Path) -> bytes:
@@ -104,7 +105,7 @@ def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, in
         raise DataError(f"the output folder lies inside the images' folder {folder}; choose one outside of it")
     classes: dict[str, list[tuple[str, int]]] = {}
     ignored = []
-    for path, size in _walk(request, folder, ()):
+    for path, size in _walk(request, folder):
         parts = path.relative_to(folder).parts
         if len(parts) > 1 and path.suffix.lower() in _ENDINGS:
             classes.setdefault(parts[0], []).append((str(path.relative_to(root)), size))
@@ -123,25 +124,40 @@ def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, in
     return classes
 
 
-def _walk(request: Request, folder: Path, parents: tuple[str, ...]) -> Iterator[tuple[Path, int]]:
-    """Yields the path and size of every visible file below a folder, sorted by the parts of the path."""
-    real = os.path.realpath(folder)
-    if real in parents:
-        raise DataError(f"{folder} is a link to a folder that contains the link; remove it")
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    for entry in entries:
-        path = folder / entry.name
-        if entry.name.startswith("."):  # such as .git, .DS_Store and AppleDouble's ._name.jpg
+def _walk(request: Request, folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yields the path and size of every visible file below a folder, sorted by the parts of the path.
+
+    Raises: DataError if a link is broken or leads out of the input, or if links make the number of folders explode.
+    """
+    pending: list[tuple[Path, int | None]] = [(folder, None)]  # paths, and the sizes of those that are files
+    num_folders = 0
+    while pending:
+        path, size = pending.pop()
+        if size is not None:
+            yield path, size
             continue
-        if entry.is_symlink():
-            request.check_inside(path)
-            if not path.exists():
-                raise DataError(f"{path} is a link to a file that does not exist; remove or repair it")
-        if entry.is_dir():
-            yield from _walk(request, path, (*parents, real))
-        elif entry.is_file():
-            yield path, entry.stat().st_size
+        num_folders += 1
+        if num_folders > MAX_FOLDERS:
+            raise DataError(f"{folder} has more than {MAX_FOLDERS:,} folders; remove links that lead in circles")
+        found = []
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if not entry.name.startswith("."):  # such as .git, .DS_Store and AppleDouble's ._name.jpg
+                    found += _inspect(request, path / entry.name, entry)
+        pending += reversed(found)
+
+
+def _inspect(request: Request, path: Path, entry: os.DirEntry[str]) -> list[tuple[Path, int | None]]:
+    """Returns the path of a folder, the path and size of a file, or nothing for other entries such as FIFOs."""
+    if entry.is_symlink():
+        request.check_inside(path)
+        if not path.exists():
+            raise DataError(f"{path} is a link to a file that does not exist; remove or repair it")
+        if path.is_dir() and Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(path)):
+            raise DataError(f"{path} is a link to a folder that contains the link; remove it")
+    if entry.is_dir():
+        return [(path, None)]
+    return [(path, entry.stat().st_size)] if entry.is_file() else []
 
 
 def _set_aside(rows: np.ndarray, fraction: float, seed: int) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ OPTIONS = frozenset({"allow_partial"})
 _LOG = logging.getLogger(__name__)
 _BATCH = re.compile(r"(train_data_batch_(\d+)|val_data)(\.npz|\.pickle|\.pkl)?")
 _NUM_CLASSES = 1000
+_MAX_BATCH = 10_000_000  # images; the released batches have up to 128,123
 Images = FileArray | np.ndarray  # of one batch, uint8 [n, 3·s·s]
 _RELEASE = (*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data")
 PUBLISHED = {  # the npz archives of 64×64: bytes, sha256
@@ -39,7 +40,7 @@ def open_source(request: Request) -> ImageTable:
     """Opens the batches in a folder, in the zip archives of a folder, or in one zip archive."""
     path = request.required_path
     folder = path if path.is_dir() else path.parent
-    entries = sorted(path.iterdir()) if path.is_dir() else [path]
+    entries = sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]
     files = {entry.name: entry for entry in entries if _BATCH.fullmatch(entry.name)}
     used, facts = list(files.values()), {}
     if not files:
@@ -137,12 +138,15 @@ def _read(file: Path, num_classes: int, scratch: Path) -> tuple[Images, np.ndarr
     data, labels = value["data"], value["labels"]
     if not isinstance(data, Images) or len(data.shape) != 2 or np.dtype(data.dtype) != np.uint8:
         raise DataError(f"{file}: 'data' is not a uint8 array of 2 dimensions")
+    if len(data) > _MAX_BATCH or not data.shape[1]:
+        raise DataError(f"{file}: 'data' has the shape {data.shape}; expected up to {_MAX_BATCH:,} images")
     is_list = isinstance(labels, list) and all(isinstance(label, int) for label in labels)
     if not is_list and not isinstance(labels, Images):
         raise DataError(f"{file}: 'labels' is neither an array nor a list of integers")
-    labels = labels.whole() if isinstance(labels, FileArray) else np.asarray(labels)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(data):
-        raise DataError(f"{file}: 'labels' is {labels.dtype} {labels.shape}, which does not match {len(data)} images")
+    if ((len(labels),) if isinstance(labels, list) else labels.shape) == (len(data),):
+        labels = labels.whole() if isinstance(labels, FileArray) else np.asarray(labels)
+    if not isinstance(labels, np.ndarray) or labels.shape != (len(data),) or labels.dtype.kind not in "iu":
+        raise DataError(f"{file}: there are {len(data)} images, but 'labels' is not an array of {len(data)} integers")
     if len(labels) and not 1 <= labels.min() <= labels.max() <= num_classes:
         raise DataError(
             f"{file}: labels go from {labels.min()} to {labels.max()}; expected 1 to {num_classes} (1-based). They are"

@@ -44,8 +44,8 @@ class Images:
             return read_at(self.path, offset, size)
         path = self.path / self.names[index]
         self.request.check_inside(path)
-        if not path.exists():
-            raise UnreadableImage(f"{self.names[index]}: the file does not exist")
+        if not path.is_file():
+            raise UnreadableImage(f"{self.names[index]}: there is no such file")
         return read_image_file(path)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.table import subset
 from gmsop_jax.errors import DataError
+from gmsop_jax.interop.matfile.budget import Budget
 
 OPTIONS = frozenset({"val_fraction", "train_fraction"})
 CLASSES = (
@@ -100,20 +101,23 @@ def _open_folder(request: Request) -> FashionMnist:
 
 
 def read_idx(path: Path, num_dims: int) -> np.ndarray:
-    """The uint8 array of an IDX file, gzipped or not; DataError if damaged or of another type."""
+    """Reads the uint8 array of an IDX file, gzipped or not; DataError if it is damaged or has another type."""
+    size = 4 + 4 * num_dims
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(size)
+            shape = tuple(int(side) for side in np.frombuffer(header[4:].ljust(size - 4, b"\0"), ">u4"))
+            Budget(path.stat().st_size).take_bytes(math.prod(shape))
+            data = file.read(math.prod(shape) + 1)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path} can't be decompressed ({error}); download it again") from error
-    header = 4 + 4 * num_dims
-    if len(data) < header or data[:4] != bytes([0, 0, 8, num_dims]):
+    if header[:4] != bytes([0, 0, 8, num_dims]):
         raise DataError(
-            f"{path} isn't an IDX file of uint8 with {num_dims} dimensions: it begins with {data[:4].hex()}"
+            f"{path} is not an IDX file of uint8 with {num_dims} dimensions: it begins with {header[:4].hex()}"
         )
-    shape = tuple(int(side) for side in np.frombuffer(data, ">u4", num_dims, 4))
-    if len(data) != header + math.prod(shape):
-        raise DataError(f"{path} has {len(data)} bytes; its header {shape} needs {header + math.prod(shape)}: damaged")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    if len(data) != math.prod(shape):
+        raise DataError(f"{path} is damaged: its header requires {math.prod(shape):,} values, but it has {len(data):,}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _find(folder: Path, stem: str, kind: str) -> Path:
