@@ -1,6 +1,6 @@
-"""Flax (Linen) modules: backbones that give a map of features, heads that pool and classify it."""
+"""Flax (Linen) modules: backbones that compute a map of features, and heads that pool and classify features."""
 
-from gmsop_jax.models.gate import Gate, GateOutput
+from gmsop_jax.models.gate import Gate
 from gmsop_jax.models.heads import (
     CovarianceHead,
     GAPHead,
@@ -13,6 +13,7 @@ from gmsop_jax.models.layers import BatchNorm
 from gmsop_jax.models.mixture import GatedMixture, Mixture
 from gmsop_jax.models.network import Network, count_parameters, create_model
 from gmsop_jax.models.resnet import BottleneckResNet, ResNet
+from gmsop_jax.ops import GateOutput
 
 __all__ = [
     "BatchNorm",

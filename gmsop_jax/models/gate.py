@@ -1,58 +1,24 @@
-"""The gate: which candidates an image selects, with which weights, and how evenly a batch uses them."""
+"""The gate as a Flax module."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from gmsop_jax.models.checks import CheckedModule
-from gmsop_jax.models.layers import BatchNorm, ModuleFactory, he_normal
-from gmsop_jax.ops import average_pool, balance_loss, draw_rows, second_order_pool, select_top_k, selection_weights
+from gmsop_jax.models.layers import BatchNorm, ModuleFactory, relu_convolution
+from gmsop_jax.ops import GateOutput, apply_gate, draw_gate_noise
 from gmsop_jax.ops.arrays import AnyArray
-from gmsop_jax.ops.gate import Gradient, Softmax
+from gmsop_jax.ops.covariance import Where, pool_features
+from gmsop_jax.ops.gate import BalanceOn, Gradient, Noise, Softmax
+from gmsop_jax.ops.layers import nonempty_images
 
-Noise = Literal["image", "candidate", "fixed", "none"]
 Init = Literal["constant", "random"]
-BalanceOn = Literal["weights", "softmax"]
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def pool(x: Float[AnyArray, "*b p c"], order: int, num_iters: int) -> Float[Array, "*b f"]:
-    """Average pooling (order 1) or square-root-normalised covariance pooling (order 2).
-
-    Raises:
-      ValueError: if the order is neither 1 nor 2.
-    """
-    if order == 1:
-        return average_pool(x)
-    if order == 2:
-        return second_order_pool(x, num_iters)
-    raise ValueError(f"order must be 1 (average) or 2 (covariance), got {order}")
-
-
-class GateOutput(NamedTuple):
-    """The decisions of a gate for each image of a batch.
-
-    Attributes:
-      logits: h, including the noise.
-      indices: of the selected candidates, the largest logit first.
-      weights: of all candidates, 0 for those that are not selected.
-      importance: each candidate's share of each image; the balance loss depends on its sum over the batch.
-      balance_loss: `ops.balance_loss` of `importance`.
-    """
-
-    logits: Float[Array, "b n"]
-    indices: Int[Array, "b k"]
-    weights: Float[Array, "b n"]
-    importance: Float[Array, "b n"]
-    balance_loss: Float[Array, ""]
 
 
 class GateFields(CheckedModule, kw_only=True):
@@ -123,7 +89,11 @@ class Gate(GateFields):
 
     @nn.compact
     def __call__(
-        self, x: Float[AnyArray, "b p c"], train: bool = False, gate_noise: Float[AnyArray, "b ..."] | None = None
+        self,
+        x: Float[AnyArray, "b p c"],
+        train: bool = False,
+        gate_noise: Float[AnyArray, "b ..."] | None = None,
+        where: Where | None = None,
     ) -> GateOutput:
         """Selects candidates for each image.
 
@@ -132,6 +102,8 @@ class Gate(GateFields):
           train: whether to draw noise and normalise by the batch's moments. The RNG stream is `gating`, or
             `params` if there is no such stream.
           gate_noise: γ, used instead of the draw: [b], or [b, n] if each candidate has its own.
+          where: a mask or weights of the positions; see `ops.covariance_pool`. Images without a position do not count
+            in the balance loss.
 
         Returns: the selection, its weights and the balance loss.
 
@@ -142,44 +114,33 @@ class Gate(GateFields):
         noise_key = tie_key = None
         if train and (self.has_rng("gating") or self.has_rng("params")):
             noise_key, tie_key = jax.random.split(self.make_rng("gating"))
-
         for i, width in enumerate(self.gate_widths, 1):
-            x = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name=f"conv{i}")(x)
-            x = jax.nn.relu(self.norm(dtype=self.dtype, name=f"conv{i}_bn")(x, train=train))
-        features = pool(x, self.gate_order or 2, self.num_iters)
-        clean = jnp.matmul(features, self._kernel("kernel", features.shape[-1]), precision=_HIGHEST)
-        scale = self._noise_scale(features)
-        noise = self._noise(features, train, gate_noise, noise_key)
-        logits = clean if noise is None else clean + noise * scale
-
-        indices = select_top_k(logits, self.num_selected, tie_key, self.axis_name)
-        weights = selection_weights(logits, indices, self.gate_gradient, self.gate_softmax)
-        importance = weights if self.balance_on == "weights" else jax.nn.softmax(clean, axis=-1)
-        balance = balance_loss(importance, self.axis_name, self.balance_ddof)
-        return GateOutput(logits, indices, weights, importance, balance)
+            x = relu_convolution(self, x, width, f"conv{i}", train=train, where=where, batch_norm=True)
+        features = pool_features(x, self.gate_order or 2, self.num_iters, where=where)
+        learned = self.gate_noise in ("image", "candidate")
+        return apply_gate(
+            features,
+            self._kernel("kernel", features.shape[-1]),
+            self._kernel("noise_kernel", features.shape[-1]) if learned else None,
+            self._noise(features, train, gate_noise, noise_key),
+            num_selected=self.num_selected,
+            gradient=self.gate_gradient,
+            softmax=self.gate_softmax,
+            balance_on=self.balance_on,
+            balance_ddof=self.balance_ddof,
+            where=nonempty_images(where),
+            tie_key=tie_key,
+            axis_name=self.axis_name,
+        )
 
     def _noise(self, features: Array, train: bool, given: AnyArray | None, key: Array | None) -> Array | None:
-        """γ as [b, 1] or [b, n], or None if no noise is added."""
-        b = features.shape[0]
-        shape = (b,) if self.gate_noise in ("image", "none") else (b, self.num_candidates)
-        if given is not None and given.shape != shape:
-            raise ValueError(f"gate_noise must have shape {shape}, got {given.shape}")
-        if self.gate_noise == "none":
-            return None
-        if given is None and train:
-            if key is None:
-                raise ValueError(
-                    "training draws the gate's noise: pass rngs={'gating': key} (and 'dropout') to apply, or gate_noise"
-                )
-            normal = functools.partial(jax.random.normal, dtype=features.dtype)
-            given = draw_rows(normal, key, shape, self.axis_name)
-        return None if given is None else jnp.asarray(given, features.dtype).reshape(b, -1)
-
-    def _noise_scale(self, features: Array) -> Array | float:
-        if self.gate_noise in ("fixed", "none"):
-            return 1 / self.num_candidates
-        kernel = self._kernel("noise_kernel", features.shape[-1])
-        return jax.nn.softplus(jnp.matmul(features, kernel, precision=_HIGHEST))
+        shape = (features.shape[0], self.num_candidates)
+        noise = draw_gate_noise(self.gate_noise, shape, features.dtype, given=given, key=key, axis_name=self.axis_name)
+        if noise is None and train and self.gate_noise != "none":
+            raise ValueError(
+                "training draws the gate's noise: pass rngs={'gating': key} (and 'dropout') to apply, or gate_noise"
+            )
+        return noise
 
     def _kernel(self, name: str, width: int) -> Array:
         inits = {

@@ -1,28 +1,42 @@
-"""Heads: from a map of features to logits, all with one contract.
+"""Heads: from features to logits. All heads are called in the same way.
 
-`head(x, train=False, gate_noise=None)` takes any [b, h, w, c] and returns `(logits, aux)`: logits are
-[b, num_classes], float32 or float64; `aux` holds `features` [b, f] (the pooled vector), `gate_weights`
-[b, n], `importance` [b, n] and `balance_loss`, which for a head without gate are ones [b, 1] and 0.
+`head(x, train=False, gate_noise=None, where=None)` returns `(logits, aux)`. Here x is a map of features [b, h, w, c] or
+tokens [b, l, c], and `where` is a mask or weights of the positions, [b, h, w] or [b, l]. Logits are [b, num_classes],
+float32 or float64. `aux` holds `features` [b, f] (the pooled vector), `gate_weights` [b, n], `importance` [b, n] and
+`balance_loss`. In a head without a gate, the weights and the importance are ones [b, 1] and the balance loss is 0.
+
+With a mask, a head returns what it returns for the input without the positions of weight 0, whose values may be NaN or
+infinite. They count neither in the pooling nor in the moments of batch norm. An image without any position has zero
+features, and counts neither in the moments of batch norm nor in the balance loss.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax.models.checks import CheckedModule
 from gmsop_jax.models.gate import GateFields, shared_fields
-from gmsop_jax.models.layers import BatchNorm, Classifier, Dropout, ModuleFactory, flatten_map, he_normal
+from gmsop_jax.models.layers import BatchNorm, Classifier, Dropout, ModuleFactory, normalize, relu_convolution
 from gmsop_jax.models.mixture import GatedMixture, Mixture
-from gmsop_jax.ops import average_pool, covariance_pool, matrix_power, second_order_pool, triangle_vector
+from gmsop_jax.ops import (
+    average_pool,
+    covariance_pool,
+    flatten_positions,
+    matrix_power,
+    second_order_pool,
+    triangle_vector,
+)
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.covariance import Where
 from gmsop_jax.ops.dispatch import Dispatch
+from gmsop_jax.ops.layers import nonempty_images
 
-_Map = Float[AnyArray, "b h w c"]
+_Features = Float[AnyArray, "b *p c"]
+_Mask = Shaped[AnyArray, "b *p"] | None
 _Output = tuple[Float[Array, "b classes"], Mapping[str, Array]]
 
 
@@ -32,14 +46,16 @@ def _without_gate(features: Array) -> dict[str, Array]:
 
 
 class _PoolingHead(CheckedModule):
-    """One pooling for every image, then the classifier.
+    """Projection → pooling → classifier.
 
     Attributes:
-      num_classes: of the classifier.
-      projection_widths: of 1×1 convolutions without bias, each with ReLU, before the pooling.
-      projection_batch_norm: whether each of them has batch norm before its ReLU.
+      num_classes: number of classes.
+      projection_widths: widths of the 1×1 convolutions before the pooling. They have no bias, and each is followed by
+        ReLU. With the widths of a mixture's candidate, `SecondOrderHead` is parametric SR-SOP: one candidate without
+        a gate.
+      projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
       norm: makes these batch norms.
-      dtype: of projection and classifier; None follows features and parameters.
+      dtype: dtype of projection and classifier; None follows features and parameters.
     """
 
     num_classes: int
@@ -48,20 +64,19 @@ class _PoolingHead(CheckedModule):
     norm: ModuleFactory = BatchNorm
     dtype: DTypeLike | None = None
 
-    def _pool(self, x: Float[AnyArray, "b p c"]) -> Float[Array, "b f"]:
+    def _pool(self, x: Float[AnyArray, "b p c"], where: Where | None) -> Float[Array, "b f"]:
         raise NotImplementedError
 
     @nn.compact
-    def __call__(self, x: _Map, train: bool = False, gate_noise: AnyArray | None = None) -> _Output:
-        """Pools and classifies; `gate_noise` is ignored, there is no gate."""
-        x = flatten_map(x)
+    def __call__(
+        self, x: _Features, train: bool = False, gate_noise: AnyArray | None = None, where: _Mask = None
+    ) -> _Output:
+        """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
+        x, where = flatten_positions(x, where)
         for i, width in enumerate(self.projection_widths, 1):
-            name = f"projection{i}"
-            x = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name=name)(x)
-            if self.projection_batch_norm:
-                x = self.norm(dtype=self.dtype, name=f"{name}_bn")(x, train=train)
-            x = jax.nn.relu(x)
-        features = self._pool(x)
+            name, batch_norm = f"projection{i}", self.projection_batch_norm
+            x = relu_convolution(self, x, width, name, train=train, where=where, batch_norm=batch_norm)
+        features = self._pool(x, where)
         aux = {**_without_gate(features), "features": features}
         return Classifier(self.num_classes, self.dtype, name="classifier")(features), aux
 
@@ -69,61 +84,76 @@ class _PoolingHead(CheckedModule):
 class GAPHead(_PoolingHead):
     """Global average pooling: f = c, or the last of `projection_widths`.
 
-    One projection to 512 or 8256 makes the paper's -512d and -8256d baselines. Attributes: as
-    `SecondOrderHead`'s, without `num_iters`.
+    One projection to 512 or 8256 makes the paper's -512d and -8256d baselines.
+
+    Attributes:
+      num_classes: number of classes.
+      others: see `SecondOrderHead`.
     """
 
-    def _pool(self, x):
-        return average_pool(x)
+    def _pool(self, x, where):
+        return average_pool(x, where=where)
 
 
 class CovarianceHead(_PoolingHead):
-    """Plain second-order pooling (SOP): the covariance's triangle as it is, f = c(c + 1)/2.
+    """Plain second-order pooling (SOP): the triangle of the covariance without normalisation, f = c(c + 1)/2.
 
-    Attributes: as `SecondOrderHead`'s, without `num_iters`.
+    Attributes:
+      num_classes: number of classes.
+      others: see `SecondOrderHead`.
     """
 
-    def _pool(self, x):
-        return triangle_vector(covariance_pool(x))
+    def _pool(self, x, where):
+        return triangle_vector(covariance_pool(x, where=where))
 
 
 class SecondOrderHead(_PoolingHead):
     """SR-SOP: square-root-normalised covariance pooling, f = c(c + 1)/2.
 
-    With projection to 256, batch norm and 5 steps this is iSQRT-COV's head (Li et al. 2018).
+    With a projection to 256 channels, batch norm and 5 iterations this is the head of iSQRT-COV (Li et al. 2018).
 
     Attributes:
-      num_classes: of the classifier.
-      projection_widths: of 1×1 convolutions without bias, each with ReLU, before the pooling; those of a
-        mixture's candidate make parametric SR-SOP, which is one candidate without a gate.
-      projection_batch_norm: whether each of them has batch norm before its ReLU.
+      num_classes: number of classes.
+      projection_widths: widths of the 1×1 convolutions before the pooling. They have no bias, and each is followed by
+        ReLU. With the widths of a mixture's candidate this is parametric SR-SOP: one candidate without a gate.
+      projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
       norm: makes these batch norms.
-      dtype: of projection and classifier; None follows features and parameters.
-      num_iters: Newton–Schulz steps; 3 as GM-SOP, 5 as iSQRT-COV.
+      dtype: dtype of projection and classifier; None follows features and parameters.
+      num_iters: number of Newton–Schulz iterations; 3 in GM-SOP, 5 in iSQRT-COV.
+
+    Example:
+      >>> import jax
+      >>> head = SecondOrderHead(10)
+      >>> tokens, mask = jnp.ones((2, 7, 4)), jnp.ones((2, 7), bool).at[0, 5:].set(False)
+      >>> variables = head.init(jax.random.key(0), tokens)
+      >>> logits, aux = head.apply(variables, tokens, where=mask)
+      >>> logits.shape, aux["features"].shape
+      ((2, 10), (2, 10))
     """
 
     num_iters: int = 3
 
-    def _pool(self, x):
-        return second_order_pool(x, self.num_iters)
+    def _pool(self, x, where):
+        return second_order_pool(x, self.num_iters, where=where)
 
 
 class MPNCOVHead(_PoolingHead):
     """MPN-COV: powers of the covariance by eigendecomposition (Li et al. 2017), f = c(c + 1)/2.
 
     Attributes:
-      power: α of Σ^α, see `ops.matrix_power`.
-      others: as `SecondOrderHead`'s.
+      num_classes: number of classes.
+      power: α of Σ^α; see `ops.matrix_power`.
+      others: see `SecondOrderHead`.
     """
 
     power: float = 0.5
 
-    def _pool(self, x):
-        return triangle_vector(matrix_power(covariance_pool(x), self.power))
+    def _pool(self, x, where):
+        return triangle_vector(matrix_power(covariance_pool(x, where=where), self.power))
 
 
 class _MixtureHead(CheckedModule):
-    """A mixture → batch norm → dropout → classifier."""
+    """Mixture → batch norm → dropout → classifier."""
 
     num_classes: int
     num_candidates: int = 16
@@ -135,8 +165,8 @@ class _MixtureHead(CheckedModule):
     norm: ModuleFactory = BatchNorm
     dtype: DTypeLike | None = None
 
-    def _finish(self, features: Array, aux: Mapping[str, Array], train: bool) -> _Output:
-        y = self.norm(name="bn")(features, train=train)
+    def _finish(self, features: Array, aux: Mapping[str, Array], train: bool, where: _Mask) -> _Output:
+        y = normalize(self.norm(name="bn"), features, train, nonempty_images(where))
         y = Dropout(self.dropout_rate, self.axis_name)(y, train)
         return Classifier(self.num_classes, self.dtype, name="classifier")(y), {**aux, "features": features}
 
@@ -144,25 +174,27 @@ class _MixtureHead(CheckedModule):
 class MixtureHead(_MixtureHead):
     """Averaged or concatenated mixture: `Mixture` → batch norm → dropout → classifier.
 
-    Ave-GAP and Ave-SOP of the paper, and their concatenations: every candidate runs on every image.
+    These are Ave-GAP and Ave-SOP of the paper, and the same with concatenation. Every candidate runs on every image.
     Training with dropout needs the RNG stream `dropout`.
 
     Attributes:
-      num_classes: of the classifier.
-      num_candidates, candidate_widths, order, num_iters, combine: as in `Mixture`.
-      dropout_rate: 0 for none.
-      axis_name: pmap or shard_map axis over which the batch is split; dropout is then that of the whole.
+      num_classes: number of classes.
+      num_candidates, candidate_widths, order, num_iters, combine: see `Mixture`.
+      dropout_rate: probability with which a feature is set to 0 in training; 0 turns dropout off.
+      axis_name: pmap or shard_map axis over which the batch is split; see `Dropout`.
       norm: makes the batch norm.
-      dtype: as in `ResNet`.
+      dtype: dtype of convolutions and classifier; None follows features and parameters.
     """
 
     combine: Literal["average", "concatenate"] = "average"
 
     @nn.compact
-    def __call__(self, x: _Map, train: bool = False, gate_noise: AnyArray | None = None) -> _Output:
-        """Pools and classifies; `gate_noise` is ignored, there is no gate."""
-        features = Mixture(**shared_fields(self, Mixture), name="mixture")(x)
-        return self._finish(features, _without_gate(features), train)
+    def __call__(
+        self, x: _Features, train: bool = False, gate_noise: AnyArray | None = None, where: _Mask = None
+    ) -> _Output:
+        """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
+        features = Mixture(**shared_fields(self, Mixture), name="mixture")(x, where)
+        return self._finish(features, _without_gate(features), train, where)
 
 
 class GatedMixtureHead(_MixtureHead, GateFields):
@@ -174,10 +206,11 @@ class GatedMixtureHead(_MixtureHead, GateFields):
 
     Attributes:
       num_classes: number of classes.
-      dropout_rate: probability with which a feature is zeroed in training; 0 turns dropout off.
+      dropout_rate: probability with which a feature is set to 0 in training; 0 turns dropout off.
       others: see `GatedMixture` and `Gate`.
 
     Example:
+      >>> import jax
       >>> head = GatedMixtureHead(10, num_candidates=4, num_selected=2, candidate_widths=(16, 8))
       >>> features = jax.random.normal(jax.random.key(0), (2, 6, 6, 32))
       >>> variables = head.init(jax.random.key(1), features)
@@ -189,8 +222,10 @@ class GatedMixtureHead(_MixtureHead, GateFields):
     dispatch: Dispatch = "auto"
 
     @nn.compact
-    def __call__(self, x: _Map, train: bool = False, gate_noise: AnyArray | None = None) -> _Output:
-        """Pools and classifies; `gate_noise` replaces the draw from the stream `gating`."""
+    def __call__(
+        self, x: _Features, train: bool = False, gate_noise: AnyArray | None = None, where: _Mask = None
+    ) -> _Output:
+        """Pools and classifies. `gate_noise` replaces the draw from the stream `gating`; see `Gate`."""
         mixture = GatedMixture(**shared_fields(self, GatedMixture), name="mixture")
-        features, aux = mixture(x, train, gate_noise)
-        return self._finish(features, aux, train)
+        features, aux = mixture(x, train, gate_noise, where)
+        return self._finish(features, aux, train, where)

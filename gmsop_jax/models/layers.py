@@ -7,36 +7,47 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax.models.checks import CheckedModule
-from gmsop_jax.ops import draw_rows
+from gmsop_jax.ops import batch_norm, dropout, linear_logits
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.covariance import Where
 
-ModuleFactory = Callable[..., nn.Module]  # a module's class, or a functools.partial of it
+ModuleFactory = Callable[..., nn.Module]  # the class of a module, or a functools.partial of it
 
 # N(0, 2/fan_in), as the authors initialise every convolution and the classifier
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-def flatten_map(x: Float[AnyArray, "b h w c"]) -> Float[Array, "b p c"]:
-    """A map of features as p = h · w positions.
+def relu_convolution(
+    module: Any,
+    x: Float[AnyArray, "b p c"],
+    width: int,
+    name: str,
+    *,
+    train: bool,
+    where: Where | None,
+    batch_norm: bool,
+) -> Float[Array, "b p width"]:
+    """Applies a 1×1 convolution without bias, batch norm if asked for, and ReLU, as submodules of `module`.
 
-    Raises:
-      ValueError: if x does not have four axes.
+    The convolution has the given name, and the batch norm that name with the suffix `_bn`. `module.norm` makes the
+    batch norm, and `module.dtype` is the dtype of both.
     """
-    if x.ndim != 4:
-        raise ValueError(f"a head needs a map of features [b, h, w, c], got shape {x.shape}")
-    return jnp.asarray(x).reshape(x.shape[0], -1, x.shape[-1])
+    x = nn.Dense(width, use_bias=False, dtype=module.dtype, kernel_init=he_normal, name=name)(x)
+    if batch_norm:
+        x = normalize(module.norm(dtype=module.dtype, name=f"{name}_bn"), x, train, where)
+    return jax.nn.relu(x)
+
+
+def normalize(norm: Any, x: Float[AnyArray, "*b c"], train: bool, where: Shaped[AnyArray, "*b"] | None) -> Array:
+    """Calls a batch norm, with `where` only if there is a mask, because the batch norms of others need not take it."""
+    return norm(x, train=train) if where is None else norm(x, train=train, where=where)
 
 
 class Classifier(CheckedModule):
-    """Linear classifier with float32 logits (float64 for float64 features).
-
-    logits = xᵀ W + b
-
-    In half precision the products are accumulated in float32, and the logits are not rounded back, because
-    bfloat16 would make the largest logits of many images tie.
+    """Linear classifier with float32 logits (float64 for float64 features); see `ops.linear_logits`.
 
     Attributes:
       num_classes: number of classes.
@@ -51,31 +62,21 @@ class Classifier(CheckedModule):
         """Computes the logits."""
         kernel = self.param("kernel", he_normal, (x.shape[-1], self.num_classes))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
-        dtype = self.dtype or jnp.result_type(x, kernel)
-        logits_dtype = jnp.promote_types(dtype, jnp.float32)
-        x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-        return jnp.matmul(x, kernel, preferred_element_type=logits_dtype) + jnp.asarray(bias, logits_dtype)
-
-
-def _all_but_last(x: Array) -> tuple[int, ...]:
-    return tuple(range(x.ndim - 1))
+        return linear_logits(x, kernel, bias, self.dtype)
 
 
 class BatchNorm(CheckedModule):
-    """Batch normalisation over all axes but the last, with MatConvNet's running moments.
+    """Batch normalisation over all axes but the last, with MatConvNet's running moments; see `ops.batch_norm`.
 
-    y = scale · (x − μ)/σ + bias,  σ = √(var + ε), biased variance.
-
-    The collection `batch_stats` holds running means of μ and of σ itself (`mean`, `sigma`), not of the
-    variance; at test time x is divided by the running σ, with no ε added again. They start at 0 and 1
-    (MatConvNet: 0 and 0), so that a network which never trained can be evaluated.
+    The collection `batch_stats` holds the running averages of μ and of σ itself (`mean`, `sigma`). They start at 0
+    and 1 (in MatConvNet, at 0 and 0), so that a network can be evaluated before it is trained.
 
     Attributes:
-      running_rate: share of the batch in the running moments: r ← (1 − rate)·r + rate·batch.
+      running_rate: weight of the batch in the running moments: r ← (1 − rate)·r + rate·batch.
       epsilon: ε.
-      axis_name: pmap or shard_map axis whose devices share one batch; None keeps the moments per
-        device (under jit the batch is the global one anyway).
-      dtype: of the result; None follows x and the parameters. Moments are never below float32.
+      axis_name: pmap or shard_map axis over which the batch is split. With None, each device normalises by the moments
+        of its own part (under jit, by those of the whole batch).
+      dtype: dtype of the result; None follows x and the parameters. Moments are computed in float32 at least.
     """
 
     running_rate: float = 0.3
@@ -84,55 +85,45 @@ class BatchNorm(CheckedModule):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[AnyArray, "... c"], train: bool = False) -> Float[Array, "... c"]:
-        """Normalises x, by the batch's moments in training and the running ones otherwise."""
+    def __call__(
+        self, x: Float[AnyArray, "*b c"], train: bool = False, where: Shaped[AnyArray, "*b"] | None = None
+    ) -> Float[Array, "*b c"]:
+        """Normalises x, by the batch's moments in training and by the running ones otherwise.
+
+        Args:
+          x: features.
+          train: whether to use the batch's moments and to update the running ones.
+          where: a mask or weights of the rows of x; masked rows do not count in the moments.
+        """
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-        running_mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(c, scale.dtype))
-        running_sigma = self.variable("batch_stats", "sigma", lambda: jnp.ones(c, scale.dtype))
-        x = jnp.asarray(x)
-        dtype = self.dtype or jnp.result_type(x, scale)
-        x = x.astype(jnp.promote_types(jnp.result_type(x, scale), jnp.float32))
-        if train:
-            # Moments of x − shift: in those of x itself, E[x²] − E[x]² cancels where |μ| is much larger than σ.
-            shift = self._shift(x)
-            x = x - shift
-            centre, sigma = self._batch_moments(x)
-            if not self.is_initializing():
-                self._update(running_mean, shift + centre)
-                self._update(running_sigma, sigma)
-        else:
-            centre, sigma = jnp.asarray(running_mean.value), jnp.asarray(running_sigma.value)
-        return ((x - centre) * (jnp.asarray(scale) / sigma) + jnp.asarray(bias)).astype(dtype)
-
-    def _shift(self, x: Array) -> Array:
-        """The mean of each device's first row, averaged over devices: within √b · σ of μ for a batch of b rows."""
-        shift = jax.lax.stop_gradient(jnp.mean(x[:1], _all_but_last(x)))
-        return self._over_devices(shift)
-
-    def _batch_moments(self, x: Array) -> tuple[Array, Array]:
-        axes = _all_but_last(x)
-        mean, square = self._over_devices((jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)))
-        return mean, jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
-
-    def _over_devices(self, moments: Any) -> Any:
-        if self.axis_name is None or self.is_initializing():
-            return moments
-        return jax.lax.pmean(moments, self.axis_name)
-
-    def _update(self, running: nn.Variable, batch: Array) -> None:
-        old = jnp.asarray(running.value)
-        running.value = (old + self.running_rate * (batch - old)).astype(old.dtype)
+        mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(c, scale.dtype))
+        sigma = self.variable("batch_stats", "sigma", lambda: jnp.ones(c, scale.dtype))
+        y, new_mean, new_sigma = batch_norm(
+            x,
+            scale,
+            bias,
+            mean.value,
+            sigma.value,
+            train=train,
+            running_rate=self.running_rate,
+            epsilon=self.epsilon,
+            where=where,
+            axis_name=None if self.is_initializing() else self.axis_name,
+            dtype=self.dtype,
+        )
+        if train and not self.is_initializing():
+            mean.value, sigma.value = new_mean, new_sigma
+        return y
 
 
 class Dropout(CheckedModule):
-    """Zeroes each number with probability `rate`, divides the others by 1 − rate; as `nn.Dropout`.
+    """Sets each number to 0 with probability `rate` in training; see `ops.dropout`.
 
     Attributes:
-      rate: 0 for none.
-      axis_name: pmap or shard_map axis over which the batch, the first axis, is split; the draw is then
-        the same as one device's for the whole batch.
+      rate: the probability; 0 turns dropout off.
+      axis_name: pmap or shard_map axis over which the batch is split.
     """
 
     rate: float
@@ -140,13 +131,8 @@ class Dropout(CheckedModule):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "b ..."], train: bool = False) -> Float[Array, "b ..."]:
-        """Drops in training (RNG stream `dropout`), passes x through otherwise."""
+        """Drops numbers in training (RNG stream `dropout`), and returns x otherwise."""
         x = jnp.asarray(x)
         if not train or self.rate == 0:
             return x
-
-        def draw(rng, shape):
-            return jax.random.bernoulli(rng, 1 - self.rate, shape)
-
-        kept = draw_rows(draw, self.make_rng("dropout"), x.shape, self.axis_name)
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+        return dropout(x, self.rate, self.make_rng("dropout"), self.axis_name)

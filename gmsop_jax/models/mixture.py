@@ -1,4 +1,4 @@
-"""Mixtures of pooling candidates: gated, averaged, concatenated."""
+"""Mixtures of pooling candidates: gated, averaged or concatenated."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -6,18 +6,19 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax.models.checks import CheckedModule
-from gmsop_jax.models.gate import Gate, GateFields, pool, shared_fields
-from gmsop_jax.models.layers import BatchNorm, ModuleFactory, flatten_map
-from gmsop_jax.ops import apply_all_candidates, apply_candidates, mix_candidates
+from gmsop_jax.models.gate import Gate, GateFields, shared_fields
+from gmsop_jax.models.layers import BatchNorm, ModuleFactory
+from gmsop_jax.ops import apply_all_candidates, apply_candidates, flatten_positions, mix_candidates
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.covariance import pool_features
 from gmsop_jax.ops.dispatch import Dispatch
 
 
 class _Bank(CheckedModule):
-    """The candidates that the images share.
+    """The candidates and their weights, which all images share.
 
     Candidate Mᵢ (the paper's component module, an expert in the mixture-of-experts literature) is a
     stack of 1×1 convolutions without bias, each with ReLU, then average (order 1) or square-root-normalised
@@ -40,14 +41,14 @@ class _Bank(CheckedModule):
         dtype = self.dtype or jnp.result_type(x, *kernels)
         return [kernel.astype(dtype) for kernel in kernels]
 
-    def _pool(self, x: Array) -> Array:
-        return pool(x, self.order, self.num_iters)
+    def _pool(self, x: Array, where: Array | None = None) -> Array:
+        return pool_features(x, self.order, self.num_iters, where=where)
 
 
 class Mixture(_Bank):
-    """Pools a map of features by all candidates, without a gate.
+    """Pools features by all candidates, without a gate.
 
-    z = (1/n) Σᵢ Mᵢ(x)  (Ave-GAP, Ave-SOP), or all Mᵢ(x) one after the other.
+    z = (1/n) Σᵢ Mᵢ(x)  (Ave-GAP, Ave-SOP), or the concatenation of all Mᵢ(x).
 
     Attributes:
       num_candidates: n, the size of the bank; each image runs through all of them.
@@ -61,15 +62,17 @@ class Mixture(_Bank):
     combine: Literal["average", "concatenate"] = "average"
 
     @nn.compact
-    def __call__(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b f"]:
-        """Pools the map."""
-        x = flatten_map(x)
-        pooled = apply_all_candidates(x, self._kernels(x), self._pool)
+    def __call__(
+        self, x: Float[AnyArray, "b *p c"], where: Shaped[AnyArray, "b *p"] | None = None
+    ) -> Float[Array, "b f"]:
+        """Pools a map [b, h, w, c] or tokens [b, l, c]; `where` is a mask or weights of the positions."""
+        x, where = flatten_positions(x, where)
+        pooled = apply_all_candidates(x, self._kernels(x), self._pool, where=where)
         return jnp.mean(pooled, axis=1) if self.combine == "average" else pooled.reshape(x.shape[0], -1)
 
 
 class GatedMixture(_Bank, GateFields):
-    """Pools a map of features by the weighted sum of the candidates that its gate selects.
+    """Pools features by the weighted sum of the candidates that the gate selects.
 
     z = Σ_{i ∈ TopK} wᵢ(x) · Mᵢ(x)   (GM-SOP, eq. 2; order 1 is GM-GAP)
 
@@ -93,24 +96,26 @@ class GatedMixture(_Bank, GateFields):
     @nn.compact
     def __call__(
         self,
-        x: Float[AnyArray, "b h w c"],
+        x: Float[AnyArray, "b *p c"],
         train: bool = False,
         gate_noise: Float[AnyArray, "b ..."] | None = None,
+        where: Shaped[AnyArray, "b *p"] | None = None,
     ) -> tuple[Float[Array, "b f"], Mapping[str, Array]]:
-        """Pools the map.
+        """Pools a map or tokens.
 
         Args:
-          x: features.
+          x: features [b, h, w, c] or [b, l, c].
           train, gate_noise: see `Gate`.
+          where: a mask or weights of the positions, [b, h, w] or [b, l]; see `ops.covariance_pool`.
 
         Returns: (pooled features, {`balance_loss`, `gate_weights` [b, n], `importance` [b, n]}).
 
         Raises:
-          ValueError: as `Gate`, or if x is not a map.
+          ValueError: see `Gate`; also if the shape of x or `where` is wrong.
         """
-        x = flatten_map(x)
+        x, where = flatten_positions(x, where)
         gate_fields = {**shared_fields(self, Gate), "gate_order": self.gate_order or self.order}
-        gate = Gate(**gate_fields, name="gate")(x, train, gate_noise)
-        pooled = apply_candidates(x, self._kernels(x), gate.indices, self._pool, self.dispatch)
+        gate = Gate(**gate_fields, name="gate")(x, train, gate_noise, where)
+        pooled = apply_candidates(x, self._kernels(x), gate.indices, self._pool, self.dispatch, where=where)
         aux = {"balance_loss": gate.balance_loss, "gate_weights": gate.weights, "importance": gate.importance}
         return mix_candidates(pooled, gate.weights, gate.indices), aux

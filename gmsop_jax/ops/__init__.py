@@ -5,19 +5,35 @@ Axes: b batch, p positions (height × width), c channels, d width of a matrix, n
 
 from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool
 from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates, mix_candidates
-from gmsop_jax.ops.gate import balance_loss, select_top_k, selection_weights, top_k_gate
+from gmsop_jax.ops.gate import (
+    GateOutput,
+    apply_gate,
+    balance_loss,
+    draw_gate_noise,
+    select_top_k,
+    selection_weights,
+    top_k_gate,
+)
+from gmsop_jax.ops.layers import batch_norm, dropout, flatten_positions, linear_logits
 from gmsop_jax.ops.matrix_power import matrix_power
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_inverse_sqrt, newton_schulz_sqrt
 from gmsop_jax.ops.random import draw_rows
 from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
 __all__ = [
+    "GateOutput",
     "apply_all_candidates",
     "apply_candidates",
+    "apply_gate",
     "average_pool",
     "balance_loss",
+    "batch_norm",
     "covariance_pool",
+    "draw_gate_noise",
     "draw_rows",
+    "dropout",
+    "flatten_positions",
+    "linear_logits",
     "matrix_power",
     "mix_candidates",
     "newton_schulz_inverse_sqrt",

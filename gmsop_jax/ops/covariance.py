@@ -120,6 +120,21 @@ def second_order_pool(
     return root[(..., *np.triu_indices(root.shape[-1]))] if forward_mode else triangle_vector(root)
 
 
+def pool_features(
+    x: Float[AnyArray, "*b p c"], order: int, num_iters: int = 3, *, where: Where | None = None
+) -> Float[Array, "*b f"]:
+    """Average pooling (order 1) or square-root-normalised covariance pooling (order 2).
+
+    Raises:
+      ValueError: if the order is neither 1 nor 2.
+    """
+    if order == 1:
+        return average_pool(x, where=where)
+    if order == 2:
+        return second_order_pool(x, num_iters, where=where)
+    raise ValueError(f"order must be 1 (average) or 2 (covariance), got {order}")
+
+
 def position_weights(x: Float[AnyArray, "*b p c"], where: Where) -> Float[Array, "*b p"]:
     """Returns a mask or weights as weights in the dtype of x, at least float32.
 

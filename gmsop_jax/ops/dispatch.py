@@ -1,7 +1,7 @@
 """Exact dispatch: every candidate runs on the images that selected it, and on no others.
 
-Each selected (image, candidate) pair is one tile: p rows against that candidate's weights. The work is
-b·k tiles whatever n is, shapes are static, and nothing is dropped, padded or sorted.
+Each selected pair (image, candidate) is one tile: the p rows of the image times the weights of the candidate. The work
+is that of b·k tiles, whatever n is. All shapes are static, and nothing is dropped, padded or sorted.
 """
 
 import functools
@@ -14,13 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.covariance import Where, clear_masked, position_weights
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 Dispatch = Literal["auto", "gather", "loop"]
-Pool = Callable[[Array], Array]
+Pool = Callable[..., Array]
 
-_CACHE_BYTES = 4 << 20  # of activations, above which the loop was measured to be the faster one
+_CACHE_BYTES = 4 << 20  # size of all activations above which the loop was measured to be faster
 
 
 def apply_candidates(
@@ -29,66 +30,78 @@ def apply_candidates(
     indices: Int[AnyArray, "b k"],
     pool: Pool,
     dispatch: Dispatch = "auto",
+    *,
+    where: Where | None = None,
 ) -> Float[Array, "b k f"]:
-    """Runs each image through its k selected candidates: 1×1 convolutions, each with ReLU, and pooling.
+    """Runs each image through its k selected candidates: 1×1 convolutions, each followed by ReLU, and pooling.
 
     y[b, j] = pool(ReLU(… ReLU(x[b] · W₁[i]) · W₂[i] …)),  i = indices[b, j]   (GM-SOP, section 2.1)
 
     Args:
       x: features of p positions.
-      kernels: the bank's weights, layer by layer, from c to d channels.
-      indices: selected candidates, within 0…n − 1.
-      pool: of one tile or many, [*, p, d] → [*, f].
-      dispatch: `gather` copies each pair's weights and runs all pairs as batched products: for
-        accelerators. `loop` runs pair after pair, each in cache, and its backward pass computes a pair
-        again instead of keeping anything of it: for a single CPU device. `auto` is `loop` there, if the
-        pairs together don't fit into a cache, and `gather` elsewhere. Both give the same values and
-        gradients, to rounding.
+      kernels: the weights of all candidates, layer by layer, from c to d channels.
+      indices: the selected candidates, from 0 to n − 1.
+      pool: pools one or more tiles, [*, p, d] → [*, f]. With a mask it is called with `where`, weights [*, p], too.
+      dispatch: `gather` copies the weights of each pair and computes all pairs as batched products, which suits
+        accelerators. `loop` computes one pair after the other within the cache, and recomputes each in the backward
+        pass instead of storing anything, which suits a single CPU device. `auto` selects `loop` there if the
+        activations of all pairs exceed the cache, and `gather` otherwise. Values and gradients are the same, to
+        rounding.
+      where: a mask or weights of the positions; see `covariance_pool`.
 
     Returns: the pooled vector of each pair.
 
     Raises:
       ValueError: if `dispatch` is unknown.
     """
-    x, indices = jnp.asarray(x), jnp.asarray(indices)
+    x, where = _masked(x, where)
+    indices = jnp.asarray(indices)
     kernels = tuple(jnp.asarray(kernel) for kernel in kernels)
     if dispatch == "auto":
         dispatch = _choose(x, kernels, indices)
     if dispatch == "gather":
-        return _tile(x[:, None], [_gather(kernel, indices) for kernel in kernels], pool)
+        return _tiles(x, where, [_gather(kernel, indices) for kernel in kernels], pool)
     if dispatch == "loop":
-        return _loop(x, kernels, indices, pool)
+        return _loop(x, where, kernels, indices, pool)
     raise ValueError(f"dispatch must be 'auto', 'gather' or 'loop', got {dispatch!r}")
 
 
 def apply_all_candidates(
-    x: Float[AnyArray, "b p c"], kernels: Sequence[Float[AnyArray, "n _ _"]], pool: Pool
+    x: Float[AnyArray, "b p c"], kernels: Sequence[Float[AnyArray, "n _ _"]], pool: Pool, *, where: Where | None = None
 ) -> Float[Array, "b n f"]:
-    """Runs every image through every candidate; arguments as in `apply_candidates`.
+    """Runs every image through every candidate. The arguments are those of `apply_candidates`.
 
-    Returns: the pooled vectors, in the bank's order.
+    Returns: the pooled vectors, in the order of the candidates.
     """
-    return _tile(jnp.asarray(x)[:, None], kernels, pool)
+    return _tiles(*_masked(x, where), kernels, pool)
 
 
 def mix_candidates(
     pooled: Float[AnyArray, "b k f"], weights: Float[AnyArray, "b n"], indices: Int[AnyArray, "b k"]
 ) -> Float[Array, "b f"]:
-    """Sums the selected candidates' vectors by their weights.
+    """Weighted sum of the vectors of the selected candidates.
 
     z[b] = Σⱼ weights[b, i] · pooled[b, j],  i = indices[b, j]   (GM-SOP, eq. 2)
 
     Args:
-      pooled: from `apply_candidates`.
-      weights: of all candidates.
-      indices: of the selected ones.
+      pooled: the result of `apply_candidates`.
+      weights: the weights of all candidates.
+      indices: the selected candidates.
 
     Returns: one vector for each image.
     """
-    # A product with one-hot rows rather than take_along_axis, whose gradient is a scatter.
+    # A product with one-hot rows, because the gradient of take_along_axis is a scatter.
     weights = jnp.asarray(weights)
     selected = jnp.sum(weights[:, None] * jax.nn.one_hot(indices, weights.shape[-1], dtype=weights.dtype), axis=-1)
     return jnp.einsum("bk,bkf->bf", selected, pooled, precision=_HIGHEST)
+
+
+def _masked(x: AnyArray, where: Where | None) -> tuple[Array, Array | None]:
+    x = jnp.asarray(x)
+    if where is None:
+        return x, None
+    weights = position_weights(x, where)
+    return clear_masked(x, weights), weights
 
 
 def _choose(x: Array, kernels: Sequence[Array], indices: Array) -> Dispatch:
@@ -100,7 +113,7 @@ def _choose(x: Array, kernels: Sequence[Array], indices: Array) -> Dispatch:
 
 @jax.custom_vjp
 def _gather(kernel: Array, indices: Array) -> Array:
-    """The weights of each selected pair, [b, k, in, out]."""
+    """The candidate's weights for each selected pair, [b, k, in, out]."""
     return kernel[indices]
 
 
@@ -109,8 +122,8 @@ def _gather_forward(kernel, indices):
 
 
 def _gather_backward(residuals, g):
-    # The gradient of indexing is a scatter that adds at repeated indices, in no fixed order on a GPU. A
-    # product with one-hot rows is the same sum in a fixed order; it reads each pair's gradient once.
+    # The gradient of indexing is a scatter, which adds in no fixed order on a GPU. A product with one-hot rows computes
+    # the same sums in a fixed order, and reads the gradient of each pair once.
     candidates, indices = residuals
     selected = (indices[..., None] == candidates).astype(g.dtype)
     return jnp.einsum("bkn,bkio->nio", selected, g, precision=_HIGHEST), np.zeros(indices.shape, jax.dtypes.float0)
@@ -119,50 +132,64 @@ def _gather_backward(residuals, g):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _tile(x: Array, weights: Sequence[AnyArray], pool: Pool) -> Array:
+def _tiles(x: Array, where: Array | None, weights: Sequence[AnyArray], pool: Pool) -> Array:
+    """Runs each image [p, c] through several candidates."""
+    return _tile(x[:, None], None if where is None else where[:, None], weights, pool)
+
+
+def _tile(x: Array, where: Array | None, weights: Sequence[AnyArray], pool: Pool) -> Array:
     for w in weights:
         x = jax.nn.relu(jnp.matmul(x, w))
-    return pool(x)
+    return pool(x) if where is None else pool(x, where=jnp.broadcast_to(where, x.shape[:-1]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _loop(x: Array, kernels: tuple[Array, ...], indices: Array, pool: Pool) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loop(x: Array, where: Array | None, kernels: tuple[Array, ...], indices: Array, pool: Pool) -> Array:
     def turn(pairs):
-        tiles = [_tile(x[i], [kernel[c] for kernel in kernels], pool) for i, c in zip(*pairs, strict=True)]
+        tiles = [_tile(*_pair(x, where, kernels, i, c), pool) for i, c in zip(*pairs, strict=True)]
         return jnp.stack(tiles)
 
     return jax.lax.map(turn, _pairs(indices)).reshape(*indices.shape, -1)
 
 
+def _pair(
+    x: Array, where: Array | None, kernels: tuple[Array, ...], image: Array, candidate: Array
+) -> tuple[Array, Array | None, list[Array]]:
+    """Features, mask and weights of one pair."""
+    return x[image], None if where is None else where[image], [kernel[candidate] for kernel in kernels]
+
+
 def _pairs(indices: Array) -> tuple[Array, Array]:
-    """Image and candidate of each pair, [turns, pairs a turn]: two, which XLA can run on two cores."""
+    """Image and candidate of each pair, [turns, pairs per turn]: two per turn, which XLA can run on two cores."""
     b, k = indices.shape
     pairs_a_turn = 2 - b * k % 2
     return (jnp.arange(b * k) // k).reshape(-1, pairs_a_turn), indices.reshape(-1, pairs_a_turn)
 
 
-def _loop_forward(x, kernels, indices, pool):
-    return _loop(x, kernels, indices, pool), (x, kernels, indices)
+def _loop_forward(x, where, kernels, indices, pool):
+    return _loop(x, where, kernels, indices, pool), (x, where, kernels, indices)
 
 
 def _loop_backward(pool, residuals, g):
-    x, kernels, indices = residuals
+    x, where, kernels, indices = residuals
 
     def turn(carry, pairs):
-        dx, dkernels = carry
+        dx, dwhere, dkernels = carry
         for image, candidate, g_tile in zip(*pairs, strict=True):
-            weights = [kernel[candidate] for kernel in kernels]
-            _, vjp = jax.vjp(lambda x, weights: _tile(x, weights, pool), x[image], weights)
-            dx_tile, dweights = vjp(g_tile)
+            _, vjp = jax.vjp(
+                lambda x, mask, weights: _tile(x, mask, weights, pool), *_pair(x, where, kernels, image, candidate)
+            )
+            dx_tile, dwhere_tile, dweights = vjp(g_tile)
             dx = dx.at[image].add(dx_tile)
+            dwhere = None if dwhere is None else dwhere.at[image].add(dwhere_tile)
             dkernels = [dk.at[candidate].add(dw) for dk, dw in zip(dkernels, dweights, strict=True)]
-        return (dx, dkernels), None
+        return (dx, dwhere, dkernels), None
 
     pairs = _pairs(indices)
     g = g.reshape(*pairs[0].shape, g.shape[-1])
-    zeros = jnp.zeros_like(x), [jnp.zeros_like(kernel) for kernel in kernels]
-    (dx, dkernels), _ = jax.lax.scan(turn, zeros, (*pairs, g))
-    return dx, tuple(dkernels), np.zeros(indices.shape, jax.dtypes.float0)
+    zeros = jax.tree.map(jnp.zeros_like, (x, where, list(kernels)))
+    (dx, dwhere, dkernels), _ = jax.lax.scan(turn, zeros, (*pairs, g))
+    return dx, dwhere, tuple(dkernels), np.zeros(indices.shape, jax.dtypes.float0)
 
 
 _loop.defvjp(_loop_forward, _loop_backward)
