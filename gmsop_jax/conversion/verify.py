@@ -26,7 +26,8 @@ def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manif
     Raises: DataError for the first difference.
     """
     path = Path(directory)
-    manifest = Manifest.load(path, verify_checksums=True)
+    manifest = Manifest.load(path)
+    manifest.verify_checksums(path)
     total = sum(split.num_images for split in manifest.splits.values())
     with tqdm(total=total, unit=" images", desc="verifying", disable=None if progress else True) as bar:
         for name, split in manifest.splits.items():

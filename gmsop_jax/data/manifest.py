@@ -89,17 +89,11 @@ class Manifest:
         write_json(Path(directory) / FILE_NAME, dataclasses.asdict(self))
 
     @classmethod
-    def load(
-        cls,
-        directory: str | os.PathLike[str],
-        verify_checksums: bool = False,
-        splits: Collection[str] | None = None,
-    ) -> "Manifest":
+    def load(cls, directory: str | os.PathLike[str], splits: Collection[str] | None = None) -> "Manifest":
         """Reads dataset.json and compares the sizes of the shards with it.
 
         Args:
           directory: the data set.
-          verify_checksums: also compare the checksums, which reads every byte.
           splits: names of the splits whose shards are checked; all of them by default.
 
         Raises:
@@ -114,8 +108,6 @@ class Manifest:
                 raise DataError(
                     f"shard {path / shard.file} has {size} bytes instead of {shard.bytes}; convert the data set again"
                 )
-        if verify_checksums:
-            manifest.verify_checksums(path, splits=splits)
         return manifest
 
     def verify_checksums(
@@ -126,7 +118,7 @@ class Manifest:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """Compares the checksums of the shards, or of one process's share of them, with the manifest.
+        """Compares the checksums of the shards, or of one process's share, with the manifest; this reads every byte.
 
         Args:
           directory: the data set.
