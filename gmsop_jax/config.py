@@ -65,7 +65,7 @@ def _at_least(low: float) -> Allowed:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a finite number in float32, with which the network computes."""
+    """Returns whether a value is a finite number in float32, the dtype of the network."""
     return type(value) in (int, float) and abs(value) < 3.4e38
 
 
@@ -325,19 +325,19 @@ def split_argument(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str]]:
 
 
 def packaged_files() -> list[pathlib.Path]:
-    """The configuration files that come with the package."""
+    """Returns the configuration files that come with the package."""
     return sorted(_packaged_folder().glob("*.py"))
 
 
 def _packaged_folder() -> pathlib.Path:
-    """The folder `configs` of a checkout, which an installed package contains."""
+    """Returns the folder `configs` of a checkout, which an installed package contains."""
     package = pathlib.Path(__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def run_name(path: str | pathlib.Path) -> str:
-    """A name for the runs of a configuration, made from its file and argument.
+    """Creates a name for the runs of a configuration from its file and argument.
 
     Example:
       >>> run_name("imagenet:resnet50,gmsop")

@@ -134,7 +134,7 @@ _STATUS = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: os.EX_TEMPFAIL, s
 
 
 def _explain(error: BaseException, stopped_by: list[int]) -> tuple[str, int]:
-    """The line to print and the exit status; the line is empty for an error that is not the user's."""
+    """Returns the line to print and the exit status; the line is empty for an unexpected error."""
     if stopped_by:  # checked first, because another library may have turned the KeyboardInterrupt into another error
         signum = signal.Signals(stopped_by[0])
         return f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signum.name}", _STATUS[signum]

@@ -206,7 +206,7 @@ def _evaluate_or_train(options: argparse.Namespace, config, workdir: str) -> int
 
 
 def _load_config(options: argparse.Namespace):
-    """The configuration that the flags name, or that of the run whose checkpoint is used."""
+    """Loads the configuration that the flags name, or that of the run whose checkpoint is used."""
     from gmsop_jax import config as configs
 
     if options.config:

@@ -144,7 +144,7 @@ class Manifest:
 
 
 def shard_size(directory: Path, shard: Shard) -> int:
-    """Bytes of a shard's file, which is opened to see whether it can be read.
+    """Returns the size of a shard's file in bytes, and opens it to check that it can be read.
 
     Raises:
       DataError: if the shard is missing from the data set, or isn't a file.

@@ -23,7 +23,7 @@ _SYSTEM_CALL_FAILED = re.compile(r"\w+\(\) failed: ([^;]*)")  # how ArrayRecord 
 
 
 def max_open_shards() -> int:
-    """Number of shards that a `ShardReader` keeps open: a third of the process's limit of open files, at most 4,096.
+    """Returns how many shards a `ShardReader` keeps open: a third of the limit of open files, and at most 4,096.
 
     The remaining two thirds are for a second reader, such as that of the evaluation, and for all other files.
     """

@@ -42,7 +42,7 @@ class WorkerIterator(grain.DatasetIterator[Batch]):
         super().__init__(self._batches)
 
     def __next__(self) -> Batch:
-        """The next batch, copied from the memory shared with its worker, which is then freed.
+        """Returns the next batch, copied from memory that is shared with a worker and freed afterwards.
 
         Raises: DataError if a worker died.
         """
@@ -61,7 +61,7 @@ class WorkerIterator(grain.DatasetIterator[Batch]):
         return {name: np.array(values) for name, values in batch.items()}
 
     def get_state(self) -> Any:
-        """The workers' positions."""
+        """Returns the positions of the workers."""
         return self._batches.get_state()
 
     def set_state(self, state: Any) -> None:

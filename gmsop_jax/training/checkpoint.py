@@ -353,7 +353,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def steps_on_disk(directory: pathlib.Path) -> list[int]:
-    """The steps with a complete checkpoint, in ascending order."""
+    """Returns the steps that have a complete checkpoint, in ascending order."""
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
 
 

@@ -58,7 +58,7 @@ def _download(name: str) -> pathlib.Path:
 
 
 def describe(config: ConfigDict, inputs: Inputs, step: int, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The contents of `config.json`, which `read_description` and `load_variables` read."""
+    """Returns the contents of `config.json`, which `read_description` and `load_variables` read."""
     return {
         "library_name": "gmsop_jax",
         "step": step,
@@ -69,7 +69,7 @@ def describe(config: ConfigDict, inputs: Inputs, step: int, metrics: Mapping[str
 
 
 def public_config(config: ConfigDict) -> dict[str, Any]:
-    """The configuration as a dictionary, without the names of a user's folders: absolute paths lose their parents."""
+    """Returns the configuration as a dictionary in which absolute paths are cut to their last component."""
     stored = config.to_dict()
     for section, field in (("data", "dir"), ("train", "init_from")):
         if os.path.isabs(path := stored[section][field]):

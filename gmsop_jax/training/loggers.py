@@ -160,7 +160,7 @@ def create_loggers(config: ConfigDict, workdir: pathlib.Path, start_step: int) -
 
 
 def _run_id(workdir: pathlib.Path) -> str:
-    """An identifier that a resumed run shares with its first part."""
+    """Returns an identifier that a resumed run shares with its first part."""
     file = workdir / "run_id"
     if not file.exists():
         write_atomic(file, secrets.token_hex(4))
@@ -175,7 +175,7 @@ def _numbered(values: Values) -> dict[str, float]:
 
 
 def _draw_bars(values: Sequence[float], title: str) -> np.ndarray:
-    """A picture, uint8 [h, w, 3], of one bar for each value, with their mean as a line."""
+    """Draws a picture, uint8 [h, w, 3], of one bar for each value, with their mean as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

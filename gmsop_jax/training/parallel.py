@@ -115,7 +115,7 @@ def _refuse_split(field: str, batch_size: int, parts: int, over: str) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that each device holds whole."""
+    """Returns the sharding of an array of which each device holds a copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -139,12 +139,12 @@ def place_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """The XLA options that training steps are compiled with, if this jaxlib knows them.
+    """Returns the XLA options for compiling training steps, as far as the installed jaxlib knows them.
 
-    On CPUs, reductions (above all those of batch norm) go to XLA's library of fused loops, which uses all
-    cores. The library's other fusion types don't help: products gain nothing, and elementwise ones copy what
-    a loop updates in place. On GPUs, only deterministic kernels are allowed, so that a resumed run repeats
-    the bits of an uninterrupted one. An option that the user sets in XLA_FLAGS is left alone.
+    On CPUs, reductions (above all those of batch norm) use XLA's library of fused loops, which runs on all cores. The
+    library's other fusion types don't help: matrix products become no faster, and elementwise operations copy arrays
+    that a loop updates in place. On GPUs, only deterministic kernels are allowed, so that a resumed run repeats an
+    uninterrupted one bit for bit. Options that the user sets in XLA_FLAGS are not changed.
     """
     options = {
         "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},

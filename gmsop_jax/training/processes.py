@@ -186,7 +186,7 @@ def _watch(client: Any, stopped: threading.Event) -> None:
 
 
 def _leave(stopped: threading.Event) -> None:
-    """At exit: after a failure, leaves without JAX's shutdown, which waits for processes that are gone."""
+    """Ends the process at exit; after a failure without JAX's shutdown, which waits for processes that have ended."""
     stopped.set()
     if _failed.is_set():
         time.sleep(4 * _POLL_SECONDS)  # until the others have read the failure from this process's store

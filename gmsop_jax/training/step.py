@@ -73,7 +73,7 @@ def normalize(
 
 
 def step_rngs(seed: int, step: Array) -> dict[str, Array]:
-    """The keys of the RNG streams `gating` and `dropout`, which depend on the seed and the step alone."""
+    """Returns the keys of the RNG streams `gating` and `dropout`, which depend on the seed and the step alone."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     gating, dropout = jax.random.split(key)
     return {"gating": gating, "dropout": dropout}

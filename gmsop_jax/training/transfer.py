@@ -96,7 +96,7 @@ def _flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def _name_parts(new: set[Path], taken: Mapping[Path, Any]) -> str:
-    """The largest parts from which nothing is copied."""
+    """Names the largest parts to which nothing is copied."""
     used = {path[1:end] for path in taken for end in range(2, len(path) + 1)}
     starts = ((path[1:end] for end in range(2, len(path) + 1)) for path in new)
     parts = {"/".join(next(part for part in parts if part not in used)) for parts in starts}

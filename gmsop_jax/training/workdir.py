@@ -85,7 +85,7 @@ class Workdir:
             self._lock = None
 
     def _read_lock(self) -> str:
-        """The text of the lock, which the first process wrote; a process with another folder doesn't find it."""
+        """Returns the text of the lock that the first process wrote. A process with another folder doesn't find it."""
         files = [file for file in self.path.glob(f"{_LOCK}*") if file.stat().st_size]
         return files[-1].read_text(errors="replace") if files else f"absent in {self.path}"
 

@@ -87,9 +87,9 @@ def test_damaged_last_checkpoint(finished, config, tmp_path, capsys, damage):
     else:
         (last / "checksums.json").unlink()
     train_and_evaluate(config, workdir)
-    told = capsys.readouterr().err
-    assert f"checkpoint {last} is damaged" in told
-    assert "resuming from step 6" in told
+    logged = capsys.readouterr().err
+    assert f"checkpoint {last} is damaged" in logged
+    assert "resuming from step 6" in logged
     np.testing.assert_array_equal(classifier(workdir), classifier(finished))
     assert steps_in(workdir / "checkpoints") == steps_in(finished / "checkpoints")
     assert (workdir / "damaged-checkpoints" / "9").is_dir()
@@ -346,8 +346,8 @@ def test_rolls_back(config, tmp_path, poisoned, capsys, steps):
     poisoned(steps)
     result = train_and_evaluate(config, tmp_path / "run")
     assert result["step"] == 9
-    told = capsys.readouterr().err
-    assert f"whose loss was not finite: {', '.join(map(str, sorted(steps)))}" in told
+    logged = capsys.readouterr().err
+    assert f"whose loss was not finite: {', '.join(map(str, sorted(steps)))}" in logged
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.best_step in {3, 6, 9}
     progress = json.loads((tmp_path / "run" / "checkpoints" / "9" / "progress" / "metadata").read_text())

@@ -43,10 +43,10 @@ def two_processes(
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[str, str]]:
-    told = [process.communicate(timeout=300) for process in processes]
-    for (output, errors), process in zip(told, processes, strict=True):
+    logged = [process.communicate(timeout=300) for process in processes]
+    for (output, errors), process in zip(logged, processes, strict=True):
         assert process.returncode == 0, output + errors
-    return told
+    return logged
 
 
 def training_losses(workdir: Path) -> list[float]:
@@ -90,9 +90,9 @@ def test_stopped_in_two_processes_goes_on_in_one(start, alone, tmp_path):
     assert stderr is not None
     next(line for line in stderr if "epoch   2/" in line)
     processes[1].send_signal(signal.SIGTERM)
-    told = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [75, 75], told
-    assert all("stopped by SIGTERM at step" in errors for errors in told)
+    logged = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], logged
+    assert all("stopped by SIGTERM at step" in errors for errors in logged)
     stopped = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
     process = start("--workdir", workdir, epochs, WITHOUT_NEAR_TIES)

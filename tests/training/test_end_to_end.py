@@ -113,9 +113,9 @@ def test_the_last_n_and_the_best_are_kept(finished):
 def test_training_again_does_nothing_more(finished, tmp_path, config_file, capsys):
     copy = shutil.copytree(finished, tmp_path / "run")
     assert main(["--config", str(config_file), "--workdir", str(copy)]) == 0
-    told = capsys.readouterr()
-    assert "top-1 error" in told.out
-    assert f"the run in {copy} is finished: step 12 of 12 was reached" in told.err
+    logged = capsys.readouterr()
+    assert "top-1 error" in logged.out
+    assert f"the run in {copy} is finished: step 12 of 12 was reached" in logged.err
     assert read_metrics(copy) == read_metrics(finished)
     before, after = (json.loads((d / "result.json").read_text()) for d in (finished, copy))
     assert after.pop("wall_seconds") >= 0
@@ -267,8 +267,8 @@ def test_killed_run_goes_on_from_its_last_checkpoint(finished, tiny, tmp_path, m
     monkeypatch.undo()
     train_and_evaluate(tiny, tmp_path / "run")
     assert_same_arrays(tmp_path / "run", finished)
-    told = [(r["kind"], r["step"]) for r in read_metrics(tmp_path / "run")]
-    assert told == [(r["kind"], r["step"]) for r in read_metrics(finished)]  # none doubled, none lost
+    logged = [(r["kind"], r["step"]) for r in read_metrics(tmp_path / "run")]
+    assert logged == [(r["kind"], r["step"]) for r in read_metrics(finished)]  # none doubled, none lost
 
 
 def test_checkpoints_within_an_epoch(finished, tiny, tmp_path, monkeypatch):

@@ -63,10 +63,10 @@ def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_rates_are_those_of_the_schedule(finished):
-    # 8 steps, told at 3, 4, 6 and 8: half a cosine; the warm-up of two steps is over
-    told = [r["learning_rate"] for r in read_metrics(finished) if r["kind"] == "train"]
+    # 8 steps, logged at 3, 4, 6 and 8: half a cosine; the warm-up of two steps is over
+    logged = [r["learning_rate"] for r in read_metrics(finished) if r["kind"] == "train"]
     expected = [0.01 * (1 + np.cos(np.pi * step / 8)) for step in (2, 3, 5, 7)]
-    assert told == pytest.approx(expected, rel=1e-5)
+    assert logged == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_frozen_part_is_as_it_was(finished, tiny, tmp_path):
@@ -87,9 +87,9 @@ def test_the_step_is_the_configured_one(tiny, tmp_path):
     model = create_model(run.config.model)
     by_hand = jax.jit(make_train_step(model, optax.sgd(0.1), train, **options))
     _, expected = by_hand(state.replace(opt_state=optax.sgd(0.1).init(state.params)), batch)
-    _, told = run.train_step(state, batch)
+    _, logged = run.train_step(state, batch)
     for name in ("loss_sum", "top1_errors", "grad_norm"):
-        np.testing.assert_allclose(told[name], expected[name], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(logged[name], expected[name], rtol=1e-5, err_msg=name)
 
 
 def test_averages_are_evaluated_and_loaded(finished, tiny):
@@ -99,13 +99,15 @@ def test_averages_are_evaluated_and_loaded(finished, tiny):
         np.testing.assert_array_equal(leaf, averages[jax.tree_util.keystr(path)])
     kernel = "['head']['classifier']['kernel']"
     assert np.abs(averages[f"['params']{kernel}"] - params[kernel]).max() > 1e-4
-    # evaluated again, it is what the run itself told
+    # evaluated again, it is what the run itself logged
     config = with_options(tiny)
-    told = [r for r in read_metrics(finished) if r["kind"] == "eval"][-1]
+    logged = [r for r in read_metrics(finished) if r["kind"] == "eval"][-1]
     again = evaluate_checkpoint(config, finished / "checkpoints" / "8")
-    assert again["loss"] == pytest.approx(told["loss"], rel=1e-5)
+    assert again["loss"] == pytest.approx(logged["loss"], rel=1e-5)
     config.eval.flip_average = False
-    assert evaluate_checkpoint(config, finished / "checkpoints" / "8")["loss"] != pytest.approx(told["loss"], rel=1e-5)
+    assert evaluate_checkpoint(config, finished / "checkpoints" / "8")["loss"] != pytest.approx(
+        logged["loss"], rel=1e-5
+    )
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monkeypatch):
@@ -131,7 +133,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monk
             np.testing.assert_array_equal(leaf, expected[name], err_msg=f"{item}{name}")
 
 
-def test_a_part_that_is_none_is_told_before_anything_is_made(tiny, tmp_path):
+def test_an_unknown_part_is_refused_before_anything_is_written(tiny, tmp_path):
     with_options(tiny, "train.rate_factors=(('backbone/stage3', 0),)")
     with pytest.raises(ConfigError, match=r"names 'backbone/stage3', which .*; did you mean backbone/st"):
         train_and_evaluate(tiny, tmp_path / "run")
@@ -179,9 +181,9 @@ def test_with_other_classes_all_but_the_classifier_is_taken(finished, tiny, more
     # what it knows is pixels less the first run's mean colour
     assert Inputs.load(tmp_path / "run").mean_rgb == Inputs.load(finished).mean_rgb != (1.0, 2.0, 3.0)
     assert len(Inputs.load(tmp_path / "run").classes) == 11
-    told = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "eval"][-1]
+    logged = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "eval"][-1]
     again = evaluate_checkpoint(config, tmp_path / "run")
-    assert again["loss"] == pytest.approx(told["loss"], rel=1e-5)
+    assert again["loss"] == pytest.approx(logged["loss"], rel=1e-5)
 
     # once there is a checkpoint the other run may go
     config.train.num_epochs = 2

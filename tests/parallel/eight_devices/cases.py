@@ -107,12 +107,12 @@ class Trainer:
     def run(self, data: list[dict[str, np.ndarray]], state: TrainState | None = None) -> tuple[TrainState, np.ndarray]:
         """Trains; returns (state, losses and balance losses [steps, 2])."""
         current: TrainState = self.initial() if state is None else state
-        told = []
+        logged = []
         for batch in data:
             current, metrics = self.step(current, self.place(batch))
             assert int(metrics["count"]) == len(batch["label"])
-            told.append([float(metrics["loss_sum"]), float(metrics["balance_loss"])])
-        return current, np.array(told)
+            logged.append([float(metrics["loss_sum"]), float(metrics["balance_loss"])])
+        return current, np.array(logged)
 
 
 def assert_same(a, b, rtol: float = 2e-4, atol: float = 2e-4) -> None:
@@ -131,9 +131,9 @@ def one_device():
     ids=["jit", "pmap"],
 )
 def test_eight_devices_train_as_one(options):
-    state, told = Trainer(8, **options).run(batches(3, 16))
+    state, logged = Trainer(8, **options).run(batches(3, 16))
     expected_state, expected = one_device()
-    np.testing.assert_allclose(told, expected, rtol=1e-5)
+    np.testing.assert_allclose(logged, expected, rtol=1e-5)
     assert_same(state, expected_state)
 
 
@@ -142,8 +142,8 @@ def test_mixup_and_averages_on_eight_devices():
     model, data = small_model("gap"), batches(2, 16)
     expected_state, expected = Trainer(1, model, **training).run(data)
     for mode in ("jit", "pmap"):
-        state, told = Trainer(8, model, mode=mode, **training).run(data)
-        np.testing.assert_allclose(told, expected, rtol=1e-5)
+        state, logged = Trainer(8, model, mode=mode, **training).run(data)
+        np.testing.assert_allclose(logged, expected, rtol=1e-5)
         assert_same(state, expected_state)
     _, plain = Trainer(1, model).run(data)
     assert np.abs(plain[:, 0] / expected[:, 0] - 1).max() > 1e-3
@@ -206,9 +206,9 @@ SLOW_PMAP = pytest.param("pmap", marks=pytest.mark.slow)
 def test_smaller_last_batch(mode):
     data = [*batches(1, 16), *batches(1, 8)]
     model = small_model("gap")
-    state, told = Trainer(8, model, mode=mode).run(data)
+    state, logged = Trainer(8, model, mode=mode).run(data)
     expected_state, expected = Trainer(1, model).run(data)
-    np.testing.assert_allclose(told, expected, rtol=1e-5)
+    np.testing.assert_allclose(logged, expected, rtol=1e-5)
     assert_same(state, expected_state)
 
 
@@ -220,18 +220,18 @@ def test_batch_norm_per_device_is_that_of_sub_batches(mode):
     data = [{**batch, "gate_noise": np.linspace(-1, 1, 16, dtype=np.float32)} for batch in batches(2, 16)]
     interleaved = np.arange(16).reshape(2, 8).T.reshape(-1)  # sub-batch j has the rows j, j + 2, …
     parts = [{name: x[interleaved] for name, x in batch.items()} for batch in data]
-    state, told = Trainer(2, model, mode=mode, per_device_bn=True).run(data)
+    state, logged = Trainer(2, model, mode=mode, per_device_bn=True).run(data)
     expected_state, expected = Trainer(1, model, sub_batches=2).run(parts)
-    np.testing.assert_allclose(told, expected, rtol=1e-5)
+    np.testing.assert_allclose(logged, expected, rtol=1e-5)
     assert_same(state, expected_state)
 
 
 @pytest.mark.slow
 def test_sub_batches_on_many_devices():
-    state, told = Trainer(4, sub_batches=2).run(batches(2, 16))
+    state, logged = Trainer(4, sub_batches=2).run(batches(2, 16))
     for trainer in (Trainer(1, sub_batches=2), Trainer(4, sub_batches=2, mode="pmap")):
         other_state, other = trainer.run(batches(2, 16))
-        np.testing.assert_allclose(told, other, rtol=1e-5)
+        np.testing.assert_allclose(logged, other, rtol=1e-5)
         assert_same(state, other_state)
 
 
@@ -250,8 +250,8 @@ def test_checkpoint_goes_onto_other_devices(tmp_path: Path, num_devices):
     assert progress == Progress(2, 0, 1.0)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
     assert {len(x.devices()) for x in jax.tree.leaves(restored)} == {num_devices}
-    _, told = other.run(data[2:], restored)
-    np.testing.assert_allclose(told, one_device()[1][2:], rtol=1e-5)
+    _, logged = other.run(data[2:], restored)
+    np.testing.assert_allclose(logged, one_device()[1][2:], rtol=1e-5)
 
 
 @functools.cache
