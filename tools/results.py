@@ -15,20 +15,68 @@ ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"
 
 
+_INDEX = """\
+# Results
+
+Does second-order pooling beat averaging, does a gated mixture beat a single pooling, when, and what does it cost? The
+studies below ask this on data that anyone can install ([how to get it](../data.md#data-sets-of-the-studies)). Every
+study is a file in `configs/studies`. A page is added here when a study has results, whatever they say.
+
+| study | final runs | page |
+|---|---|---|
+{rows}
+
+## Protocol
+
+- All methods have the same backbone and recipe: average pooling (`gap`, and `gap_wide` with as many features as the
+  second-order heads), SR-SOP (`srsop`, and `parametric_srsop` with the convolutions of one candidate), mixtures of
+  all candidates (`avesop`), and gated mixtures (`gmgap`, `gmsop`).
+- Controls isolate what the gated mixture adds: SR-SOP with as many parameters (`matched_srsop`), all candidates
+  selected (`gmsop_all_selected`), a gate that stays random (`gmsop_random_gate`), and random candidates with equal
+  weights (`gmsop_no_gate`).
+- Learning rate, dropout and balance weight are chosen for each method from a grid of the same size, by the balanced
+  error on validation images that are a part of the training data, with one seed. The test images are used once, for
+  the last epoch of the final runs. No number here is that of the best epoch.
+- Every method is trained with five seeds (with five folds, five seeds on each). Pages give the mean and the standard
+  deviation over seeds, and the differences to a reference method, paired by seed, with 95 % intervals.
+
+## Run a study
+
+```bash
+python tools/sweep.py configs/studies/fashion_sample_10.py     # run it again to resume
+python tools/sweep.py configs/studies/emoji.py --input FOLDER  # a study whose data were downloaded
+python tools/results.py                                        # make these pages from the raw results
+```
+
+Every run is one file in `results/STUDY/`, with the configuration, the commit, the versions, the device, the seconds,
+and the confusion matrix of each split. A run whose file exists is not repeated. To repeat a run, delete its file and
+execute the study again.
+"""
+
+
 def make_pages(raw: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
-    """Writes one page and one plot for each study that has results, and returns the pages."""
-    pages = []
+    """Writes an index, and one page and one plot for each study that has final results; returns the pages."""
+    output.mkdir(parents=True, exist_ok=True)
+    pages, rows = [], []
     for file in sorted(STUDIES.glob("*.py")):
         study = load_study(file)
-        if study is None or not (found := load_results(raw / study.name)):
+        if study is None:
             continue
-        output.mkdir(parents=True, exist_ok=True)
-        page = output / f"{study.name}.md"
-        write_atomic(page, results.page(study, found, f"configs/studies/{file.name}"))
-        if results.collect(study, found):
+        found = load_results(raw / study.name)
+        methods = results.collect(study, found)
+        link = "no results yet"
+        if methods:
+            page = output / f"{study.name}.md"
+            write_atomic(page, results.page(study, found, f"configs/studies/{file.name}"))
             results.plot(study, found, output / f"{study.name}.svg")
-        pages.append(page)
-    return pages
+            pages.append(page)
+            link = f"[results]({page.name})"
+        done = sum(len(method.errors[study.test_splits[0]]) for method in methods) * len(study.data)
+        total = len(study.grids) * len(study.seeds) * len(study.data)
+        rows.append(f"| {study.title} (`{file.name}`) | {done} of {total} | {link} |")
+    index = output / "README.md"
+    write_atomic(index, _INDEX.format(rows="\n".join(rows)))
+    return [index, *pages]
 
 
 def main() -> None:

@@ -159,9 +159,10 @@ def _split_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
 def _gate_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
     split = study.test_splits[0]
     lines = [
-        "The information that the choice of a candidate gives about the class of an image is 0 bits for a gate that treats",
-        "all classes alike. The entropy of the weights is log₂ K for equal weights of the K selected candidates, and that of",
-        "the use is log₂ N if all N candidates are used equally often. Values are means over the runs.",
+        "The information that the choice of a candidate gives about the class of an image is 0 bits for a gate that",
+        "treats all classes alike. The entropy of the weights is log₂ K for equal weights of the K selected",
+        "candidates, and that of the use is log₂ N if all N candidates are used equally often. Values are means over",
+        "the runs.",
         "",
         "| method | information about the class | entropy of an image's weights | entropy of the use |",
         "|---|---|---|---|",

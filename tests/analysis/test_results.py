@@ -91,7 +91,7 @@ def test_page_says_how_much_a_gate_knows_about_the_classes():
     found = [result("gmsop", 0, 10), result("srsop", 0, 10)]
     gate = {"gate_entropy": 1.0, "gate_use": [[3, 0, 1], [0, 3, 1]]}
     found[0]["splits"]["test"] |= gate
-    # H(class) = 1, H(candidate) = 2 · 3/8 · log₂(8/3) + 2/8 · 2 = 1.5613, H(both) = 2 · 3/8 · log₂(8/3) + 2/8 · 3 = 1.8113
+    # H(class) = 1, H(candidate) = 6/8 · log₂(8/3) + 2/8 · 2 = 1.5613, H(both) = 6/8 · log₂(8/3) + 2/8 · 3 = 1.8113
     assert "| gmsop | 0.750 bits | 1.00 bits | 1.56 bits |" in results.page(a_study(), found, "x")
     assert "What the gate does" not in results.page(a_study(), found[1:], "x")
 
