@@ -528,6 +528,10 @@ def from_json(text: str) -> ConfigDict:
         raise ConfigError(f"the stored configuration is not JSON ({error})") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"the stored configuration is a {type(stored).__name__} instead of an object with fields")
+    if "library_name" in stored:
+        raise ConfigError(
+            "the stored configuration is that of an exported network; give the working directory of a training run"
+        )
     config = default_config()
     for name, value in flatten(stored):
         if value in _REMOVED_FIELDS.get(name, ()):

@@ -88,8 +88,10 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 
 def test_help_returns(capsys):
     """In a notebook, `main` returns in any case, rather than ending the kernel."""
-    assert main(["--help"]) == 0
+    assert main([]) == 2
     overview = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert overview == capsys.readouterr().out
     for command in [*MODES, *COMMANDS]:
         assert f"\n  {command} " in overview
         assert main([command, "--help"]) == 0

@@ -28,7 +28,8 @@ _INTRODUCTION = """# Configuration
 <!-- made by tools/make_docs.py from gmsop_jax/config.py -->
 
 A configuration is a Python file with a function `get_config()` that starts from
-`gmsop_jax.config.default_config()`; see `configs/` for examples. On the command line, `--config.field=value` sets a
+`gmsop_jax.config.default_config()`; see `configs/` for examples. `--config` takes the path of such a file, or the name
+of one that comes with the package, such as `quickstart` or `imagenet:resnet50,gmsop`. `--config.field=value` sets a
 field, as in `--config.train.batch_size=64`. Write tuples as in Python:
 `"--config.train.learning_rates=((0.1, 20), (0.01, 5))"`. An unknown field, or a value that is not allowed, is refused
 before anything else happens. The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet.

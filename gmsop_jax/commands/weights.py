@@ -76,7 +76,7 @@ def run_import(arguments: Sequence[str]) -> None:
         help="order of a second-order classifier's columns; `column` is MATLAB's (default: row)",
     )
     options = parser.parse_args(arguments)
-    if not options.file.endswith(".mat"):
+    if not options.file.lower().endswith(".mat"):
         weights = import_weights(
             options.file,
             options.output,

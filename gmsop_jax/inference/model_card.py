@@ -17,7 +17,7 @@ tags: [jax, flax, second-order-pooling, {head}]
 
 # {head} on {dataset}
 
-An image classifier with second-order pooling, trained with [gmsop_jax]({home}) {version}.
+An image classifier, trained with gmsop_jax {version}, which implements [second-order pooling]({paper}).
 
 ```python
 import gmsop_jax
@@ -34,7 +34,7 @@ gmsop predict --checkpoint "THIS FOLDER" --input PHOTOS
 | data | {dataset}: {num_classes} classes ({classes}), images of {height}×{width} pixels |
 | network | backbone `{backbone}`, head `{head}`, {parameters:,} parameters |
 | result | {result} |
-| training | {steps:,} steps of {batch_size} images ({epochs} epochs), {optimizer} |
+| training | {epochs} epochs in batches of {batch_size} images, {optimizer}; this is the network after step {step:,} |
 
 Images are RGB with values from 0 to 255, from which the mean colour {mean_rgb} is subtracted.
 
@@ -44,7 +44,7 @@ To train this network again, convert the data set and run
 {command}
 ```
 """
-_HOME = "https://papers.nips.cc/paper_files/paper/2018/hash/17c276c8e723eb46aef576537e9d56d0-Abstract.html"
+_PAPER = "https://papers.nips.cc/paper_files/paper/2018/hash/17c276c8e723eb46aef576537e9d56d0-Abstract.html"
 _BASE = "imagenet64_gmsop"  # its fields have the defaults of `default_config`
 
 
@@ -57,10 +57,10 @@ def model_card(info: Info, num_parameters: int, *, license_name: str) -> str:
       license_name: the licence of the weights.
     """
     inputs, train = info.inputs, info.config.train
-    shown = ", ".join(inputs.classes[:10])
+    shown = ", ".join(" ".join(name.split()).replace("|", "\\|") for name in inputs.classes[:10])
     return _TEMPLATE.format(
         license=license_name,
-        home=_HOME,
+        paper=_PAPER,
         version=gmsop_jax.__version__,
         dataset=inputs.dataset,
         num_classes=len(inputs.classes),
@@ -72,7 +72,7 @@ def model_card(info: Info, num_parameters: int, *, license_name: str) -> str:
         head=info.config.model.head,
         parameters=num_parameters,
         result=_result(info),
-        steps=info.step,
+        step=info.step,
         batch_size=train.batch_size,
         epochs=train.num_epochs,
         optimizer=train.optimizer,

@@ -86,6 +86,9 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         if "config" not in description:
             model = description["model"]
             description["config"] = {"model": model, "compute_dtype": model["compute_dtype"]}
+        description["step"] = int(description["step"])
+        if not isinstance(description["metrics"], dict | None):
+            raise TypeError(f"metrics is {description['metrics']!r}")
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file} can't be read ({error!r}); it should be the file that `gmsop export` wrote"
@@ -134,7 +137,7 @@ def load_variables(
         )
     placed = {name: jax.device_put(arrays[name].astype(leaf.dtype), sharding) for name, leaf in flatten(like).items()}
     variables = {"batch_stats": {}, **unflatten_dict(placed, sep=".")}
-    return variables, int(description.get("step", 0)), description.get("metrics")
+    return variables, description["step"], description["metrics"]
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,6 +150,12 @@ def test_a_repository_is_downloaded_by_its_name(safetensors, tmp_path, monkeypat
     assert asked == [(name, ["model.safetensors", "config.json"]) for name in ("owner/network", "owner/absent")]
 
 
+def test_an_exported_folder_is_not_taken_for_a_run(safetensors, capsys):
+    folder = str(safetensors.files[0].parent)
+    assert main(["report", folder]) == 2
+    assert "is that of an exported network; give the working directory of a training run" in capsys.readouterr().err
+
+
 def test_the_working_directory_of_a_run_is_not_overwritten(trained_run):
     before = (trained_run / "config.json").read_bytes()
     with pytest.raises(export.ExportError, match="is the working directory of a run"):
@@ -192,7 +198,9 @@ def test_mismatched_files_are_refused(safetensors, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
         export.load_safetensors(folder)
     shutil.copy(safetensors.files[0], folder)
-    for text in ("", "[]", "{}", '{"config": {"seed": "x"}}', '{"config": 3}'):
+    description = json.loads((folder / "config.json").read_text())
+    broken = [description | item for item in ({"step": "x"}, {"metrics": 3}, {"config": 3}, {"config": {"seed": "x"}})]
+    for text in ("", "[]", "{}", *map(json.dumps, broken)):
         (folder / "config.json").write_text(text)
         with pytest.raises((CheckpointError, ConfigError), match=r"config\.json|stored configuration"):
             export.load_safetensors(folder)
