@@ -32,8 +32,8 @@ study is a file in `configs/studies`. A page is added here when a study has resu
   second-order heads), SR-SOP (`srsop`, and `parametric_srsop` with the convolutions of one candidate), mixtures of
   all candidates (`avesop`), and gated mixtures (`gmgap`, `gmsop`).
 - Controls isolate what the gated mixture adds: SR-SOP with as many parameters (`matched_srsop`), all candidates
-  selected (`gmsop_all_selected`), a gate that stays random (`gmsop_random_gate`), and random candidates with equal
-  weights (`gmsop_no_gate`).
+  selected (`gmsop_all_selected`), K candidates with equal weights for every image (`avesop_k`), and a gate that stays
+  as it was drawn (`gmsop_random_gate`).
 - Learning rate, dropout and balance weight are chosen for each method from a grid of the same size, by the balanced
   error on validation images that are a part of the training data, with one seed. The test images are used once, for
   the last epoch of the final runs. No number here is that of the best epoch.

@@ -22,9 +22,8 @@ METHODS = {
     "matched_srsop": {"head": "srsop", "projection_widths": (460, 32)},  # as many parameters as gmsop
     "gmsop_all_selected": {**_GATED, "num_selected": 8},
     "gmsop_random_gate": {**_GATED, "gate_init": "random", "gate_noise": "none"},  # frozen where it starts
-    "gmsop_no_gate": {**_GATED, "gate_noise": "none"},  # frozen at ties: K random candidates with weights 1/K
+    "avesop_k": {**_GATED, "head": "avesop", "num_candidates": 4},  # K candidates with equal weights, for every image
 }
-_FROZEN_GATE = ("gmsop_random_gate", "gmsop_no_gate")
 _ABLATIONS = {
     "gmsop_n4_k2": {**_GATED, "num_candidates": 4, "num_selected": 2},
     "gmsop_n16_k8": {**_GATED, "num_candidates": 16, "num_selected": 8},
@@ -50,7 +49,7 @@ def create_config(method: str, *, epochs: int, batch_size: int = 50) -> ConfigDi
     c.model.stage_strides = (2, 2, 1)
     c.model.gate_widths = (32, 16)
     c.model.update(fields)
-    if method in _FROZEN_GATE:
+    if method == "gmsop_random_gate":
         c.train.rate_factors = (("head/mixture/gate", 0),)
     c.train.batch_size = batch_size
     c.train.schedule = "cosine"
@@ -73,7 +72,7 @@ def grid(method: str, *, epochs: int, size: int = 4) -> list[tuple[str, ...]]:
     rates = (0.05, 0.1, 0.02, 0.2)
     if not (METHODS | _ABLATIONS)[method]["head"].startswith(("ave", "gm")):
         pairs = [(rate, 0.0, 20) for rate in rates]
-    elif (METHODS | _ABLATIONS)[method]["head"].startswith("ave") or method in _FROZEN_GATE:
+    elif (METHODS | _ABLATIONS)[method]["head"].startswith("ave") or method == "gmsop_random_gate":
         pairs = [(rate, dropout, 20) for dropout in (0.0, 0.2) for rate in rates[:2]]
     else:
         pairs = [(rate, dropout, balance) for dropout, balance in ((0.0, 20), (0.2, 100)) for rate in rates[:2]]
