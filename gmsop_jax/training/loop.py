@@ -157,7 +157,7 @@ def _loop(
                 writer.say(f"first step after {time.monotonic() - started:.1f} s")
             writer.advance()
 
-            epoch_ends, epoch = step % run.steps_per_epoch == 0, step / run.steps_per_epoch
+            epoch_ends = step % run.steps_per_epoch == 0
             signal, every_steps = signals.caught(step), config.checkpoint.every_steps
             save = epoch_ends or signal or (every_steps and step % every_steps == 0)
             record = epoch_ends or step % config.train.log_every_steps == 0
@@ -166,16 +166,10 @@ def _loop(
                 check_state(state, trained[0], run.train_step, trained[1])
             if record and (values := buffer.summarize()):
                 values |= {"learning_rate": float(run.schedule(step - 1)), "images_per_second": speed}
-                writer.record("train", step, epoch, values)
+                writer.record("train", step, step / run.steps_per_epoch, values)
                 writer.show(values)
-            evaluation = None
-            if epoch_ends:
-                if step <= start.step + run.steps_per_epoch:  # for the first time
-                    writer.say(COMPILING)
-                evaluation = run.evaluate(state.evaluated)
-                check_evaluation(step, evaluation)
-                writer.record("eval", step, epoch, evaluation)
-                writer.say(_epoch_line(config, round(epoch), evaluation))
+            is_first = step <= start.step + run.steps_per_epoch
+            evaluation = _evaluate(run, state, step, writer, is_first) if epoch_ends else None
             if save:
                 workdir.check()
                 checkpoints.save(state, progress(step), evaluation)
@@ -184,6 +178,21 @@ def _loop(
                 checkpoints.wait()
                 raise Interrupted(signal, step)
     return progress(run.total_steps)
+
+
+def _evaluate(run: Run, state: TrainState, step: int, writer: Writer, is_first: bool) -> dict[str, Any]:
+    """Evaluates the state at the end of an epoch, and logs and returns the result."""
+    if is_first:
+        writer.say(COMPILING)
+    evaluation = run.evaluate(state.evaluated)
+    check_evaluation(step, evaluation)
+    epoch, epochs, split = step // run.steps_per_epoch, run.config.train.num_epochs, run.config.eval.split
+    writer.record("eval", step, step / run.steps_per_epoch, evaluation)
+    writer.say(
+        f"epoch {epoch:{len(str(epochs))}}/{epochs}: {split} top-1 error {evaluation['top1_error']:.2f} %,"
+        f" top-5 {evaluation['top5_error']:.2f} %, loss {evaluation['loss']:.4f}"
+    )
+    return evaluation
 
 
 def _open_writer(run: Run, start: Progress, workdir: Workdir) -> Writer:
@@ -206,14 +215,6 @@ def _announce(writer: Writer, start: Progress, workdir: pathlib.Path) -> None:
         steps = ", ".join(map(str, start.skipped))
         writer.say(f"skipping the updates of steps whose loss was not finite: {steps}")
     writer.say("XLA is compiling the training step, which takes minutes for large networks")
-
-
-def _epoch_line(config: ConfigDict, epoch: int, evaluation: dict[str, Any]) -> str:
-    epochs = config.train.num_epochs
-    return (
-        f"epoch {epoch:{len(str(epochs))}}/{epochs}: {config.eval.split} top-1 error {evaluation['top1_error']:.2f} %,"
-        f" top-5 {evaluation['top5_error']:.2f} %, loss {evaluation['loss']:.4f}"
-    )
 
 
 def _result(run: Run, checkpoints: Checkpoints, progress: Progress) -> dict[str, Any]:
