@@ -1,4 +1,4 @@
-"""Which package may import which, and which libraries stay in one module."""
+"""Which package may import which, which libraries stay in one module, and what tests may use."""
 
 import ast
 import sys
@@ -96,16 +96,6 @@ def test_the_step_knows_no_files_and_no_configuration(module):
     assert "print(" not in file.read_text()
 
 
-# Private names that tests still reach for; to be removed, not added to.
-PRIVATE = {
-    "data/test_augment.py": {"_read_one"},
-    "interop/test_matfile.py": {"_to_scipy"},
-    "parallel/eight_devices/cases.py": {"_check_pairs"},
-    "training/test_mixup.py": {"_STREAM"},
-    "training/test_train_step.py": {"_cache_size"},  # of jax.jit, which has no public count
-}
-
-
 def private_names(tree: ast.Module) -> set[str]:
     """Private attributes that a module takes from other things than `self`, and private names that it imports."""
     names: set[str] = set()
@@ -129,8 +119,25 @@ PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # of namedtuples and os
 
 @pytest.mark.parametrize("file", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda file: file.stem)
 def test_tests_use_public_names(file):
-    known = PRIVATE.get(file.relative_to(Path(__file__).parent).as_posix(), set())
-    assert private_names(ast.parse(file.read_text())) <= known
+    assert private_names(ast.parse(file.read_text())) == set()
+
+
+CHECKS = ("assert", "check_grads", "pytest.raises", "pytest.warns")
+
+
+def unchecked(tree: ast.Module) -> list[str]:
+    """Names of the tests that can't fail except by an error: they neither assert nor expect an exception."""
+    tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return [test.name for test in tests if not any(check in ast.unparse(test) for check in CHECKS)]
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.rglob("test_*.py")), ids=lambda file: file.stem)
+def test_every_test_checks_something(file):
+    assert unchecked(ast.parse(file.read_text())) == []
+
+
+def test_unchecked_tests_are_found():
+    assert unchecked(ast.parse("def test_a():\n    f()\ndef test_b():\n    assert f()\ndef g(): pass")) == ["test_a"]
 
 
 def test_private_names_are_found():

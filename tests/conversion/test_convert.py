@@ -561,12 +561,8 @@ def test_two_conversions_into_one_folder_take_turns(imagenet: Path, reference: P
     assert contents(tmp_path / "set") == contents(reference)
 
 
-@pytest.mark.parametrize("held", ["part-0-of-1", "part-1-of-2"])
-def test_a_conversion_waits_and_names_the_process_that_holds_the_folder(
-    imagenet: Path, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, held: str
-):
-    output = tmp_path / "set"
-    convert("imagenet64", imagenet, output, shards=6, shard_range=(1, 2), progress=False)
+def convert_while_held(imagenet: Path, output: Path, held: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Converts while this process holds a lock for half a second, and checks that the conversion says so."""
     lock = FileLock(output / ".convert" / held)
     lock.acquire()
     timer = threading.Timer(0.5, lock.release)
@@ -575,6 +571,15 @@ def test_a_conversion_waits_and_names_the_process_that_holds_the_folder(
         convert("imagenet64", imagenet, output, shards=6, progress=False)
     timer.join()
     assert f"process {os.getpid()} on {socket.gethostname()} is converting to {output}; waiting" in caplog.text
+
+
+@pytest.mark.parametrize("held", ["part-0-of-1", "part-1-of-2"])
+def test_a_conversion_waits_and_names_the_process_that_holds_the_folder(
+    imagenet: Path, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, held: str
+):
+    output = tmp_path / "set"
+    convert("imagenet64", imagenet, output, shards=6, shard_range=(1, 2), progress=False)
+    convert_while_held(imagenet, output, held, caplog)
     assert contents(output) == contents(reference)
 
 
@@ -609,14 +614,7 @@ def test_file_systems_without_locks(
     monkeypatch.setattr(fcntl, "flock", flock)
     output = tmp_path / "set"
     convert("imagenet64", imagenet, output, shards=6, shard_range=(1, 2), progress=False)
-    lock = FileLock(output / ".convert/part-1-of-2")
-    lock.acquire()
-    timer = threading.Timer(0.5, lock.release)
-    with caplog.at_level(logging.WARNING):
-        timer.start()
-        convert("imagenet64", imagenet, output, shards=6, progress=False)
-    timer.join()
-    assert f"process {os.getpid()} on {socket.gethostname()} is converting to {output}; waiting" in caplog.text
+    convert_while_held(imagenet, output, "part-1-of-2", caplog)
     assert "this file system has no locks" in caplog.text
     assert contents(output) == contents(reference)
 
@@ -625,3 +623,4 @@ def test_parts_are_converted_side_by_side(imagenet: Path, tmp_path: Path):
     (tmp_path / "set/.convert").mkdir(parents=True)
     with FileLock(tmp_path / "set/.convert/part-1-of-2"):  # another process of the same division
         convert("imagenet64", imagenet, tmp_path / "set", shard_range=(0, 2), progress=False)
+    assert list((tmp_path / "set").glob("train*"))

@@ -1,5 +1,6 @@
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from gmsop_jax.data.augment import (
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.randomness import uniforms
 from gmsop_jax.data.resize import resize
-from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 from gmsop_jax.inference.predict import read_image
 from gmsop_jax.training import parallel
@@ -235,19 +235,15 @@ def test_crops_depend_on_seed_step_and_row_alone(fashion: Path, crop: dict):
 
 
 @pytest.mark.parametrize("crop", CROPS)
-def test_a_damaged_record_shifts_nothing(fashion: Path, crop: dict, monkeypatch: pytest.MonkeyPatch):
+def test_a_damaged_record_does_not_change_the_other_images(fashion: Path, crop: dict, tmp_path: Path):
     good = next(train_batches(fashion, batch_size=100, seed=1, **crop))
-    read = ShardReader._read_one
-
-    def damaged(self, shard: int, position: int) -> bytes:
-        if shard == 1 and position % 40 == 0:
-            raise DataError("damaged")
-        return read(self, shard, position)
-
-    monkeypatch.setattr(ShardReader, "_read_one", damaged)
-    skipped = next(train_batches(fashion, batch_size=100, seed=1, on_corrupt="skip", **crop))
+    data = shutil.copytree(fashion, tmp_path / "set")
+    with sorted(data.glob("train*"))[1].open("r+b") as shard:
+        shard.seek(500_000)
+        shard.write(bytes(300_000))  # a fifth of its records
+    skipped = next(train_batches(data, batch_size=100, seed=1, on_corrupt="skip", **crop))
     same = (good["image"] == skipped["image"]).all((1, 2, 3))
-    assert 90 <= same.sum() < 100
+    assert 80 <= same.sum() < 100
 
 
 def test_parts_of_images_of_any_size(mixed: Path):

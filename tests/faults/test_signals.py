@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_missing_streams_are_tolerated(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     with tolerating_closed_streams():
         print("nowhere", flush=True)
+        assert sys.stdout is not None
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import importlib.util
 import pathlib
 
 import jax
@@ -19,6 +20,17 @@ def goldens():
 def checkpoint_path():
     """A checkpoint that the authors' training script wrote."""
     return GOLDENS / "ckpt/ResNet18-SR-SOP/net-epoch-5.mat"
+
+
+@pytest.fixture(scope="session")
+def maker():
+    """The script that made the stored values of PyTorch's networks, as a module."""
+    spec = importlib.util.spec_from_file_location("make_torch", GOLDENS / "make_torch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Working directories from PyTorch's weights, and the tool that makes them."""
 
 import contextlib
-import importlib.util
 import io
 import pathlib
 
@@ -21,20 +20,6 @@ from gmsop_jax.training.step import normalize
 from gmsop_jax.training.transfer import choose, read_source
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def module(file):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def maker():
-    return module(ROOT / "tests/goldens/make_torch.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import pathlib
 import pickle
@@ -19,19 +18,6 @@ from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop.layers import triangle_order
 from gmsop_jax.interop.torch_weights import MEAN_RGB, from_torch, read_state
 from gmsop_jax.models import create_model
-
-MAKER = pathlib.Path(__file__).parents[1] / "goldens/make_torch.py"
-
-
-@pytest.fixture(scope="module")
-def maker():
-    """The module that makes the stored values."""
-    spec = importlib.util.spec_from_file_location("make_torch", MAKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +183,8 @@ def test_import_torch_removes_prefixes(names_and_shapes, prefix):
 
 def test_import_torch_removes_the_prefix_of_a_compiled_part(names_and_shapes):
     plain = names_and_shapes("resnet50")
-    from_torch({name.replace("layer2.", "layer2._orig_mod."): array for name, array in plain.items()})
+    _, variables = from_torch({name.replace("layer2.", "layer2._orig_mod."): array for name, array in plain.items()})
+    assert flat(variables).keys() == flat(from_torch(plain)[1]).keys()
 
 
 def test_safetensors_are_read(tmp_path):

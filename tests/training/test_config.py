@@ -363,6 +363,7 @@ def test_a_head_without_gate_needs_no_k():
     for assignment in ("model.head=avesop", "model.num_candidates=3"):
         override(config, assignment)
     validate(config)
+    assert config.model.num_selected > config.model.num_candidates
 
 
 def test_an_error_within_a_file_names_its_line(tmp_path):
