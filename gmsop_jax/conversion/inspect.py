@@ -1,4 +1,4 @@
-"""A data set for people to look at: its manifest as text, and a contact sheet of its images."""
+"""Shows a data set: its manifest as text, and a contact sheet of its images."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The data set that a configuration names: converted if it is a sample that comes along, or asked for."""
+"""Prepares the data set of a configuration: converts the embedded sample, or explains how to convert another one."""
 
 from pathlib import Path
 from typing import Any

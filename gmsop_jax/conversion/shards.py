@@ -1,4 +1,4 @@
-"""One shard of a data set: which images it contains, their statistics, and writing it."""
+"""Divides a data set into shards, and writes one shard with the statistics of its images."""
 
 import dataclasses
 import itertools

@@ -1,1 +1,1 @@
-"""Weights of other implementations: reading, writing and the names between."""
+"""Reads and writes the weights of other implementations."""

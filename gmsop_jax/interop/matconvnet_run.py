@@ -146,7 +146,7 @@ def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState
 
 
 def _inputs(checkpoint: Checkpoint, config: ConfigDict, manifest: Manifest | None) -> Inputs:
-    """The classes and mean colour of the data set if it exists, and those in the file otherwise."""
+    """Returns the classes and mean colour of the data set if it exists, and those of the file otherwise."""
     size = checkpoint.normalization.get("imageSize")
     sides = [side for side in _positive(size)[:2] if side <= MAX_SIDE]
     height, width = sides if len(sides) == 2 else (64, 64)

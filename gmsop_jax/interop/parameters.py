@@ -141,13 +141,13 @@ def _candidate_layer(i: int) -> str:
 
 
 def _largest(params: Mapping[str, Any], pattern: str) -> int:
-    """The largest number in the names that match, bounded by the number of names; 0 if none matches."""
+    """Returns the largest number in the names that match, at most the number of names; 0 if no name matches."""
     matches = [re.fullmatch(pattern, name) for name in params]
     return min(max((int(m[1]) for m in matches if m), default=0), len(params))
 
 
 def _factor(widths: list[int]) -> tuple[int, tuple[int, ...]]:
-    """Expresses stage widths as a factor times the authors' 16, 32, 64, 128 if possible, and else with factor 1."""
+    """Expresses stage widths as a multiple of the authors' 16, 32, 64, 128 if possible, and otherwise with factor 1."""
     base = model_defaults().stage_widths
     factor = widths[0] // base[0]
     if factor > 0 and widths == [factor * w for w in base]:

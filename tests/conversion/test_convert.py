@@ -323,9 +323,9 @@ def test_more_shards_than_images(tmp_path: Path):
 
 
 def test_labels_beyond_the_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gmsop_jax.conversion.sources.fashion_mnist import FashionMnist
+    from gmsop_jax.conversion.sources.table import ImageTable
 
-    monkeypatch.setattr(FashionMnist, "load", lambda self, split, index: (self.images[split][index], 10))
+    monkeypatch.setattr(ImageTable, "load", lambda self, split, index: (self.decode(index), 10))
     with pytest.raises(DataError, match="has label 10; 10 classes go from 0 to 9"):
         convert("fashion-mnist", None, tmp_path / "set", progress=False)
 

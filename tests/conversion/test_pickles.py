@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmsop_jax.conversion.sources import Request, open_source, pickles
+from gmsop_jax.conversion.sources import Options, Request, open_source, pickles
 from gmsop_jax.conversion.sources.files import FileArray
 from gmsop_jax.errors import DataError
 
@@ -140,7 +140,7 @@ def test_nested_labels_are_refused_without_walking_through_them(tmp_path: Path):
     data = b"\x80\x02}(U\x04data" + image + b"U\x06labels" + nested + b"u."
     write(tmp_path / "train_data_batch_1", data)
     with pytest.raises(DataError, match="'labels' is neither an array nor a list of integers"):
-        open_source("imagenet64", Request(tmp_path, tmp_path / "scratch"))
+        open_source("imagenet64", Request(tmp_path, tmp_path / "scratch", options=Options(allow_partial=True)))
 
 
 def test_the_number_of_instructions_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -96,7 +96,7 @@ def test_damaged_idx_files(tmp_path: Path):
     with pytest.raises(DataError, match="is not an IDX file"):
         opened("fashion-mnist", tmp_path, tmp_path)
     write_idx(tmp_path, file.name, images(6, 28, 28)[..., 0], packed=False)
-    with pytest.raises(DataError, match=r"6 images and .* 7 labels"):
+    with pytest.raises(DataError, match=r"has the shape \(6, 28, 28\), but .* has 7 labels"):
         opened("fashion-mnist", tmp_path, tmp_path)
     file.unlink()
     (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(good)[:-9])

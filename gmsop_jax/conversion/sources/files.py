@@ -1,4 +1,4 @@
-"""Arrays that are read from their files item by item, and the archives that contain them."""
+"""Reads arrays from files item by item, and unpacks archives."""
 
 import contextlib
 import dataclasses
@@ -61,9 +61,8 @@ class FileArray:
         end = self.offset + len(self) * self.item_bytes
         if (size := self.path.stat().st_size) < end:
             raise DataError(
-                f"{self.path} is truncated: it has {size:,} bytes and its {len(self):,} items need "
-                f"{end:,}; "
-                "download it again"
+                f"{self.path} is truncated: its {len(self):,} items need {end:,} bytes, but it has {size:,};"
+                " download it again"
             )
 
     def __len__(self) -> int:
@@ -98,7 +97,7 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
 
 
 def npy_array(path: Path, offset: int = 0) -> FileArray:
-    """The array of a .npy file that begins at `offset` of `path`.
+    """Describes the array of a .npy file that begins at `offset` of `path`.
 
     Raises:
       DataError: if there is no such file, or its array does not consist of numbers in C order.
@@ -124,7 +123,7 @@ def npy_array(path: Path, offset: int = 0) -> FileArray:
 
 
 def npz_arrays(path: Path, names: Sequence[str], scratch: Path) -> dict[str, FileArray]:
-    """Named arrays of an .npz file, whose CRCs are checked; compressed ones are unpacked into `scratch`."""
+    """Describes arrays of an .npz file after checking their CRCs; compressed ones are unpacked into `scratch`."""
     arrays = {}
     with open_zip(path) as archive:
         members = {Path(info.filename).stem: info for info in archive.infolist()}
@@ -220,7 +219,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def _stored_member(path: Path, info: zipfile.ZipInfo) -> int:
-    """The offset of an uncompressed member in its archive, after comparing the member's CRC."""
+    """Returns the offset of an uncompressed member in its archive, after comparing the member's CRC."""
     header = read_at(path, info.header_offset, 30)
     if header[:4] != b"PK\3\4":
         raise DataError(f"{path} is not a complete zip archive ({info.filename} has no header); download it again")

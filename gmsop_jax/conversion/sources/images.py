@@ -1,4 +1,4 @@
-"""Decoding of image files of every mode, and a compact list of many file names."""
+"""Decodes image files of every mode, and stores many file names compactly."""
 
 import dataclasses
 import io
@@ -50,7 +50,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 
 
 def _to_8_bits(file: Image.Image, name: str) -> np.ndarray:
-    """The upright pixels of an opened file, uint8 [h, w] or [h, w, 3]."""
+    """Returns the upright pixels of an opened file, uint8 [h, w] or [h, w, 3]."""
     mode, white = file.mode, _white(file)
     if white is not None:
         return _scale(np.asarray(ImageOps.exif_transpose(file)), white, inverted=_is_inverted(file))
@@ -64,7 +64,7 @@ def _to_8_bits(file: Image.Image, name: str) -> np.ndarray:
 
 
 def _white(file: Image.Image) -> int | None:
-    """The largest value of a gray image with more than 8 bits; None for other modes, and where it is not defined."""
+    """Returns the value of white in a gray image with more than 8 bits; None for other modes, or if it is undefined."""
     tags = getattr(file, "tag_v2", None)
     if file.mode.startswith("I;16"):
         bits = tags.get(_BITS_TAG, (16,))[0] if tags else 16
@@ -73,7 +73,7 @@ def _white(file: Image.Image) -> int | None:
 
 
 def _is_inverted(file: Image.Image) -> bool:
-    """Whether 0 is white in a TIFF file of more than 8 bits, for which Pillow doesn't invert."""
+    """Returns whether 0 is white in a TIFF file of more than 8 bits, which Pillow does not invert itself."""
     tags = getattr(file, "tag_v2", None)
     return bool(tags) and tags.get(_PHOTOMETRIC_TAG) == 0
 

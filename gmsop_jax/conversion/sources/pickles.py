@@ -4,7 +4,7 @@ A pickle is a program for a small stack machine, one of whose instructions calls
 decodes the instructions. This module carries out only those that numbers, strings, lists, tuples, dictionaries and
 NumPy arrays need, and calls nothing: it recognises the few names in the pickle of an array and refuses all others.
 
-`pickle.Unpickler` with a restricted `find_class` isn't enough. It loads every array, 1.5 GB for one file of ImageNet;
+`pickle.Unpickler` with a restricted `find_class` is not enough. It loads every array, 1.5 GB for one file of ImageNet;
 a few bytes make it allocate gigabytes (an index of its memo) or crash (the hash of a deeply nested tuple); and NumPy's
 `__setstate__` trusts what the file says about the memory of an array.
 """
@@ -56,7 +56,7 @@ class _Dtype:
 
 @dataclasses.dataclass
 class _Array:
-    """An array as the instruction BUILD or `_frombuffer` describes it; nothing of it has been checked."""
+    """An array as the instruction BUILD or `_frombuffer` describes it, before anything has been checked."""
 
     shape: Any = ()
     dtype: Any = None
@@ -136,7 +136,7 @@ def load(path: Path) -> Any:
 
 
 def _run(file: _File) -> Any:
-    """Carries out the instructions. Nested containers are never walked through, so no cycle or depth matters."""
+    """Executes the instructions. Containers are never traversed, so cycles and deep nesting do no harm."""
     if not b"\x80\x02" <= file.read(2) < b"\x81":
         raise file.refuse("not a pickle of protocol 2 or later")
     stack: list[Any] = []
@@ -236,7 +236,7 @@ def _build(state: Any, target: Any) -> None:
 
 
 def _text(value: Any) -> Any:
-    """Strings of Python 2 and bytes as str; integers stay."""
+    """Returns bytes, such as the strings of Python 2, as str; integers are returned unchanged."""
     if isinstance(value, bytes):
         return value.decode("latin-1")
     if not isinstance(value, str | int):

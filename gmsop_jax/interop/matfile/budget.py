@@ -1,4 +1,4 @@
-"""A bound on what reading one file may take, since a few bytes of a hostile file can claim gigabytes."""
+"""Limits the memory that reading one file may take, since a few bytes of a hostile file can claim gigabytes."""
 
 _FREE_BYTES = 2**27
 _BYTES_PER_BYTE = 64  # compressed parameters and images expand by less than 2, but arrays of zeros by up to 1,000
@@ -7,7 +7,7 @@ _MAX_TEXT = 2**20
 
 
 class Budget:
-    """What may still be read of one file; every method raises ValueError when its part is used up.
+    """The memory and the number of objects that a file may still claim. Methods raise ValueError beyond a limit.
 
     Args:
       file_bytes: the size of the file.

@@ -1,4 +1,4 @@
-"""MATLAB 7.3 files: HDF5 with MATLAB's attributes.
+"""Reads and writes MATLAB 7.3 files: HDF5 with MATLAB's attributes.
 
 Axes are stored in reverse order. A struct is a group. Cells and the fields of a struct array are arrays of references
 into the group `#refs#`. An empty array stores its shape.
@@ -61,7 +61,7 @@ def _read(path: pathlib.Path, budget: Budget, names: Sequence[str]) -> dict[str,
 
 
 def _own(group: h5py.Group, name: str) -> Any:
-    """A member of a group, unless it is a link, which could lead out of the file."""
+    """Returns a member of a group; raises ValueError for a link, which could lead out of the file."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f"{group.name}/{name} is a link")
     return group[name]
@@ -79,7 +79,7 @@ def check_array(node: h5py.Dataset) -> None:
 
 
 def _attribute(node: Any, name: str, default: Any) -> Any:
-    """The value of an attribute, which must be one number or one string of fixed length."""
+    """Returns the value of an attribute, which must be one number or one string of fixed length."""
     if name not in node.attrs:
         return default
     stored = node.attrs.get_id(name)

@@ -66,7 +66,7 @@ def _inflate_all(data: memoryview, budget: Budget) -> memoryview:
 
 
 def _name(matrix: memoryview, order: str) -> str:
-    """The name of a variable: the third element, after flags and shape."""
+    """Returns the name of a variable: the third element, after flags and shape."""
     parts = _elements(matrix, order)
     _, _, (_, name) = next(parts), next(parts), next(parts)
     return bytes(name).decode("ascii")
@@ -94,7 +94,7 @@ class _Reader:
         self._order, self._budget = order, budget
 
     def matrix(self, data: memoryview) -> Any:
-        """The array, cells, structs or text of a matrix element."""
+        """Returns the array, cells, structs or text of a matrix element."""
         if not len(data):
             return np.zeros((0, 0))
         parts = _elements(data, self._order)
@@ -144,7 +144,7 @@ class _Reader:
         return structs[0] if count == 1 else structs
 
     def _take_count(self, shape: Sequence[int], each: int, data: memoryview) -> int:
-        """The number of elements, each of which consists of `each` matrices of at least eight bytes."""
+        """Returns the number of elements, each of which consists of `each` matrices of at least eight bytes."""
         count = math.prod(shape)
         if count * each * 8 > len(data):
             raise ValueError(f"{count * each} arrays in {len(data)} bytes")

@@ -4,18 +4,16 @@
 they are the split 'test', and 'val' is a part of the training images. © 2017 Zalando SE, MIT licence (NOTICE).
 """
 
-import dataclasses
+import functools
 import gzip
 import math
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gmsop_jax.conversion.sources import Request
-from gmsop_jax.conversion.sources.table import subset
+from gmsop_jax.conversion.sources.table import ImageTable, subset
 from gmsop_jax.errors import DataError
 from gmsop_jax.interop.matfile.budget import Budget
 
@@ -33,71 +31,51 @@ CLASSES = (
     "ankle boot",
 )
 _SAMPLE = Path(__file__).parent / "sample.npz"
-_PREFIXES = {"train": "train", "val": "t10k"}
+_SHAPE = (28, 28)
+Part = tuple[np.ndarray, np.ndarray]  # images, uint8 [n, 28, 28], and labels, uint8 [n]
 
 
-@dataclasses.dataclass(frozen=True)
-class FashionMnist:
-    """All images in memory: 47 MB for the whole set."""
-
-    images: Mapping[str, np.ndarray]
-    labels: Mapping[str, np.ndarray]
-    files: tuple[Path, ...]
-    classes: tuple[str, ...] = CLASSES
-    image_bytes: int = 28 * 28
-
-    @property
-    def num_images(self) -> dict[str, int]:
-        """Images per split."""
-        return {split: len(labels) for split, labels in self.labels.items()}
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The licence."""
-        return {"licence": "MIT, © 2017 Zalando SE"}
-
-    def load(self, split: str, index: int) -> tuple[np.ndarray, int]:
-        """One image, uint8 [28, 28], and its label."""
-        return self.images[split][index], int(self.labels[split][index])
-
-
-def open_source(request: Request) -> FashionMnist:
+def open_source(request: Request) -> ImageTable:
     """Opens the embedded sample, or the IDX files (also .gz) in the folder `request.path`."""
-    source = _open_sample() if request.path is None else _open_folder(request)
+    (train, train_labels), (test, test_labels), files = (
+        _read_sample() if request.path is None else _read_folder(request.required_path)
+    )
+    images, labels = np.concatenate([train, test]), np.concatenate([train_labels, test_labels])
+    rows = {"train": np.arange(len(train)), "val": np.arange(len(train), len(images))}
     fraction, seed = request.options.val_fraction, request.seed
-    images, labels = dict(source.images), dict(source.labels)
     if fraction is not None:
-        images["test"], labels["test"] = images["val"], labels["val"]
-        val = subset(np.arange(len(labels["train"])), labels["train"], fraction, seed)
-        images["val"], labels["val"] = images["train"][val], labels["train"][val]
-        images["train"], labels["train"] = np.delete(images["train"], val, 0), np.delete(labels["train"], val)
-    kept = subset(np.arange(len(labels["train"])), labels["train"], request.options.train_fraction, seed)
-    images["train"], labels["train"] = images["train"][kept], labels["train"][kept]
-    return dataclasses.replace(source, images=images, labels=labels)
+        val = subset(rows["train"], labels, fraction, seed)
+        rows = {"train": np.setdiff1d(rows["train"], val), "val": val, "test": rows["val"]}
+    rows["train"] = subset(rows["train"], labels, request.options.train_fraction, seed)
+    facts = {"licence": "MIT, © 2017 Zalando SE"}
+    decode = functools.partial(_decode, images)  # 55 MB for the whole set
+    return ImageTable(CLASSES, labels, rows, decode, files, facts, math.prod(_SHAPE))
 
 
-def _open_sample() -> FashionMnist:
+def _decode(images: np.ndarray, row: int) -> np.ndarray:
+    return images[row]
+
+
+def _read_sample() -> tuple[Part, Part, tuple[Path, ...]]:
     with np.load(_SAMPLE) as sample:
-        images = {"train": sample["train_images"], "val": sample["test_images"]}
-        labels = {"train": sample["train_labels"], "val": sample["test_labels"]}
-    return FashionMnist(images, labels, (_SAMPLE,))
+        train = sample["train_images"], sample["train_labels"]
+        return train, (sample["test_images"], sample["test_labels"]), (_SAMPLE,)
 
 
-def _open_folder(request: Request) -> FashionMnist:
-    folder = request.required_path
-    images, labels, files = {}, {}, []
-    for split, prefix in _PREFIXES.items():
+def _read_folder(folder: Path) -> tuple[Part, Part, tuple[Path, ...]]:
+    parts, files = [], []
+    for prefix in ("train", "t10k"):
         image_file = _find(folder, f"{prefix}-images", "idx3-ubyte")
         label_file = _find(folder, f"{prefix}-labels", "idx1-ubyte")
-        images[split], labels[split] = read_idx(image_file, 3), read_idx(label_file, 1)
-        files += [image_file, label_file]
-        if len(images[split]) != len(labels[split]):
+        images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+        if images.shape != (len(labels), *_SHAPE):
             raise DataError(
-                f"{image_file} holds {len(images[split])} images and {label_file} "
-                f"{len(labels[split])} labels; "
-                "they aren't of one set"
+                f"{image_file} has the shape {images.shape}, but {label_file} has {len(labels)} labels of 28×28 images;"
+                " download the files again"
             )
-    return FashionMnist(images, labels, tuple(files))
+        parts.append((images, labels))
+        files += [image_file, label_file]
+    return *parts, tuple(files)
 
 
 def read_idx(path: Path, num_dims: int) -> np.ndarray:
