@@ -156,21 +156,24 @@ def _status(command: Sequence[str]) -> int:
 
 
 def table(jobs: Sequence[SweepRun]) -> str:
-    """Returns a Markdown table with mean and standard deviation (n − 1) of each configuration's finished runs."""
+    """Returns a Markdown table with the last epoch's error of each configuration, over its finished runs.
+
+    The error is given as mean ± standard deviation (n − 1). That of the best epoch is left out, because the best epoch
+    is chosen on the very images that it is measured on.
+    """
     lines = [
-        "| configuration | runs | top-1 error, last | top-1 error, best | parameters | features | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| configuration | runs | top-1 error | parameters | features | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(job.name for job in jobs):
         own = [job.result for job in jobs if job.name == name]
         results = [result for result in own if result is not None]
         runs = f"{len(results)}" if len(results) == len(own) else f"{len(results)} of {len(own)}"
         if not results:
-            lines.append(f"| {name} | {runs} | – | – | – | – | – |")
+            lines.append(f"| {name} | {runs} | – | – | – | – |")
             continue
         lines.append(
-            f"| {name} | {runs} | {_spread([r['last_top1_error'] for r in results])} |"
-            f" {_spread([r['top1_error'] for r in results])} | {results[0]['parameters']:,} |"
+            f"| {name} | {runs} | {_spread([r['last_top1_error'] for r in results])} | {results[0]['parameters']:,} |"
             f" {results[0]['feature_dimension']} | {statistics.median(r['wall_seconds'] for r in results):.0f} |"
         )
     return "\n".join(lines) + "\n"
