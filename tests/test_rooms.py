@@ -47,7 +47,7 @@ ALLOWED = {
     "data": set(),
     "conversion": {"data", "interop.matfile"},
     "training": {"config", "data", "models", "ops"},
-    "inference": {"config", "conversion.sources", "data", "models", "training"},
+    "inference": {"config", "conversion.sources", "data", "models", "ops", "training"},
     "interop": {"config", "data", "models", "ops", "training"},
     "analysis": {"config", "data", "models", "inference", "training"},
     "commands": {"analysis", "config", "conversion", "data", "inference", "interop", "training"},
