@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from gmsop_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
 WORKDIR_FILES = ("config.json", "inputs.json")  # each checkpoint contains a copy of them
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # what Python takes for digits includes "²" and "٣"
 _DAMAGED = "damaged-checkpoints"  # beside DIRECTORY
 _DISCARDED = "discarded"  # inside DIRECTORY: old checkpoints while they are being deleted
 _ITEMS = ("params", "batch_stats", "opt_state")
@@ -194,7 +196,16 @@ class Checkpoints:
         return -min(errors)[1] if errors else None
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """Returns the evaluation metrics of a step; None if it was not evaluated."""
+        """Returns the evaluation metrics of a step; None if it was not evaluated.
+
+        Raises:
+          CheckpointError: if they are damaged, since another step might then be taken for the best.
+        """
+        folder = self.directory / str(step)
+        if (folder / "metrics").is_dir() and (damage := find_damage(folder, below="metrics/")):
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged ({damage}); name another step, or delete that folder"
+            )
         with self._read_failure_as_error(step):
             values = self._manager.metrics(step)
             return values and {**values, "top1_error": float(values["top1_error"])}
@@ -250,19 +261,24 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until everything is on disk; raises CheckpointError as `save` does."""
         with self._write_failure_as_error():
-            self._manager.wait_until_finished()
-            self._check_folder()
+            self._finish(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Waits as `wait` does, and closes the folder."""
         with self._write_failure_as_error():
-            self._manager.close()
-            self._check_folder()
+            self._finish(self._manager.close)
         if self._folder is not None:
             os.close(self._folder)
             self._folder = None
             if jax.process_index() == 0:
                 self._delete_discarded()
+
+    def _finish(self, wait: Callable[[], object]) -> None:
+        """Waits for saves in flight; if they fail, what they brought back of a removed folder is removed too."""
+        try:
+            wait()
+        finally:
+            self._check_folder()
 
 
 def _parse_progress(stored: Any, folder: pathlib.Path) -> Progress:
@@ -354,7 +370,8 @@ def _first_line(error: BaseException) -> str:
 
 def steps_on_disk(directory: pathlib.Path) -> list[int]:
     """Returns the steps that have a complete checkpoint, in ascending order."""
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def latest_saved(directory: pathlib.Path) -> str:
@@ -376,7 +393,7 @@ def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     """
     path = pathlib.Path(path)
     # the name of a working directory can be a number too
-    step = int(path.name) if path.name.isdigit() and not (path / DIRECTORY).is_dir() else None
+    step = int(path.name) if _STEP.fullmatch(path.name) and not (path / DIRECTORY).is_dir() else None
     folder = path.parent if step is not None else path
     if (folder / DIRECTORY).is_dir():
         folder = folder / DIRECTORY

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 # step.step_rngs splits a step's key into two streams; fold_in(key, i) is part i of such a split, so this is a third.
 MIXUP_STREAM = 2
@@ -51,7 +51,7 @@ def draw_share(seed: int, step: Array, alpha: float) -> Float[Array, ""]:
     return jnp.maximum(share, 1 - share)
 
 
-def swap_neighbours(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+def swap_neighbours(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
     """Swaps rows 2i and 2i + 1; the last of an odd number of rows stays where it is.
 
     Pairing neighbours, rather than permuting the batch, forms the same pairs on many devices as on one, as

@@ -18,14 +18,14 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the records of `metrics.jsonl`, without a last line that a kill cut off."""
+    """Returns the records of `metrics.jsonl`, without damaged lines, such as a last one that a kill cut off."""
     file = workdir / METRICS
     records = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    for line in file.read_bytes().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+                records.append(record)
     return records
 
 

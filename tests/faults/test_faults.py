@@ -30,7 +30,7 @@ from gmsop_jax.errors import CheckpointError, DataError
 from gmsop_jax.inference import evaluate
 from gmsop_jax.main import main
 from gmsop_jax.training import parallel, setup
-from gmsop_jax.training.checkpoint import Checkpoints
+from gmsop_jax.training.checkpoint import Checkpoints, locate
 from gmsop_jax.training.evaluation import COMPILING
 from gmsop_jax.training.loop import train_and_evaluate
 from gmsop_jax.training.metrics import NonFiniteError
@@ -147,6 +147,31 @@ def test_a_run_of_an_older_version_is_resumed_and_evaluated(config, tmp_path, ca
     assert "resuming from step 3" in errors
     assert np.isfinite(training_losses := [r["loss"] for r in read_metrics(workdir) if r["kind"] == "train"]).all()
     assert len(training_losses) == 6
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "006", "9x"])
+def test_folders_that_are_not_steps_are_left_alone(finished, tmp_path, name):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "checkpoints" / name).mkdir()
+    assert load(workdir)[2].step == load(finished)[2].step
+    assert locate(workdir) == (workdir / "checkpoints", None)
+
+
+def test_a_checkpoint_with_damaged_metrics_does_not_change_the_best_step(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    best = load(workdir)[2].step
+    (workdir / "checkpoints" / str(best) / "metrics" / "metrics").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{best} is damaged .metrics/metrics was changed.; name another step"):
+        load(workdir)
+
+
+def test_damaged_lines_of_metrics_jsonl_are_left_out(finished, config, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = read_metrics(workdir)
+    with (workdir / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n3\n{}\n[1]\n"kind step"\n' + b"[" * 5000 + b'\n{"kind": "tra')
+    assert read_metrics(workdir) == before
+    assert train_and_evaluate(config, workdir)["step"] == 9
 
 
 # ---- evaluation
