@@ -19,6 +19,7 @@ _HEADS = {
     "srsop": {"head": "srsop"},
     "srsop_5_steps": {"head": "srsop", "num_iters": 5},
     "mpncov": {"head": "mpncov"},
+    "dropcov": {"head": "dropcov"},
     "parametric_srsop": {"head": "srsop", "projection_widths": (48, 32)},
     "avegap": {"head": "avegap"},
     "avesop": {"head": "avesop"},

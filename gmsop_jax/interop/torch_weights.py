@@ -1,4 +1,4 @@
-"""Converts weights of PyTorch's bottleneck ResNets: torchvision's, and those of the authors of iSQRT-COV.
+"""Converts weights of PyTorch's bottleneck ResNets: torchvision's, and those of the authors of iSQRT-COV and DropCov.
 
     model_config, variables = from_torch(read_state("resnet50.safetensors"))
     logits, aux = create_model(model_config).apply(variables, images)
@@ -46,7 +46,15 @@ _MODULES = {
     "projection1_bn": "layer_reduce_bn",
     "classifier": "fc",
 }
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "sigma": "running_var"}
+_ATTENTION = "eca_layer.conv.weight"  # of DropCov's channel attention
+_LEAVES = {
+    "attention": _ATTENTION,
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "sigma": "running_var",
+}
 
 
 def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -156,8 +164,8 @@ def _plain_names(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] = "row") -> tuple[ConfigDict, Tree]:
     """Converts a `state_dict` to a model's configuration and variables.
 
-    Blocks, groups, widths, classes and the head are inferred from names and shapes. The head is that of iSQRT-COV if
-    there is a `layer_reduce`, and average pooling otherwise. Whatever the shapes don't determine is set as published:
+    Blocks, groups, widths, classes and the head are inferred from names and shapes. With a `layer_reduce`, the head is
+    that of DropCov if there is an `eca_layer`, and that of iSQRT-COV if not. Otherwise it is average pooling. Whatever the shapes don't determine is set as published:
     the strides (1, 2, 2, and 2 for average or 1 for second-order pooling) and five Newton–Schulz iterations. The
     prefixes `module.`, `model.` and `_orig_mod.` are removed, and counters of batches are ignored.
 
@@ -181,7 +189,7 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
     names = {path: _torch_name(path) for path in shapes}
     compare_names("array", names.values(), arrays)
     taken = {path: _convert(path, name, arrays[name], shapes[path]) for path, name in names.items()}
-    if config.head == "srsop" and triangle == "column":
+    if config.head in ("srsop", "dropcov") and triangle == "column":
         kernel = ("params", "head", "classifier", "kernel")
         taken[kernel] = taken[kernel][triangle_order(len(taken[kernel]))]
     return config, unflatten_dict(taken)
@@ -196,10 +204,11 @@ def infer_model(arrays: Mapping[str, np.ndarray]) -> ConfigDict:
     config.num_classes = _shape(arrays, "fc.weight", 2)[0]
     second = "layer_reduce.weight" in arrays
     config.stage_strides = (1, 2, 2, 1) if second else (1, 2, 2, 2)
-    config.head = "srsop" if second else "gap"
+    config.head = "gap" if not second else "dropcov" if _ATTENTION in arrays else "srsop"
     if second:
         config.projection_widths = (_shape(arrays, "layer_reduce.weight", 4)[0],)
         config.projection_batch_norm = True
+    if config.head == "srsop":
         config.num_iters = 5
     return config
 
@@ -253,7 +262,7 @@ def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
         return columns, rows, height, width
     if len(shape) == 2:
         return (*shape[::-1], 1, 1) if path[2].startswith("projection") else shape[::-1]
-    return shape
+    return (1, 1, *shape) if path[-1] == "attention" else shape
 
 
 def _convert(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -264,7 +273,7 @@ def _convert(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -
             raise CheckpointError(f"{name!r} has {wrong} of {array.size} variances below 0; the file is damaged")
         return np.sqrt(array.astype(np.float64) + _EPSILON).astype(array.dtype)
     if path[-1] != "kernel":
-        return array
+        return array.reshape(shape)
     if path[1] == "head":
         return array.reshape(array.shape[:2]).T
     if path[2] == "stem":

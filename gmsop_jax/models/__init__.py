@@ -3,6 +3,7 @@
 from gmsop_jax.models.gate import Gate
 from gmsop_jax.models.heads import (
     CovarianceHead,
+    DropCovHead,
     GAPHead,
     GatedMixtureHead,
     MixtureHead,
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNorm",
     "BottleneckResNet",
     "CovarianceHead",
+    "DropCovHead",
     "GAPHead",
     "Gate",
     "GateOutput",

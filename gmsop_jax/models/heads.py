@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
@@ -23,7 +24,9 @@ from gmsop_jax.models.gate import GateFields, shared_fields
 from gmsop_jax.models.layers import BatchNorm, Classifier, Dropout, ModuleFactory, normalize, relu_convolution
 from gmsop_jax.models.mixture import GatedMixture, Mixture
 from gmsop_jax.ops import (
+    adaptive_channel_dropout,
     average_pool,
+    channel_attention,
     covariance_pool,
     flatten_positions,
     matrix_power,
@@ -64,7 +67,7 @@ class _PoolingHead(CheckedModule):
     norm: ModuleFactory = BatchNorm
     dtype: DTypeLike | None = None
 
-    def _pool(self, x: Float[AnyArray, "b p c"], where: Where | None) -> Float[Array, "b f"]:
+    def _pool(self, x: Float[AnyArray, "b p c"], where: Where | None, train: bool) -> Float[Array, "b f"]:
         raise NotImplementedError
 
     @nn.compact
@@ -76,7 +79,7 @@ class _PoolingHead(CheckedModule):
         for i, width in enumerate(self.projection_widths, 1):
             name, batch_norm = f"projection{i}", self.projection_batch_norm
             x = relu_convolution(self, x, width, name, train=train, where=where, batch_norm=batch_norm)
-        features = self._pool(x, where)
+        features = self._pool(x, where, train)
         aux = {**_without_gate(features), "features": features}
         return Classifier(self.num_classes, self.dtype, name="classifier")(features), aux
 
@@ -91,7 +94,7 @@ class GAPHead(_PoolingHead):
       others: see `SecondOrderHead`.
     """
 
-    def _pool(self, x, where):
+    def _pool(self, x, where, train):
         return average_pool(x, where=where)
 
 
@@ -103,7 +106,7 @@ class CovarianceHead(_PoolingHead):
       others: see `SecondOrderHead`.
     """
 
-    def _pool(self, x, where):
+    def _pool(self, x, where, train):
         return triangle_vector(covariance_pool(x, where=where))
 
 
@@ -133,7 +136,7 @@ class SecondOrderHead(_PoolingHead):
 
     num_iters: int = 3
 
-    def _pool(self, x, where):
+    def _pool(self, x, where, train):
         return second_order_pool(x, self.num_iters, where=where)
 
 
@@ -148,8 +151,42 @@ class MPNCOVHead(_PoolingHead):
 
     power: float = 0.5
 
-    def _pool(self, x, where):
+    def _pool(self, x, where, train):
         return triangle_vector(matrix_power(covariance_pool(x, where=where), self.power))
+
+
+class DropCovHead(_PoolingHead):
+    """DropCov: covariance pooling without normalisation, with adaptive channel dropout in training, f = c(c + 1)/2.
+
+    In training, channel attention scales the features and whole channels are dropped; see
+    `ops.adaptive_channel_dropout`. In evaluation the head is a `CovarianceHead` (Wang et al., NeurIPS 2022). Training
+    needs the RNG stream `dropout`.
+
+    Attributes:
+      num_classes: number of classes.
+      projection_widths, projection_batch_norm: see `SecondOrderHead`; the authors project to 256 channels with batch
+        norm.
+      axis_name: pmap or shard_map axis over which the batch is split. The dropout rate and the draw are then those of
+        the whole batch.
+      others: see `SecondOrderHead`.
+    """
+
+    axis_name: str | None = None
+
+    def _pool(self, x, where, train):
+        kernel = self.param("attention", _attention_init, (3,))
+        sigma = covariance_pool(x, where=where)
+        if train and not self.is_initializing():
+            attention = channel_attention(average_pool(x, where=where), kernel)
+            key, images = self.make_rng("dropout"), nonempty_images(where)
+            sigma = adaptive_channel_dropout(sigma, attention, key, where=images, axis_name=self.axis_name)
+        return triangle_vector(sigma)
+
+
+def _attention_init(key: Array, shape: tuple[int, ...]) -> Array:
+    """The initialisation of PyTorch's convolutions: uniform in ±1/√fan_in."""
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 class _MixtureHead(CheckedModule):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from gmsop_jax.models.heads import (
     CovarianceHead,
+    DropCovHead,
     GAPHead,
     GatedMixtureHead,
     MixtureHead,
@@ -29,6 +30,7 @@ _HEADS: dict[str, Callable[[Any, _Fields, _Fields, _Fields], nn.Module]] = {
     "sop": lambda m, plain, mixture, gated: CovarianceHead(**plain),
     "srsop": lambda m, plain, mixture, gated: SecondOrderHead(**plain, num_iters=m.num_iters),
     "mpncov": lambda m, plain, mixture, gated: MPNCOVHead(**plain, power=m.power),
+    "dropcov": lambda m, plain, mixture, gated: DropCovHead(**plain, axis_name=mixture["axis_name"]),
     "gmgap": lambda m, plain, mixture, gated: GatedMixtureHead(**mixture, **gated, order=1),
     "gmsop": lambda m, plain, mixture, gated: GatedMixtureHead(**mixture, **gated, order=2),
     "avegap": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=1),

@@ -5,6 +5,7 @@ Axes: b batch, p positions (height × width), c channels, d width of a matrix, n
 
 from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool
 from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates, mix_candidates
+from gmsop_jax.ops.dropcov import adaptive_channel_dropout, channel_attention, channel_dropout_rate
 from gmsop_jax.ops.gate import (
     GateOutput,
     apply_gate,
@@ -22,12 +23,15 @@ from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
 __all__ = [
     "GateOutput",
+    "adaptive_channel_dropout",
     "apply_all_candidates",
     "apply_candidates",
     "apply_gate",
     "average_pool",
     "balance_loss",
     "batch_norm",
+    "channel_attention",
+    "channel_dropout_rate",
     "covariance_pool",
     "draw_gate_noise",
     "draw_rows",

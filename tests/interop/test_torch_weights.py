@@ -83,6 +83,18 @@ def test_networks_are_recognised(names_and_shapes, network, backbone, head):
     validate(config)
 
 
+def test_networks_of_dropcov_are_recognised(names_and_shapes):
+    kernel = np.array([0.5, -1, 2], np.float32)
+    state = names_and_shapes("isqrt_resnet50") | {"eca_layer.conv.weight": kernel.reshape(1, 1, 3)}
+    model, variables = from_torch(state)
+    assert (model.head, model.stage_strides) == ("dropcov", (1, 2, 2, 1))
+    assert (model.projection_widths, model.projection_batch_norm) == ((256,), True)
+    np.testing.assert_array_equal(variables["params"]["head"]["attention"], kernel)
+    assert variables["params"]["head"]["classifier"]["kernel"].shape == (32896, 10)
+    with pytest.raises(CheckpointError, match=r"eca_layer\.conv\.weight.* has shape \(1, 1, 5\)"):
+        from_torch(state | {"eca_layer.conv.weight": np.zeros((1, 1, 5), np.float32)})
+
+
 def test_pixels_and_moments_are_folded(names_and_shapes):
     state = names_and_shapes("resnet50")
     kernel = np.random.default_rng(0).normal(size=(64, 3, 7, 7)).astype(np.float32)

@@ -9,6 +9,7 @@ import pytest
 
 from gmsop_jax.models import (
     CovarianceHead,
+    DropCovHead,
     GAPHead,
     Gate,
     GatedMixtureHead,
@@ -26,6 +27,7 @@ PLAIN_HEADS: dict[str, Any] = {
     "srsop": SecondOrderHead(5),
     "srsop, projected, batch norm, 5 steps": SecondOrderHead(5, (4,), True, num_iters=5),
     "mpncov": MPNCOVHead(5),
+    "dropcov": DropCovHead(5, (4,), True),
     "mpncov, 0.3": MPNCOVHead(5, (4,), power=0.3),
 }
 MIXTURES: dict[str, Any] = {
@@ -111,7 +113,7 @@ def plain_features(head, variables, x):
         x = np.maximum(x, 0)
     if isinstance(head, GAPHead):
         return x.mean(0)
-    if isinstance(head, CovarianceHead):
+    if isinstance(head, CovarianceHead | DropCovHead):
         return triangle(covariance(x))
     if isinstance(head, SecondOrderHead):
         return triangle(newton_schulz(covariance(x), head.num_iters))
@@ -158,7 +160,7 @@ def test_a_head_is_its_slow_version(x64, name):
     np.testing.assert_allclose(logits, normal @ classifier["kernel"] + classifier["bias"], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "dropcov"])  # whose rate passes no gradient
 def test_a_heads_gradient_is_the_finite_difference(x64, name):
     head, maps = HEADS[name], jnp.asarray(feature_map())
     if isinstance(head, GatedMixtureHead):  # straight-through is no derivative of what is computed

@@ -11,6 +11,7 @@ from flax import nnx
 
 from gmsop_jax.models import (
     CovarianceHead,
+    DropCovHead,
     GAPHead,
     GatedMixtureHead,
     MixtureHead,
@@ -25,6 +26,7 @@ HEADS: dict[str, tuple[Any, tuple, dict[str, Any]]] = {
     "gap": (GAPHead, (5,), {}),
     "sop": (CovarianceHead, (5,), {}),
     "srsop": (SecondOrderHead, (5, (4,), True), {}),
+    "dropcov": (DropCovHead, (5, (4,), True), {}),
     "mpncov": (MPNCOVHead, (5,), {}),
     "avesop": (MixtureHead, (5,), BANK),
     "gmsop": (GatedMixtureHead, (5,), GATED),

@@ -11,6 +11,7 @@ import pytest
 from gmsop_jax.models import (
     BatchNorm,
     CovarianceHead,
+    DropCovHead,
     GAPHead,
     Gate,
     GatedMixtureHead,
@@ -27,6 +28,7 @@ HEADS: dict[str, Any] = {
     "sop": CovarianceHead(5),
     "srsop": SecondOrderHead(5, (8, 4), True),
     "mpncov": MPNCOVHead(5, (4,)),
+    "dropcov": DropCovHead(5, (8, 4), True),
     "avegap": MixtureHead(5, **BANK, order=1),
     "concatsop": MixtureHead(5, **BANK, combine="concatenate"),
     "gmgap": GatedMixtureHead(5, **GATED, order=1),
@@ -59,7 +61,13 @@ def train(head, variables, x, **options) -> Any:
     def loss(params, x, options):
         noise = jnp.arange(len(x)) - 1.0
         out, updates = head.apply(
-            {**variables, "params": params}, x, train=True, gate_noise=noise, mutable=["batch_stats"], **options
+            {**variables, "params": params},
+            x,
+            train=True,
+            gate_noise=noise,
+            rngs={"dropout": KEY},
+            mutable=["batch_stats"],
+            **options,
         )
         return jnp.sum(jnp.sin(out[0])) + out[1]["balance_loss"], (out, updates)
 
