@@ -216,7 +216,7 @@ def _provenance(study: Study, methods: Sequence[MethodResults], results: Results
     runs = _of(methods)
     points = ", ".join(f"{len(points)} for {method}" for method, points in study.grids.items())
     versions = sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in runs})
-    hours = sum(result["wall_seconds"] for result in results) / 3600
+    hours = sum(result.get("wall_seconds", 0) for result in results) / 3600
     return [
         "The error is that of the last epoch on the test images, which were used for nothing else. The balanced error",
         "is the mean of the errors of the classes. Values are mean ± standard deviation over seeds. Differences are",
@@ -225,7 +225,8 @@ def _provenance(study: Study, methods: Sequence[MethodResults], results: Results
         "measured while other jobs ran on the machine, so they can only be compared roughly.",
         "",
         f"- Command: `python tools/sweep.py {config_file}`, then `python tools/results.py`",
-        f"- Runs: {len(results)} in {hours:.1f} hours, of which {len(runs)} with test images",
+        f"- Runs: {len(results)} in {hours:.1f} hours, of which {len(runs)} with test images and"
+        f" {sum('diverged' in result for result in results)} diverged",
         f"- Training images: {', '.join(sorted({str(run['train_images']) for run in runs}))}",
         f"- Device: {', '.join(sorted({run['device'] for run in runs}))}",
         f"- Commits: {', '.join(sorted({run['commit'] for run in runs}))}",

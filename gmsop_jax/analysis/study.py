@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -29,6 +30,7 @@ from gmsop_jax.files import write_json
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.training import checkpoint, restore
 from gmsop_jax.training.loop import train_and_evaluate
+from gmsop_jax.training.metrics import NonFiniteError
 from gmsop_jax.training.writer import read_metrics
 
 Point = tuple[str, ...]  # assignments `field=value`
@@ -136,8 +138,8 @@ class StudyRunner:
         """Returns the point with the lowest balanced error on `val`; of equal ones, that with the lowest loss."""
 
         def key(run: StudyRun) -> tuple[float, float]:
-            measured = self.measure(run, ["val"])["splits"]["val"]
-            return measured["balanced_error"], measured["loss"]
+            measured = self.measure(run, ["val"])["splits"].get("val", {})  # nothing, if the run diverged
+            return measured.get("balanced_error", math.inf), measured.get("loss", math.inf)
 
         return min(self.selection_runs(method), key=key).point
 
@@ -151,7 +153,13 @@ class StudyRunner:
                     self.measure(self._run(method, point, seed, data), ["val", *study.test_splits])
 
     def measure(self, run: StudyRun, splits: Sequence[str]) -> dict[str, Any]:
-        """Returns the result of a run with measurements of `splits`; trains and measures what is missing."""
+        """Returns the result of a run with measurements of `splits`; trains and measures what is missing.
+
+        The result of a run whose loss became infinite has the entry `diverged` and no measurements.
+
+        Raises:
+          ConfigError: if the stored result was measured with another configuration.
+        """
         file = self.results / f"{run.name}.json"
         config = self.config(run)
         fields = _changed_fields(config)
@@ -159,15 +167,17 @@ class StudyRunner:
         if result and result["config"] != json.loads(json.dumps(fields)):
             raise ConfigError(f"{file} was measured with another configuration; delete it, or rename the study")
         missing = [split for split in splits if split not in result.get("splits", {})]
-        if not missing:
+        if not missing or "diverged" in result:
             return result
         workdir = self.output / run.name
         self.say(f"{run.name}:")
-        trained = train_and_evaluate(config, workdir)
-        measured = {split: measure_split(workdir, split) for split in missing}
-        result = (result or _describe(run, config, fields, trained, workdir)) | {
-            "splits": result.get("splits", {}) | measured
-        }
+        try:
+            trained = train_and_evaluate(config, workdir)
+            result = result or _describe(run, config, fields, trained, workdir)
+            measured = {split: measure_split(workdir, split) for split in missing}
+            result["splits"] = result.get("splits", {}) | measured
+        except NonFiniteError as error:  # a property of this point, which another run may not have
+            result = dataclasses.asdict(run) | {"config": fields, "diverged": str(error), "splits": {}}
         write_json(_made(file), result)
         jax.clear_caches()  # every run compiles its own step, whose program is not needed any more
         return result

@@ -12,6 +12,7 @@ from gmsop_jax.analysis.study import Study, StudyData, StudyRunner, balanced_err
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.sources import Options
 from gmsop_jax.errors import ConfigError
+from gmsop_jax.training.metrics import NonFiniteError
 
 ROOT = pathlib.Path(__file__).parents[2]
 STUDY_FILES = [file for file in sorted((ROOT / "configs/studies").glob("*.py")) if load_study(file)]
@@ -134,6 +135,26 @@ def test_a_study_chooses_on_val_and_measures_test_once(tmp_path: pathlib.Path, m
     file.write_text(json.dumps(json.loads(file.read_text()) | {"config": {"model.head": "srsop"}}))
     with pytest.raises(ConfigError, match="measured with another configuration"):
         runner.execute()
+
+
+def test_a_point_at_which_training_diverges_is_not_chosen(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tiny.py").write_text(TINY)
+
+    def diverge(config, workdir):
+        raise NonFiniteError("loss not finite at step 3", 3)
+
+    monkeypatch.setattr(study, "train_and_evaluate", diverge)
+    points = [(f"train.learning_rates=(({rate}, 1),)",) for rate in (0.01, 0.1)]
+    runner = StudyRunner(
+        a_study(grids={"gap": points}), tmp_path / "tiny.py", data_dir=tmp_path, output=tmp_path, results=tmp_path
+    )
+    bad, good = runner.selection_runs("gap")
+    assert runner.measure(bad, ["val"])["diverged"] == "loss not finite at step 3"
+    file = tmp_path / "s" / f"{good.name}.json"
+    stored = json.loads((tmp_path / "s" / f"{bad.name}.json").read_text())
+    fields = stored["config"] | {"train.learning_rates": [[0.1, 1]]}
+    file.write_text(json.dumps({"config": fields, "splits": {"val": {"balanced_error": 90, "loss": 9}}}))
+    assert runner.choose("gap") == good.point
 
 
 @pytest.mark.parametrize("file", STUDY_FILES, ids=lambda file: file.stem)
