@@ -1,4 +1,4 @@
-"""What TensorBoard gets while a network trains."""
+"""What a run writes for TensorBoard during training."""
 
 import io
 import struct
@@ -44,7 +44,7 @@ def test_a_picture_of_candidate_use_for_each_epoch(values):
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 2
 
 
-def test_a_profile_of_the_steps_asked_for(trained_run):
+def test_profile_of_the_requested_steps(trained_run):
     [file] = (trained_run / "plugins" / "profile").glob("*/*.xplane.pb")
     assert file.stat().st_size > 1000
 
@@ -61,6 +61,6 @@ def test_a_profile_ends_with_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["5", "5:5", "7:5", "0:3", "a:b", "-1:3"])
-def test_wrong_steps_are_told(text, capsys):
+def test_wrong_steps_are_refused(text, capsys):
     assert main.main(["--config", "configs/quickstart.py", f"--profile={text}"]) == 2
     assert "is not START:STOP" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_names_are_escaped(trained_run, tmp_path):
     assert "<script>alert" not in page
 
 
-def test_a_foreign_folder_is_told(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
         build_report([tmp_path])
 

@@ -7,9 +7,11 @@ import pytest
 
 from gmsop_jax.analysis.report import charts
 from gmsop_jax.analysis.report.published import find_published
+from gmsop_jax.analysis.report.runs import describe_network
 from gmsop_jax.analysis.report.study import Study, study_run
 from gmsop_jax.config import default_config
 from gmsop_jax.errors import DataError
+from gmsop_jax.models.network import HEADS
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_heaviest(study):
     assert study.heaviest(2, 3) == [3, 4]  # the others give it no weight
 
 
-def test_a_candidate_that_none_selects_is_left_out(study):
+def test_a_candidate_that_no_image_selects_is_left_out(study):
     idle = dataclasses.replace(study, gate_weights=np.pad(study.gate_weights, [(0, 0), (0, 1)]))
     assert np.isnan(idle.together[3]).all()
     cells = charts.together(idle).spec["data"]["values"]
@@ -64,7 +66,7 @@ def test_a_candidate_that_none_selects_is_left_out(study):
     assert idle.heaviest(3, 5) == []
 
 
-def test_of_many_classes_the_most_confused_are_drawn(study):
+def test_only_the_most_confused_of_many_classes_are_shown(study):
     many = dataclasses.replace(study, classes=tuple(f"c{i}" for i in range(100)), labels=np.array([7, 7, 7, 50, 99]))
     chart = charts.confusion(many, most=2)
     assert {cell["true"] for cell in chart.spec["data"]["values"]} == {"c7", "c50"}
@@ -86,6 +88,21 @@ def test_published_rows():
     assert row.top1_error == 40.56
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_has_a_description(head):
+    config = default_config()
+    config.model.head = head
+    assert describe_network(config.model).endswith(" on ResNet-18")
+
+
+def test_description_of_a_head():
+    config = default_config()
+    config.model.update(head="srsop", projection_widths=(256, 64), blocks_per_stage=1, stage_widths=(8, 16))
+    assert describe_network(config.model) == "SR-SOP of 64 channels on 1 block × (8, 16)"
+    config.model.update(head="avegap", num_candidates=4)
+    assert describe_network(config.model) == "Ave-GAP-4 on 1 block × (8, 16)"
+
+
 def test_study_agrees_with_evaluation(trained_run):
     study = study_run(trained_run, None, 10_000)
     records = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
@@ -104,6 +121,6 @@ def test_a_sample_of_a_large_split(trained_run):
     np.testing.assert_allclose(study.confidence, whole.confidence[study.positions], atol=1e-5)
 
 
-def test_missing_data_are_told(trained_run, tmp_path):
+def test_missing_data_is_reported(trained_run, tmp_path):
     with pytest.raises(DataError, match="no data set at"):
         study_run(trained_run, tmp_path, 10)

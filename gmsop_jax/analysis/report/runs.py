@@ -22,8 +22,8 @@ class Run:
       workdir: the folder.
       config: the resolved configuration.
       records: the records of `metrics.jsonl`.
-      result: the contents of `result.json`; {} if the run is not finished.
-      published: the published result for this network, if there is one.
+      result: the contents of `result.json`, or {} if the run is not finished.
+      published: the published result of this network, if there is one.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the lowest top-1 error, the last of equals."""
+        """The evaluation with the lowest top-1 error. If several are equal, the last of them."""
         evaluations = [r for r in self.records if r["kind"] == "eval"]
         return min(reversed(evaluations), key=lambda r: r["top1_error"], default=None)
 
@@ -69,7 +69,7 @@ def read_run(workdir: Path) -> Run:
 
 
 def read_runs(workdirs: list[Path]) -> list[Run]:
-    """Reads several working directories; those with equal names get a number."""
+    """Reads several working directories. A number is added to a name that is already taken."""
     runs: list[Run] = []
     for number, workdir in enumerate(workdirs, 1):
         run = read_run(workdir)
@@ -103,12 +103,12 @@ def describe_network(m: ConfigDict) -> str:
 
 
 def _describe_head(m: ConfigDict) -> str:
-    if m.head in _HEADS:
-        projection = f" of {m.projection_widths[-1]} channels" if m.projection_widths else ""
-        return _HEADS[m.head] + projection
     kind = m.head.removesuffix("gap").removesuffix("sop")
-    size = f"{m.num_candidates}-{m.num_selected}" if kind == "gm" else f"{m.num_candidates}"
-    return f"{_MIXTURES[kind]}-{m.head.removeprefix(kind).upper()}-{size}"
+    if kind in _MIXTURES:
+        size = f"{m.num_candidates}-{m.num_selected}" if kind == "gm" else f"{m.num_candidates}"
+        return f"{_MIXTURES[kind]}-{m.head.removeprefix(kind).upper()}-{size}"
+    projection = f" of {m.projection_widths[-1]} channels" if m.projection_widths else ""
+    return f"{_HEADS.get(m.head, m.head)}{projection}"
 
 
 def _describe_backbone(m: ConfigDict) -> str:
