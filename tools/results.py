@@ -29,8 +29,8 @@ study is a file in `configs/studies`. A page is added here when a study has resu
 ## Protocol
 
 - All methods have the same backbone and recipe: average pooling (`gap`, and `gap_wide` with as many features as the
-  second-order heads), SR-SOP (`srsop`, and `parametric_srsop` with the convolutions of one candidate), mixtures of
-  all candidates (`avesop`), and gated mixtures (`gmgap`, `gmsop`).
+  second-order heads), SR-SOP (`srsop`, and `parametric_srsop` with the convolutions of one candidate), DropCov
+  (`dropcov`), mixtures of all candidates (`avesop`), and gated mixtures (`gmgap`, `gmsop`).
 - Controls isolate what the gated mixture adds: SR-SOP with as many parameters (`matched_srsop`), all candidates
   selected (`gmsop_all_selected`), K candidates with equal weights for every image (`avesop_k`), and a gate that stays
   as it was drawn (`gmsop_random_gate`).

@@ -15,6 +15,7 @@ METHODS = {
     "gap_wide": {"head": "gap", "projection_widths": (528,)},
     "srsop": {"head": "srsop"},
     "parametric_srsop": {"head": "srsop", "projection_widths": (48, 32)},
+    "dropcov": {"head": "dropcov"},
     "avesop": {**_GATED, "head": "avesop"},
     "gmgap": {**_GATED, "head": "gmgap"},
     "gmsop": _GATED,
