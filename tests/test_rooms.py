@@ -43,6 +43,7 @@ ALLOWED = {
     "files": {"errors"},
     "ops": set(),
     "models": {"ops"},
+    "nnx": {"models", "ops"},
     "config": {"models"},
     "data": set(),
     "conversion": {"data", "interop.matfile"},
@@ -67,7 +68,7 @@ def test_every_package_has_a_place():
 @pytest.mark.parametrize("room", ALLOWED)
 def test_imports_run_downwards(room):
     members = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else files(room)
-    ground = GROUND if room not in GROUND | {"ops", "models"} else set()
+    ground = GROUND if room not in GROUND | {"ops", "models", "nnx"} else set()
     allowed = {f"gmsop_jax.{name}" for name in {room} | ALLOWED[room] | ground}
     for file in members:
         wrong = imports_any(file, "gmsop_jax") - imports_any(file, *allowed)
@@ -79,6 +80,7 @@ def test_imports_run_downwards(room):
     [
         ("ops", {"jax", "numpy", "jaxtyping"}),
         ("models", {"jax", "flax", "numpy", "jaxtyping"}),
+        ("nnx", {"jax", "flax", "numpy", "jaxtyping"}),
         ("data", {"numpy", "absl", "grain", "array_record", "PIL"}),
     ],
 )

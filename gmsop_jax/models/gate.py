@@ -142,9 +142,11 @@ class Gate(GateFields):
             )
         return noise
 
+    def kernel_init(self, width: int) -> nn.initializers.Initializer:
+        """The initializer of W_g and W_n for pooled features of this width."""
+        if self.gate_init == "constant":
+            return nn.initializers.constant(1 / width)
+        return nn.initializers.normal(width**-0.5)
+
     def _kernel(self, name: str, width: int) -> Array:
-        inits = {
-            "constant": nn.initializers.constant(1 / width),
-            "random": nn.initializers.normal(width**-0.5),
-        }
-        return jnp.asarray(self.param(name, inits[self.gate_init], (width, self.num_candidates)))
+        return jnp.asarray(self.param(name, self.kernel_init(width), (width, self.num_candidates)))

@@ -43,7 +43,8 @@ _Mask = Shaped[AnyArray, "b *p"] | None
 _Output = tuple[Float[Array, "b classes"], Mapping[str, Array]]
 
 
-def _without_gate(features: Array) -> dict[str, Array]:
+def without_gate(features: Array) -> dict[str, Array]:
+    """What a head without a gate returns in place of the results of a gate."""
     one = jnp.ones((features.shape[0], 1), features.dtype)
     return {"balance_loss": jnp.zeros((), features.dtype), "gate_weights": one, "importance": one}
 
@@ -80,7 +81,7 @@ class _PoolingHead(CheckedModule):
             name, batch_norm = f"projection{i}", self.projection_batch_norm
             x = relu_convolution(self, x, width, name, train=train, where=where, batch_norm=batch_norm)
         features = self._pool(x, where, train)
-        aux = {**_without_gate(features), "features": features}
+        aux = {**without_gate(features), "features": features}
         return Classifier(self.num_classes, self.dtype, name="classifier")(features), aux
 
 
@@ -231,7 +232,7 @@ class MixtureHead(_MixtureHead):
     ) -> _Output:
         """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
         features = Mixture(**shared_fields(self, Mixture), name="mixture")(x, where)
-        return self._finish(features, _without_gate(features), train, where)
+        return self._finish(features, without_gate(features), train, where)
 
 
 class GatedMixtureHead(_MixtureHead, GateFields):

@@ -16,6 +16,9 @@ from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.covariance import pool_features
 from gmsop_jax.ops.dispatch import Dispatch
 
+# N(0, 2/fan_in) for each candidate
+candidate_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", batch_axis=(0,))
+
 
 class _Bank(CheckedModule):
     """The candidates and their weights, which all images share.
@@ -33,10 +36,9 @@ class _Bank(CheckedModule):
 
     def _kernels(self, x: Array) -> list[Array]:
         """The candidates' weights, layer by layer [n, in, out], in the dtype of the computation."""
-        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", batch_axis=(0,))
         c, kernels = x.shape[-1], []
         for i, width in enumerate(self.candidate_widths, 1):
-            kernels.append(jnp.asarray(self.param(f"candidates{i}", init, (self.num_candidates, c, width))))
+            kernels.append(jnp.asarray(self.param(f"candidates{i}", candidate_init, (self.num_candidates, c, width))))
             c = width
         dtype = self.dtype or jnp.result_type(x, *kernels)
         return [kernel.astype(dtype) for kernel in kernels]

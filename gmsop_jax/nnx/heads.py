@@ -1,0 +1,202 @@
+"""Heads as NNX modules. All are created and called in the same way.
+
+`Head(in_features, num_classes, rngs=rngs, **fields)` takes the number of channels and the fields of the Linen head of
+the same name. `head(x, train, gate_noise, where)` takes and returns the same as the Linen head; see
+`gmsop_jax.models.heads`.
+A head starts in evaluation mode; `head.train()` and `head.eval()` switch it, and the argument `train` overrides them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from flax import nnx
+from jaxtyping import Array, Float, Shaped
+
+from gmsop_jax import models
+from gmsop_jax.models.gate import shared_fields
+from gmsop_jax.models.heads import without_gate
+from gmsop_jax.nnx.layers import Classifier, Dropout, ReluConvolutions, make_norm
+from gmsop_jax.nnx.mixture import GatedMixture, Mixture
+from gmsop_jax.ops import (
+    average_pool,
+    covariance_pool,
+    flatten_positions,
+    matrix_power,
+    second_order_pool,
+    triangle_vector,
+)
+from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.layers import nonempty_images
+
+_Features = Float[AnyArray, "b *p c"]
+_Mask = Shaped[AnyArray, "b *p"] | None
+_Output = tuple[Float[Array, "b classes"], Mapping[str, Array]]
+
+
+def _triangle(width: int) -> int:
+    return width * (width + 1) // 2
+
+
+class Head(ReluConvolutions):
+    """What the heads share: their Linen counterpart, and the mode.
+
+    Attributes:
+      linen: the Linen class.
+      config: the Linen head with the fields of this one.
+      in_features: number of channels.
+      deterministic: True in evaluation, False in training; set by `eval()` and `train()`.
+    """
+
+    linen: ClassVar[Any]
+
+    def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
+        if in_features < 1:
+            raise ValueError(f"in_features must be at least 1, got {in_features}")
+        self.in_features = in_features
+        self.config = self.linen(num_classes, **fields)
+        self.deterministic = True
+
+    def _is_training(self, train: bool | None) -> bool:
+        return not self.deterministic if train is None else train
+
+
+class _PoolingHead(Head):
+    """Projection → pooling → classifier."""
+
+    def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
+        super().__init__(in_features, num_classes, rngs=rngs, **fields)
+        widths, batch_norm = self.config.projection_widths, self.config.projection_batch_norm
+        width = self._add_convolutions("projection", in_features, widths, batch_norm=batch_norm, rngs=rngs)
+        self.classifier = Classifier(self._pooled_width(width), num_classes, self.config.dtype, rngs=rngs)
+
+    def _pooled_width(self, width: int) -> int:
+        return _triangle(width)
+
+    def _pool(self, x: Float[AnyArray, "b p c"], where: Any) -> Float[Array, "b f"]:
+        raise NotImplementedError
+
+    def __call__(
+        self, x: _Features, train: bool | None = None, gate_noise: AnyArray | None = None, where: _Mask = None
+    ) -> _Output:
+        """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
+        x, where = flatten_positions(x, where)
+        x = self._apply_convolutions("projection", x, self.config.projection_widths, self._is_training(train), where)
+        features = self._pool(x, where)
+        return self.classifier(features), {**without_gate(features), "features": features}
+
+
+class GAPHead(_PoolingHead):
+    """Global average pooling; see `gmsop_jax.models.GAPHead`."""
+
+    linen = models.GAPHead
+
+    def _pooled_width(self, width):
+        return width
+
+    def _pool(self, x, where):
+        return average_pool(x, where=where)
+
+
+class CovarianceHead(_PoolingHead):
+    """Plain second-order pooling (SOP); see `gmsop_jax.models.CovarianceHead`."""
+
+    linen = models.CovarianceHead
+
+    def _pool(self, x, where):
+        return triangle_vector(covariance_pool(x, where=where))
+
+
+class SecondOrderHead(_PoolingHead):
+    """Square-root-normalised covariance pooling (SR-SOP, iSQRT-COV); see `gmsop_jax.models.SecondOrderHead`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> head = SecondOrderHead(4, 10, num_iters=5, rngs=nnx.Rngs(0))
+      >>> tokens, mask = jnp.ones((2, 7, 4)), jnp.ones((2, 7), bool).at[0, 5:].set(False)
+      >>> logits, aux = head(tokens, where=mask)
+      >>> logits.shape, aux["features"].shape
+      ((2, 10), (2, 10))
+    """
+
+    linen = models.SecondOrderHead
+
+    def _pool(self, x, where):
+        return second_order_pool(x, self.config.num_iters, where=where)
+
+
+class MPNCOVHead(_PoolingHead):
+    """Powers of the covariance by eigendecomposition (MPN-COV); see `gmsop_jax.models.MPNCOVHead`."""
+
+    linen = models.MPNCOVHead
+
+    def _pool(self, x, where):
+        return triangle_vector(matrix_power(covariance_pool(x, where=where), self.config.power))
+
+
+class _MixtureHead(Head):
+    """Mixture → batch norm → dropout → classifier."""
+
+    def _add_layers(self, rngs: nnx.Rngs) -> None:
+        """Creates the layers after the mixture."""
+        config = self.config
+        width = config.candidate_widths[-1]
+        width = width if config.order == 1 else _triangle(width)
+        width *= config.num_candidates if getattr(config, "combine", "average") == "concatenate" else 1
+        self.bn = make_norm(config.norm, width, rngs)
+        self.dropout = Dropout(config.dropout_rate, config.axis_name, rngs=rngs)
+        self.classifier = Classifier(width, config.num_classes, config.dtype, rngs=rngs)
+
+    def _finish(self, features: Array, aux: Mapping[str, Array], train: bool, where: _Mask) -> _Output:
+        y = self.dropout(self.bn(features, train, nonempty_images(where)), train)
+        return self.classifier(y), {**aux, "features": features}
+
+
+class MixtureHead(_MixtureHead):
+    """Averaged or concatenated mixture; see `gmsop_jax.models.MixtureHead`. `rngs` needs a stream for `dropout`."""
+
+    linen = models.MixtureHead
+
+    def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
+        super().__init__(in_features, num_classes, rngs=rngs, **fields)
+        self.mixture = Mixture(in_features, rngs=rngs, **shared_fields(self.config, models.Mixture))
+        self._add_layers(rngs)
+
+    def __call__(
+        self, x: _Features, train: bool | None = None, gate_noise: AnyArray | None = None, where: _Mask = None
+    ) -> _Output:
+        """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
+        features = self.mixture(x, where)
+        return self._finish(features, without_gate(features), self._is_training(train), where)
+
+
+class GatedMixtureHead(_MixtureHead):
+    """GM-SOP (order 2) or GM-GAP (order 1); see `gmsop_jax.models.GatedMixtureHead`.
+
+    Training draws from the streams `gating` and `dropout` of the `rngs` that the head was created with.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fields = {"num_candidates": 4, "num_selected": 2, "candidate_widths": (16, 8)}
+      >>> head = GatedMixtureHead(32, 10, **fields, rngs=nnx.Rngs(0))
+      >>> logits, aux = head(jnp.ones((2, 6, 6, 32)), train=True)
+      >>> logits.shape, aux["features"].shape, aux["gate_weights"].shape
+      ((2, 10), (2, 36), (2, 4))
+    """
+
+    linen = models.GatedMixtureHead
+
+    def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
+        super().__init__(in_features, num_classes, rngs=rngs, **fields)
+        self.mixture = GatedMixture(in_features, rngs=rngs, **shared_fields(self.config, models.GatedMixture))
+        self._add_layers(rngs)
+
+    def __call__(
+        self, x: _Features, train: bool | None = None, gate_noise: AnyArray | None = None, where: _Mask = None
+    ) -> _Output:
+        """Pools and classifies. `gate_noise` replaces the draw from the stream `gating`."""
+        train = self._is_training(train)
+        features, aux = self.mixture(x, train, gate_noise, where)
+        return self._finish(features, aux, train, where)
+
+
+HEADS = (CovarianceHead, GAPHead, GatedMixtureHead, MPNCOVHead, MixtureHead, SecondOrderHead)

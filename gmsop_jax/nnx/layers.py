@@ -1,0 +1,138 @@
+"""Layers that the NNX heads share.
+
+Each module keeps the Linen module with its fields as `config`, so that fields, defaults and their checks exist once.
+The attributes that hold parameters have the names of the Linen parameters.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Shaped
+
+from gmsop_jax import models
+from gmsop_jax.models.layers import he_normal
+from gmsop_jax.ops import batch_norm, dropout, linear_logits
+from gmsop_jax.ops.arrays import AnyArray
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over all axes but the last, with MatConvNet's running moments; see `ops.batch_norm`.
+
+    Args:
+      num_features: number of channels.
+      rngs: not used, because all initial values are constants.
+      fields: the fields of `gmsop_jax.models.BatchNorm`: running_rate, epsilon, axis_name and dtype.
+    """
+
+    def __init__(self, num_features: int, *, rngs: nnx.Rngs, **fields: Any):
+        self.config = models.BatchNorm(**fields)
+        self.scale = nnx.Param(jnp.ones(num_features))
+        self.bias = nnx.Param(jnp.zeros(num_features))
+        self.mean = nnx.BatchStat(jnp.zeros(num_features))
+        self.sigma = nnx.BatchStat(jnp.ones(num_features))
+
+    def __call__(
+        self, x: Float[AnyArray, "*b c"], train: bool = False, where: Shaped[AnyArray, "*b"] | None = None
+    ) -> Float[Array, "*b c"]:
+        """Normalises x, by the batch's moments in training and by the running ones otherwise.
+
+        Args:
+          x: features.
+          train: whether to use the batch's moments and to update the running ones.
+          where: a mask or weights of the rows of x; masked rows do not count in the moments.
+        """
+        config = self.config
+        y, mean, sigma = batch_norm(
+            x,
+            self.scale[...],
+            self.bias[...],
+            self.mean[...],
+            self.sigma[...],
+            train=train,
+            running_rate=config.running_rate,
+            epsilon=config.epsilon,
+            where=where,
+            axis_name=config.axis_name,
+            dtype=config.dtype,
+        )
+        if train:
+            self.mean[...], self.sigma[...] = mean, sigma
+        return y
+
+
+def make_norm(factory: Any, num_features: int, rngs: nnx.Rngs, **fields: Any) -> BatchNorm:
+    """The NNX batch norm with the settings of the Linen batch norm that `factory` makes.
+
+    Raises:
+      ValueError: if the factory makes something else.
+    """
+    norm = factory(**fields)
+    if not isinstance(norm, models.BatchNorm):
+        raise ValueError(
+            "an NNX head needs norm=gmsop_jax.models.BatchNorm or a functools.partial of it, but norm makes a"
+            f" {type(norm).__name__}"
+        )
+    return BatchNorm(num_features, rngs=rngs, **fields_of(norm))
+
+
+def fields_of(module: Any) -> dict[str, Any]:
+    """The fields of a Linen module, without those of Flax."""
+    names = set(type(module).__dataclass_fields__) - {"parent", "name"}
+    return {name: getattr(module, name) for name in names}
+
+
+class ReluConvolutions(nnx.Module):
+    """1×1 convolutions without bias, each with ReLU, and with batch norm before it if asked for.
+
+    A module with such layers is a subclass, so that its convolutions have the names of Linen's: `conv1` and `conv1_bn`
+    for the prefix `conv`.
+    """
+
+    config: Any
+
+    def _add_convolutions(self, prefix: str, in_features: int, widths: Any, *, batch_norm: bool, rngs: nnx.Rngs) -> int:
+        """Creates the layers and returns the width of the last one."""
+        dtype = self.config.dtype
+        for i, width in enumerate(widths, 1):
+            layer = nnx.Linear(in_features, width, use_bias=False, dtype=dtype, kernel_init=he_normal, rngs=rngs)
+            setattr(self, f"{prefix}{i}", layer)
+            if batch_norm:
+                setattr(self, f"{prefix}{i}_bn", make_norm(self.config.norm, width, rngs, dtype=dtype))
+            in_features = width
+        return in_features
+
+    def _apply_convolutions(self, prefix: str, x: Any, widths: Any, train: bool, where: Any) -> Array:
+        for i in range(1, len(widths) + 1):
+            x = getattr(self, f"{prefix}{i}")(x)
+            norm = getattr(self, f"{prefix}{i}_bn", None)
+            x = jax.nn.relu(x if norm is None else norm(x, train, where))
+        return x
+
+
+class Classifier(nnx.Module):
+    """Linear classifier with float32 logits (float64 for float64 features); see `ops.linear_logits`."""
+
+    def __init__(self, in_features: int, num_classes: int, dtype: Any = None, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(he_normal(rngs.params(), (in_features, num_classes)))
+        self.bias = nnx.Param(jnp.zeros(num_classes))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[AnyArray, "b f"]) -> Float[Array, "b classes"]:
+        """Computes the logits."""
+        return linear_logits(x, self.kernel[...], self.bias[...], self.dtype)
+
+
+class Dropout(nnx.Module):
+    """Sets each number to 0 with probability `rate` in training; see `ops.dropout`."""
+
+    def __init__(self, rate: float, axis_name: str | None = None, *, rngs: nnx.Rngs):
+        self.rate, self.axis_name = rate, axis_name
+        self.rngs = rngs["dropout"].fork() if rate else None
+
+    def __call__(self, x: Float[AnyArray, "b ..."], train: bool = False) -> Float[Array, "b ..."]:
+        """Drops numbers in training, and returns x otherwise."""
+        if not train or self.rngs is None:
+            return jnp.asarray(x)
+        return dropout(x, self.rate, self.rngs(), self.axis_name)

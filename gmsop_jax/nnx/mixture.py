@@ -1,0 +1,154 @@
+"""Gate and mixtures of pooling candidates as NNX modules."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Shaped
+
+from gmsop_jax import models
+from gmsop_jax.models.gate import shared_fields
+from gmsop_jax.models.mixture import candidate_init
+from gmsop_jax.nnx.layers import ReluConvolutions
+from gmsop_jax.ops import (
+    GateOutput,
+    apply_all_candidates,
+    apply_candidates,
+    apply_gate,
+    draw_gate_noise,
+    flatten_positions,
+    mix_candidates,
+)
+from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.covariance import Where, pool_features
+from gmsop_jax.ops.layers import nonempty_images
+
+
+class Gate(ReluConvolutions):
+    """Noisy top-K gate on pooled features (GM-SOP, eq. 3–6); see `gmsop_jax.models.Gate`.
+
+    Args:
+      in_features: number of channels.
+      rngs: streams `params`, and `gating` for the draws in training.
+      fields: the fields of `gmsop_jax.models.Gate`.
+    """
+
+    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
+        config = self.config = models.Gate(**fields)
+        width = self._add_convolutions("conv", in_features, config.gate_widths, batch_norm=True, rngs=rngs)
+        order = config.gate_order or 2
+        pooled = width if order == 1 else width * (width + 1) // 2
+        init, shape = config.kernel_init(pooled), (pooled, config.num_candidates)
+        self.kernel = nnx.Param(init(rngs.params(), shape))
+        if config.gate_noise in ("image", "candidate"):
+            self.noise_kernel = nnx.Param(init(rngs.params(), shape))
+        self.rngs = rngs["gating"].fork()
+
+    def __call__(
+        self,
+        x: Float[AnyArray, "b p c"],
+        train: bool = False,
+        gate_noise: Float[AnyArray, "b ..."] | None = None,
+        where: Where | None = None,
+    ) -> GateOutput:
+        """Selects candidates for each image; the arguments are those of `gmsop_jax.models.Gate`."""
+        config = self.config
+        noise_key, tie_key = jax.random.split(self.rngs()) if train else (None, None)
+        x = self._apply_convolutions("conv", x, config.gate_widths, train, where)
+        features = pool_features(x, config.gate_order or 2, config.num_iters, where=where)
+        noise = draw_gate_noise(
+            config.gate_noise,
+            (features.shape[0], config.num_candidates),
+            features.dtype,
+            given=gate_noise,
+            key=noise_key,
+            axis_name=config.axis_name,
+        )
+        return apply_gate(
+            features,
+            self.kernel[...],
+            self.noise_kernel[...] if hasattr(self, "noise_kernel") else None,
+            noise,
+            num_selected=config.num_selected,
+            gradient=config.gate_gradient,
+            softmax=config.gate_softmax,
+            balance_on=config.balance_on,
+            balance_ddof=config.balance_ddof,
+            where=nonempty_images(where),
+            tie_key=tie_key,
+            axis_name=config.axis_name,
+        )
+
+
+class _Bank(nnx.Module):
+    """The candidates and their weights, which all images share."""
+
+    config: Any
+
+    def _add_kernels(self, in_features: int, rngs: nnx.Rngs) -> None:
+        for i, width in enumerate(self.config.candidate_widths, 1):
+            shape = (self.config.num_candidates, in_features, width)
+            setattr(self, f"candidates{i}", nnx.Param(candidate_init(rngs.params(), shape)))
+            in_features = width
+
+    def _kernels(self, x: Array) -> list[Array]:
+        kernels = [getattr(self, f"candidates{i}")[...] for i in range(1, len(self.config.candidate_widths) + 1)]
+        dtype = self.config.dtype or jnp.result_type(x, *kernels)
+        return [kernel.astype(dtype) for kernel in kernels]
+
+    def _pool(self, x: Array, where: Array | None = None) -> Array:
+        return pool_features(x, self.config.order, self.config.num_iters, where=where)
+
+
+class Mixture(_Bank):
+    """Pools features by all candidates, without a gate; see `gmsop_jax.models.Mixture`.
+
+    Args:
+      in_features: number of channels.
+      rngs: stream `params`.
+      fields: the fields of `gmsop_jax.models.Mixture`.
+    """
+
+    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
+        self.config = models.Mixture(**fields)
+        self._add_kernels(in_features, rngs)
+
+    def __call__(
+        self, x: Float[AnyArray, "b *p c"], where: Shaped[AnyArray, "b *p"] | None = None
+    ) -> Float[Array, "b f"]:
+        """Pools a map [b, h, w, c] or tokens [b, l, c]; `where` is a mask or weights of the positions."""
+        x, where = flatten_positions(x, where)
+        pooled = apply_all_candidates(x, self._kernels(x), self._pool, where=where)
+        return jnp.mean(pooled, axis=1) if self.config.combine == "average" else pooled.reshape(x.shape[0], -1)
+
+
+class GatedMixture(_Bank):
+    """Pools features by the weighted sum of the candidates that the gate selects; see `gmsop_jax.models.GatedMixture`.
+
+    Args:
+      in_features: number of channels.
+      rngs: streams `params`, and `gating` for the draws in training.
+      fields: the fields of `gmsop_jax.models.GatedMixture`.
+    """
+
+    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
+        config = self.config = models.GatedMixture(**fields)
+        gate_fields = {**shared_fields(config, models.Gate), "gate_order": config.gate_order or config.order}
+        self.gate = Gate(in_features, rngs=rngs, **gate_fields)
+        self._add_kernels(in_features, rngs)
+
+    def __call__(
+        self,
+        x: Float[AnyArray, "b *p c"],
+        train: bool = False,
+        gate_noise: Float[AnyArray, "b ..."] | None = None,
+        where: Shaped[AnyArray, "b *p"] | None = None,
+    ) -> tuple[Float[Array, "b f"], Mapping[str, Array]]:
+        """Pools a map or tokens; arguments and results are those of `gmsop_jax.models.GatedMixture`."""
+        x, where = flatten_positions(x, where)
+        gate = self.gate(x, train, gate_noise, where)
+        pooled = apply_candidates(x, self._kernels(x), gate.indices, self._pool, self.config.dispatch, where=where)
+        aux = {"balance_loss": gate.balance_loss, "gate_weights": gate.weights, "importance": gate.importance}
+        return mix_candidates(pooled, gate.weights, gate.indices), aux
