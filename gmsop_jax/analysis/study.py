@@ -54,7 +54,7 @@ class StudyData:
 
     Attributes:
       name: name of its folder.
-      source: source that tools/convert.py converts.
+      source: source that `gmsop convert` converts.
       options: options of the source.
     """
 

@@ -86,7 +86,7 @@ def _execute_study(study: Study, path: str, options: argparse.Namespace) -> None
         convert(data.source, options.input, options.data_dir / data.name, options=Options(**data.options))
     file, _ = split_argument(path)
     StudyRunner(study, file, data_dir=options.data_dir, output=options.output, results=options.results).execute()
-    print(f"all runs of {study.name} are finished; make its page with: python tools/results.py")
+    print(f"all runs of {study.name} are finished; their results are in {options.results}")
 
 
 def _part(text: str) -> tuple[int, int]:
