@@ -16,14 +16,12 @@ import PIL
 from jaxtyping import Array, UInt8
 
 from gmsop_jax.conversion.sources import UnreadableImage
-from gmsop_jax.conversion.sources.images import decode_image
+from gmsop_jax.conversion.sources.images import IMAGE_SUFFIXES, decode_image
 from gmsop_jax.data.augment import evaluation_image, middle
 from gmsop_jax.errors import DataError, FileAccessError
 from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.training import parallel, restore
 from gmsop_jax.training.step import normalize
-
-ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +153,7 @@ def _walk(folder: pathlib.Path) -> Iterator[str]:
             continue
         seen.add(real)
         for name in names:
-            if pathlib.Path(name).suffix.lower() in ENDINGS and not name.startswith("."):
+            if pathlib.Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield os.path.join(parent, name)
 
 

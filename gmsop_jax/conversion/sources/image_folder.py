@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gmsop_jax.conversion.sources import Request
-from gmsop_jax.conversion.sources.images import Names, decode_image
+from gmsop_jax.conversion.sources.images import IMAGE_SUFFIXES, Names, decode_image
 from gmsop_jax.conversion.sources.table import ImageTable
 from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.resize import Method, resize
@@ -18,7 +18,6 @@ from gmsop_jax.errors import ConfigError, DataError, FileAccessError
 
 OPTIONS = frozenset({"size", "resize", "val_fraction"})
 _LOG = logging.getLogger(__name__)
-_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _SPLITS = ("train", "val", "test")
 MAX_FOLDERS = 200_000  # ImageNet-21k has 21,841; links can form a graph with endless paths
 
@@ -107,14 +106,14 @@ def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, in
     ignored = []
     for path, size in _walk(request, folder):
         parts = path.relative_to(folder).parts
-        if len(parts) > 1 and path.suffix.lower() in _ENDINGS:
+        if len(parts) > 1 and path.suffix.lower() in IMAGE_SUFFIXES:
             classes.setdefault(parts[0], []).append((str(path.relative_to(root)), size))
         else:
             ignored.append(path)
     if not classes:
         raise DataError(
             f"{folder.absolute()} has no class folders that contain images; expected <class>/<image>"
-            f" ({', '.join(sorted(_ENDINGS))})"
+            f" ({', '.join(sorted(IMAGE_SUFFIXES))})"
         )
     if ignored:
         _LOG.warning("%d files that are not images in a class folder are ignored: %s, …", len(ignored), ignored[0])

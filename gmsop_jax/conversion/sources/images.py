@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from gmsop_jax.conversion.sources import UnreadableImage
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _WARNINGS_LOCK = threading.Lock()  # warning filters belong to the process, so threads change them one at a time
 _EIGHT_BIT_MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}
 _BITS_TAG, _PHOTOMETRIC_TAG = 258, 262  # of TIFF
