@@ -175,7 +175,7 @@ class DropCovHead(_PoolingHead):
     axis_name: str | None = None
 
     def _pool(self, x, where, train):
-        kernel = self.param("attention", _attention_init, (3,))
+        kernel = self.param("attention", attention_init, (3,))
         sigma = covariance_pool(x, where=where)
         if train and not self.is_initializing():
             attention = channel_attention(average_pool(x, where=where), kernel)
@@ -184,7 +184,7 @@ class DropCovHead(_PoolingHead):
         return triangle_vector(sigma)
 
 
-def _attention_init(key: Array, shape: tuple[int, ...]) -> Array:
+def attention_init(key: Array, shape: tuple[int, ...]) -> Array:
     """The initialisation of PyTorch's convolutions: uniform in ±1/√fan_in."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)

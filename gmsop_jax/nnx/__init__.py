@@ -3,6 +3,7 @@
 from gmsop_jax.nnx.conversion import from_linen, to_linen
 from gmsop_jax.nnx.heads import (
     CovarianceHead,
+    DropCovHead,
     GAPHead,
     GatedMixtureHead,
     MixtureHead,
@@ -15,6 +16,7 @@ from gmsop_jax.nnx.mixture import Gate, GatedMixture, Mixture
 __all__ = [
     "BatchNorm",
     "CovarianceHead",
+    "DropCovHead",
     "GAPHead",
     "Gate",
     "GatedMixture",

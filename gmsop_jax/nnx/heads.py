@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax import models
 from gmsop_jax.models.gate import shared_fields
-from gmsop_jax.models.heads import without_gate
+from gmsop_jax.models.heads import attention_init, without_gate
 from gmsop_jax.nnx.layers import Classifier, Dropout, ReluConvolutions, make_norm
 from gmsop_jax.nnx.mixture import GatedMixture, Mixture
 from gmsop_jax.ops import (
@@ -26,6 +26,7 @@ from gmsop_jax.ops import (
     triangle_vector,
 )
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.dropcov import adaptive_channel_dropout, channel_attention
 from gmsop_jax.ops.layers import nonempty_images
 
 _Features = Float[AnyArray, "b *p c"]
@@ -72,16 +73,17 @@ class _PoolingHead(Head):
     def _pooled_width(self, width: int) -> int:
         return _triangle(width)
 
-    def _pool(self, x: Float[AnyArray, "b p c"], where: Any) -> Float[Array, "b f"]:
+    def _pool(self, x: Float[AnyArray, "b p c"], where: Any, train: bool) -> Float[Array, "b f"]:
         raise NotImplementedError
 
     def __call__(
         self, x: _Features, train: bool | None = None, gate_noise: AnyArray | None = None, where: _Mask = None
     ) -> _Output:
         """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
+        train = self._is_training(train)
         x, where = flatten_positions(x, where)
-        x = self._apply_convolutions("projection", x, self.config.projection_widths, self._is_training(train), where)
-        features = self._pool(x, where)
+        x = self._apply_convolutions("projection", x, self.config.projection_widths, train, where)
+        features = self._pool(x, where, train)
         return self.classifier(features), {**without_gate(features), "features": features}
 
 
@@ -93,7 +95,7 @@ class GAPHead(_PoolingHead):
     def _pooled_width(self, width):
         return width
 
-    def _pool(self, x, where):
+    def _pool(self, x, where, train):
         return average_pool(x, where=where)
 
 
@@ -102,7 +104,7 @@ class CovarianceHead(_PoolingHead):
 
     linen = models.CovarianceHead
 
-    def _pool(self, x, where):
+    def _pool(self, x, where, train):
         return triangle_vector(covariance_pool(x, where=where))
 
 
@@ -120,7 +122,7 @@ class SecondOrderHead(_PoolingHead):
 
     linen = models.SecondOrderHead
 
-    def _pool(self, x, where):
+    def _pool(self, x, where, train):
         return second_order_pool(x, self.config.num_iters, where=where)
 
 
@@ -129,8 +131,30 @@ class MPNCOVHead(_PoolingHead):
 
     linen = models.MPNCOVHead
 
-    def _pool(self, x, where):
+    def _pool(self, x, where, train):
         return triangle_vector(matrix_power(covariance_pool(x, where=where), self.config.power))
+
+
+class DropCovHead(_PoolingHead):
+    """Covariance pooling with adaptive channel dropout in training (DropCov); see `gmsop_jax.models.DropCovHead`.
+
+    Training draws from the stream `dropout` of the `rngs` that the head was created with.
+    """
+
+    linen = models.DropCovHead
+
+    def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
+        super().__init__(in_features, num_classes, rngs=rngs, **fields)
+        self.attention = nnx.Param(attention_init(rngs.params(), (3,)))
+        self.rngs = rngs["dropout"].fork()
+
+    def _pool(self, x, where, train):
+        sigma = covariance_pool(x, where=where)
+        if train:
+            attention = channel_attention(average_pool(x, where=where), self.attention[...])
+            images, axis_name = nonempty_images(where), self.config.axis_name
+            sigma = adaptive_channel_dropout(sigma, attention, self.rngs(), where=images, axis_name=axis_name)
+        return triangle_vector(sigma)
 
 
 class _MixtureHead(Head):
@@ -199,4 +223,4 @@ class GatedMixtureHead(_MixtureHead):
         return self._finish(features, aux, train, where)
 
 
-HEADS = (CovarianceHead, GAPHead, GatedMixtureHead, MPNCOVHead, MixtureHead, SecondOrderHead)
+HEADS = (CovarianceHead, DropCovHead, GAPHead, GatedMixtureHead, MPNCOVHead, MixtureHead, SecondOrderHead)

@@ -15,6 +15,7 @@ from gmsop_jax import models
 from gmsop_jax import nnx as heads
 
 KEY = jax.random.key(0)
+RNGS = {"gating": KEY, "dropout": KEY}
 BANK: dict[str, Any] = {"num_candidates": 4, "candidate_widths": (7, 3), "dropout_rate": 0.0}
 GATED: dict[str, Any] = {**BANK, "num_selected": 2, "gate_widths": (5, 4), "gate_init": "random"}
 NORM = functools.partial(models.BatchNorm, running_rate=0.5, epsilon=1e-3)
@@ -23,6 +24,7 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "sop": ("CovarianceHead", {}),
     "srsop": ("SecondOrderHead", {"projection_widths": (5, 4), "projection_batch_norm": True, "num_iters": 2}),
     "mpncov": ("MPNCOVHead", {"power": 0.4}),
+    "dropcov": ("DropCovHead", {}),  # of these positively correlated channels none is dropped
     "avesop": ("MixtureHead", BANK),
     "concatgap": ("MixtureHead", {**BANK, "order": 1, "combine": "concatenate"}),
     "gmsop": ("GatedMixtureHead", GATED),
@@ -78,7 +80,13 @@ def test_outputs_gradients_and_batch_statistics_equal_linens(name, masked):
 
     def linen_loss(params, x):
         (logits, aux), updates = linen.apply(
-            {**variables, "params": params}, x, True, noise, where, rngs={"gating": KEY}, mutable=["batch_stats"]
+            {**variables, "params": params},
+            x,
+            True,
+            noise,
+            where,
+            rngs={"gating": KEY, "dropout": KEY},
+            mutable=["batch_stats"],
         )
         return jnp.sum(logits**2) + aux["balance_loss"], (logits, aux, updates)
 
@@ -199,6 +207,15 @@ def test_dropout_drops_with_its_rate():
     np.testing.assert_allclose(np.unique(y), [0, 4 / 3])
     assert abs(jnp.mean(y == 0) - 0.25) < 0.01
     np.testing.assert_array_equal(dropout(jnp.ones((2, 5))), np.ones((2, 5)))
+
+
+def test_dropcov_drops_channels_in_training_alone():
+    head = create("dropcov", nnx.Rngs(0))
+    x = jax.random.normal(KEY, (3, 20, 3))
+    x = jnp.concatenate([x, -x], axis=-1)  # the rows of the covariances sum to 0, and so does the similarity
+    run = nnx.jit(lambda head, x, train: head(x, train)[1]["features"], static_argnames="train")
+    assert (run(head, x, train=True) == 0).any()
+    assert (run(head, x, train=False) != 0).all()
 
 
 # ---- NNX's own tools
