@@ -375,6 +375,7 @@ def test_more_selected_than_candidates_is_refused():
         head.init(KEY, jnp.ones((1, 4, 4, 3)), train=False)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_uint8_images_are_refused(gmsop):
     model, variables = gmsop
     with pytest.raises(TypeError, match="mean subtracted, got uint8"):

@@ -86,6 +86,7 @@ def test_stride_two_pads_both_sides():
     np.testing.assert_array_equal(jnp.asarray(x)[0, :, :, 0], [[4.0, 6.0], [6.0, 9.0]])
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32])
 def test_integer_images_are_refused(dtype):
     with pytest.raises(TypeError, match=r"mean subtracted, got u?int.*astype\(jnp.float32\) - mean_rgb"):

@@ -64,12 +64,14 @@ def test_half_precision_is_widened_before_it_is_centred(dtype):
     assert average_pool(x).dtype == jnp.float32
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
 def test_integers_are_refused(dtype):
     with pytest.raises(TypeError, match=f"floating features, got {jnp.dtype(dtype)}"):
         covariance_pool(jnp.ones((4, 2), dtype))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 0, 3)])
 def test_shapes_without_positions_are_refused(shape):
     with pytest.raises(ValueError, match=r"p ≥ 1 positions, got"):
@@ -188,6 +190,7 @@ def test_without_a_mask_the_program_selects_nothing(pool):
     assert program(where=jnp.ones((2, 6), bool)).count("select") > from_root
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("pool", [average_pool, second_order_pool])
 @pytest.mark.parametrize("shape", [(6,), (2, 5), (2, 1), (2, 6, 1), (2, 6, 3), ()])
 def test_a_mask_of_another_shape_is_refused(pool, shape):
@@ -195,6 +198,7 @@ def test_a_mask_of_another_shape_is_refused(pool, shape):
         pool(jnp.ones((2, 6, 3)), where=np.ones(shape, bool))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_complex_weights_are_refused():
     with pytest.raises(TypeError, match="non-negative weights, got complex64"):
         average_pool(jnp.ones((6, 3)), where=jnp.ones(6, jnp.complex64))

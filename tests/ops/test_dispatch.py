@@ -97,6 +97,7 @@ def test_under_jit_and_vmap(x64, dispatch):
     np.testing.assert_allclose(halves.reshape(y.shape), y, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_an_unknown_dispatch_is_refused():
     with pytest.raises(ValueError, match="'sorted'"):
         apply_candidates(images(), bank(4), select(5, 4, 2), average_pool, "sorted")  # pyright: ignore[reportArgumentType]

@@ -197,6 +197,7 @@ def test_k_out_of_range_is_refused(k):
         top_k_gate(jnp.ones((2, 4)), k)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_unknown_gradient_is_refused():
     with pytest.raises(ValueError, match="got 'hard'"):
         selection_weights(jnp.ones((2, 4)), jnp.zeros((2, 1), jnp.int32), "hard")  # pyright: ignore[reportArgumentType]

@@ -55,6 +55,7 @@ def test_under_jit_and_vmap(x64):
     np.testing.assert_allclose(jax.jit(jax.vmap(matrix_power))(sigma), matrix_power(sigma), atol=1e-14)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_refusals():
     with pytest.raises(ValueError, match=r"alpha must be positive, got 0"):
         matrix_power(jnp.eye(2), 0)

@@ -234,6 +234,7 @@ def test_number_of_matrix_products(variant, n, products):
     assert str(jaxpr).count("dot_general") == products
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int32])
 def test_precision_that_loses_the_digits_is_refused(dtype):
     with pytest.raises(TypeError, match=f"float32 or float64, got {jnp.dtype(dtype)}"):
@@ -250,6 +251,7 @@ def test_fewer_than_one_iteration_is_refused(n):
         jax.grad(lambda s: jnp.sum(newton_schulz_sqrt(s, n)))(jnp.eye(3))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 4, 3)])
 def test_other_than_square_is_refused(shape):
     with pytest.raises(ValueError, match=r"square matrices \[\.\.\., d, d\], got shape"):
@@ -340,6 +342,7 @@ def test_the_plain_coefficients_are_exact():
     assert two_step_factors((1.5, 0.5), (1.5, 0.5)) == ((-(3 + root), 3 * root), (root - 6, 12 / root), 1 / 16)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("function", [newton_schulz_sqrt, newton_schulz_inverse_sqrt])
 def test_coefficients_that_do_not_exist_are_refused(function):
     with pytest.raises(ValueError, match="coefficients must be 'newton_schulz' or 'minimax', got 'chebyshev'"):

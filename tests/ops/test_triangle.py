@@ -98,6 +98,7 @@ def test_under_jit_and_vmap():
     np.testing.assert_array_equal(jax.jit(jax.vmap(triangle_matrix))(v), triangle_matrix(v))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (4, 3, 2)])
 def test_other_than_square_is_refused(shape):
     with pytest.raises(ValueError, match="square matrices"):
