@@ -20,6 +20,7 @@ _HEADS = {
     "srsop_5_steps": {"head": "srsop", "num_iters": 5},
     "mpncov": {"head": "mpncov"},
     "dropcov": {"head": "dropcov"},
+    "sot": {"head": "sot"},
     "parametric_srsop": {"head": "srsop", "projection_widths": (48, 32)},
     "avegap": {"head": "avegap"},
     "avesop": {"head": "avesop"},

@@ -21,7 +21,7 @@ import ml_collections
 from flax.traverse_util import unflatten_dict
 
 from gmsop_jax.errors import ConfigError, did_you_mean
-from gmsop_jax.models.heads import GatedMixtureHead, MPNCOVHead, SecondOrderHead
+from gmsop_jax.models.heads import CrossCovarianceHead, GatedMixtureHead, MPNCOVHead, SecondOrderHead
 from gmsop_jax.models.network import BACKBONES, HEADS
 from gmsop_jax.models.resnet import ResNet
 
@@ -151,7 +151,9 @@ FIELDS = {
     "model.projection_widths": Field(SecondOrderHead.projection_widths, "heads without a mixture: channels of 1×1 convolutions before the pooling", _OPTIONAL_SIZES),
     "model.projection_batch_norm": Field(SecondOrderHead.projection_batch_norm, "apply batch norm after each of these convolutions, as iSQRT-COV does"),
     "model.num_iters": Field(SecondOrderHead.num_iters, "Newton–Schulz iterations; iSQRT-COV uses 5", _between(1, 100)),
-    "model.power": Field(MPNCOVHead.power, "exponent α of the head `mpncov`", _POSITIVE),
+    "model.power": Field(MPNCOVHead.power, "exponent α of the heads `mpncov` and `sot`", _POSITIVE),
+    "model.num_heads": Field(CrossCovarianceHead.num_heads, "sot: number of cross-covariance matrices", _between(1, 2**12)),
+    "model.head_width": Field(CrossCovarianceHead.head_width, "sot: side of each of these matrices", _between(1, 2**12)),
     # mixtures
     "model.num_candidates": Field(GatedMixtureHead.num_candidates, "N, the number of candidates in the bank", _between(1, 10**6)),
     "model.num_selected": Field(GatedMixtureHead.num_selected, "K, the number of candidates selected per image; gated mixtures only", _between(1, 10**6)),

@@ -165,7 +165,8 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
     """Converts a `state_dict` to a model's configuration and variables.
 
     Blocks, groups, widths, classes and the head are inferred from names and shapes. With a `layer_reduce`, the head is
-    that of DropCov if there is an `eca_layer`, and that of iSQRT-COV if not. Otherwise it is average pooling. Whatever the shapes don't determine is set as published:
+    that of DropCov if there is an `eca_layer`, and that of iSQRT-COV if not. Otherwise it is average pooling.
+    Whatever the shapes don't determine is set as published:
     the strides (1, 2, 2, and 2 for average or 1 for second-order pooling) and five Newton–Schulz iterations. The
     prefixes `module.`, `model.` and `_orig_mod.` are removed, and counters of batches are ignored.
 

@@ -3,6 +3,7 @@
 from gmsop_jax.models.gate import Gate
 from gmsop_jax.models.heads import (
     CovarianceHead,
+    CrossCovarianceHead,
     DropCovHead,
     GAPHead,
     GatedMixtureHead,
@@ -20,6 +21,7 @@ __all__ = [
     "BatchNorm",
     "BottleneckResNet",
     "CovarianceHead",
+    "CrossCovarianceHead",
     "DropCovHead",
     "GAPHead",
     "Gate",

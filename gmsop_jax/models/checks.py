@@ -32,6 +32,8 @@ def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
 # A field of this name has the same meaning in every module: (condition, its description).
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_classes": _COUNT,
+    "num_heads": _COUNT,
+    "head_width": _COUNT,
     "num_candidates": _COUNT,
     "num_selected": _COUNT,
     "num_iters": _COUNT,

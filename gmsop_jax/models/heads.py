@@ -21,15 +21,25 @@ from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax.models.checks import CheckedModule
 from gmsop_jax.models.gate import GateFields, shared_fields
-from gmsop_jax.models.layers import BatchNorm, Classifier, Dropout, ModuleFactory, normalize, relu_convolution
+from gmsop_jax.models.layers import (
+    BatchNorm,
+    Classifier,
+    Dropout,
+    ModuleFactory,
+    he_normal,
+    normalize,
+    relu_convolution,
+)
 from gmsop_jax.models.mixture import GatedMixture, Mixture
 from gmsop_jax.ops import (
     adaptive_channel_dropout,
     average_pool,
     channel_attention,
     covariance_pool,
+    cross_covariance_pool,
     flatten_positions,
     matrix_power,
+    normalize_singular_value,
     second_order_pool,
     triangle_vector,
 )
@@ -154,6 +164,36 @@ class MPNCOVHead(_PoolingHead):
 
     def _pool(self, x, where, train):
         return triangle_vector(matrix_power(covariance_pool(x, where=where), self.power))
+
+
+class CrossCovarianceHead(_PoolingHead):
+    """Multi-head cross-covariance pooling with singular-value power normalisation, f = num_heads · head_width².
+
+    One linear map without bias makes queries and keys of each head. Their cross-covariance over tokens is normalised
+    by `ops.normalize_singular_value` (SoT, Xie et al. 2021). The head takes tokens without the class token.
+
+    Attributes:
+      num_classes: number of classes.
+      num_heads: number of cross-covariance matrices.
+      head_width: r, the side of each matrix.
+      power: exponent α of the normalisation.
+      others: see `SecondOrderHead`.
+    """
+
+    num_heads: int = 6
+    head_width: int = 32
+    power: float = 0.5
+
+    def _pool(self, x, where, train):
+        b, p = x.shape[:2]
+        width = 2 * self.num_heads * self.head_width
+        x = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name="queries_keys")(x)
+        queries, keys = jnp.moveaxis(x.reshape(b, p, 2, self.num_heads, self.head_width), 1, -2).swapaxes(0, 1)
+        if where is not None:
+            where = jnp.broadcast_to(where[:, None], queries.shape[:-1])
+        start = jnp.asarray(self.param("start", nn.initializers.normal(1.0), (self.head_width,)))
+        c = cross_covariance_pool(queries, keys, where=where)
+        return normalize_singular_value(c, start, self.power).reshape(b, -1)
 
 
 class DropCovHead(_PoolingHead):

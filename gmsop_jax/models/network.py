@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from gmsop_jax.models.heads import (
     CovarianceHead,
+    CrossCovarianceHead,
     DropCovHead,
     GAPHead,
     GatedMixtureHead,
@@ -31,6 +32,9 @@ _HEADS: dict[str, Callable[[Any, _Fields, _Fields, _Fields], nn.Module]] = {
     "srsop": lambda m, plain, mixture, gated: SecondOrderHead(**plain, num_iters=m.num_iters),
     "mpncov": lambda m, plain, mixture, gated: MPNCOVHead(**plain, power=m.power),
     "dropcov": lambda m, plain, mixture, gated: DropCovHead(**plain, axis_name=mixture["axis_name"]),
+    "sot": lambda m, plain, mixture, gated: CrossCovarianceHead(
+        **plain, num_heads=m.num_heads, head_width=m.head_width, power=m.power
+    ),
     "gmgap": lambda m, plain, mixture, gated: GatedMixtureHead(**mixture, **gated, order=1),
     "gmsop": lambda m, plain, mixture, gated: GatedMixtureHead(**mixture, **gated, order=2),
     "avegap": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=1),

@@ -4,6 +4,7 @@ Axes: b batch, p positions (height × width), c channels, d width of a matrix, n
 """
 
 from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool
+from gmsop_jax.ops.cross_covariance import cross_covariance_pool, normalize_singular_value
 from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates, mix_candidates
 from gmsop_jax.ops.dropcov import adaptive_channel_dropout, channel_attention, channel_dropout_rate
 from gmsop_jax.ops.gate import (
@@ -33,6 +34,7 @@ __all__ = [
     "channel_attention",
     "channel_dropout_rate",
     "covariance_pool",
+    "cross_covariance_pool",
     "draw_gate_noise",
     "draw_rows",
     "dropout",
@@ -42,6 +44,7 @@ __all__ = [
     "mix_candidates",
     "newton_schulz_inverse_sqrt",
     "newton_schulz_sqrt",
+    "normalize_singular_value",
     "second_order_pool",
     "select_top_k",
     "selection_weights",

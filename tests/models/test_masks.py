@@ -11,6 +11,7 @@ import pytest
 from gmsop_jax.models import (
     BatchNorm,
     CovarianceHead,
+    CrossCovarianceHead,
     DropCovHead,
     GAPHead,
     Gate,
@@ -29,6 +30,7 @@ HEADS: dict[str, Any] = {
     "srsop": SecondOrderHead(5, (8, 4), True),
     "mpncov": MPNCOVHead(5, (4,)),
     "dropcov": DropCovHead(5, (8, 4), True),
+    "sot": CrossCovarianceHead(5, num_heads=2, head_width=3),
     "avegap": MixtureHead(5, **BANK, order=1),
     "concatsop": MixtureHead(5, **BANK, combine="concatenate"),
     "gmgap": GatedMixtureHead(5, **GATED, order=1),

@@ -86,7 +86,7 @@ def configuration_table(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
     return [(name, values, len(set(values)) > 1) for name, values in rows if name != "model.compute_dtype"]
 
 
-_HEADS = {"gap": "GAP", "sop": "SOP", "srsop": "SR-SOP", "mpncov": "MPN-COV", "dropcov": "DropCov"}
+_HEADS = {"gap": "GAP", "sop": "SOP", "srsop": "SR-SOP", "mpncov": "MPN-COV", "dropcov": "DropCov", "sot": "SoT"}
 _MIXTURES = {"gm": "GM", "ave": "Ave", "concat": "Concat"}
 _NARROW = {(2, 1): "ResNet-18", (4, 2): "WRN-36-2", (6, 1): "narrow ResNet-50"}
 

@@ -1,0 +1,69 @@
+"""Multi-head cross-covariance pooling with singular-value power normalisation (SoT, Xie et al. 2021)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.covariance import Where, average_pool, clear_masked, position_weights
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_EPSILON = 1e-5  # of the authors' division
+
+
+def cross_covariance_pool(
+    queries: Float[AnyArray, "*b p r"], keys: Float[AnyArray, "*b p r"], *, where: Where | None = None
+) -> Float[Array, "*b r r"]:
+    """Cross-covariance of two sets of features over positions.
+
+    C = (1/p) Σ (qₚ − mean q)(kₚ − mean k)ᵀ,  with weighted means if there are weights
+
+    Args:
+      queries, keys: features of p positions. Half precision is converted to float32.
+      where: a mask or weights of the positions; see `covariance_pool`.
+
+    Returns: matrices, float32 or float64.
+    """
+    queries, keys = (jnp.asarray(x, jnp.promote_types(jnp.asarray(x).dtype, jnp.float32)) for x in (queries, keys))
+    if where is None:
+        shares = jnp.full(queries.shape[:-1], 1 / queries.shape[-2], queries.dtype)
+    else:
+        weights = position_weights(queries, where)
+        queries, keys = clear_masked(queries, weights), clear_masked(keys, weights)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        shares = weights / jnp.where(total == 0, 1, total)
+    queries, keys = (x - average_pool(x, where=where)[..., None, :] for x in (queries, keys))
+    return jnp.einsum("...pr,...ps->...rs", shares[..., None] * queries, keys, precision=_HIGHEST)
+
+
+def normalize_singular_value(
+    c: Float[AnyArray, "*b r r"], start: Float[AnyArray, " r"], alpha: float = 0.5
+) -> Float[Array, "*b r r"]:
+    """Power normalisation of the largest singular value, approximated by one step of power iteration.
+
+    u = Cv₀/|Cv₀|,  v = Cᵀu/|Cᵀu|,  s = uᵀCv;  Ĉ = s^α u vᵀ + (C − s u vᵀ)/(s^(1−α) + 10⁻⁵)
+
+    Args:
+      c: C, for example from `cross_covariance_pool`.
+      start: v₀, which SoT learns.
+      alpha: the exponent α, in (0, 1].
+
+    Returns: Ĉ. A zero matrix gives zero, with a finite gradient.
+    """
+    c, start = jnp.asarray(c), jnp.asarray(start)
+    u = _unit(jnp.einsum("...rs,s->...r", c, start, precision=_HIGHEST))
+    product = jnp.einsum("...rs,...r->...s", c, u, precision=_HIGHEST)
+    v = _unit(product)
+    s = jnp.sum(product * v, axis=-1)[..., None, None]
+    largest = u[..., :, None] * v[..., None, :]
+    return _power(s, alpha) * largest + (c - s * largest) / (_power(s, 1 - alpha) + _EPSILON)
+
+
+def _unit(x: Array) -> Array:
+    """x/|x|, and 0 for 0."""
+    square = jnp.sum(x**2, axis=-1, keepdims=True)
+    return jnp.where(square > 0, x / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _power(s: Array, exponent: float) -> Array:
+    return jnp.where(s > 0, jnp.where(s > 0, s, 1) ** exponent, 0)
