@@ -22,7 +22,7 @@ from flax.traverse_util import unflatten_dict
 
 from gmsop_jax.errors import ConfigError, did_you_mean
 from gmsop_jax.models.heads import CrossCovarianceHead, GatedMixtureHead, MPNCOVHead, SecondOrderHead
-from gmsop_jax.models.network import BACKBONES, HEADS
+from gmsop_jax.models.network import BACKBONES, HEADS, MIXTURES
 from gmsop_jax.models.resnet import ResNet
 
 if TYPE_CHECKING:
@@ -456,11 +456,13 @@ def _check_model(m: ConfigDict) -> None:
             f"config.model.num_selected (K = {m.num_selected}) exceeds config.model.num_candidates"
             f" (N = {m.num_candidates}); lower K or raise N"
         )
-    if m.projection_widths and m.head not in ("gap", "sop", "srsop", "mpncov"):
+    if m.projection_widths and m.head in MIXTURES:
         raise ConfigError(
             f"config.model.projection_widths = {m.projection_widths} applies to heads without a mixture, but"
             f" config.model.head is {m.head!r}; use candidate_widths instead"
         )
+    if m.head == "sot" and m.power > 1:
+        raise ConfigError(f"config.model.power = {m.power} must be at most 1 for the head 'sot'; set 0.5, for example")
     if m.projection_batch_norm and not m.projection_widths:
         raise ConfigError("config.model.projection_batch_norm needs config.model.projection_widths, which is ()")
     if m.backbone == "narrow":

@@ -50,6 +50,7 @@ _BOTTLENECKS = {
     "resnext101_64x4d": {"blocks_per_stage": (3, 4, 23, 3), "groups": 64, "group_width": 4},
 }
 HEADS = tuple(_HEADS)
+MIXTURES = ("gmgap", "gmsop", "avegap", "avesop", "concatgap", "concatsop")
 BACKBONES = ("narrow", *_BOTTLENECKS)
 
 

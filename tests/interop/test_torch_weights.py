@@ -91,6 +91,9 @@ def test_networks_of_dropcov_are_recognised(names_and_shapes):
     assert (model.projection_widths, model.projection_batch_norm) == ((256,), True)
     np.testing.assert_array_equal(variables["params"]["head"]["attention"], kernel)
     assert variables["params"]["head"]["classifier"]["kernel"].shape == (32896, 10)
+    config = default_config()
+    config.model.update(model)
+    validate(config)
     with pytest.raises(CheckpointError, match=r"eca_layer\.conv\.weight.* has shape \(1, 1, 5\)"):
         from_torch(state | {"eca_layer.conv.weight": np.zeros((1, 1, 5), np.float32)})
 

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict as PlainConfigDict
 
 from gmsop_jax.config import FIELDS, default_config, differences, flatten, from_json, load, override, to_json, validate
 from gmsop_jax.errors import ConfigError
+from gmsop_jax.models.network import HEADS, MIXTURES
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -343,6 +344,7 @@ def test_differences_name_what_changes_the_computation():
         (("model.projection_widths=(256,)",), "projection_widths = .* applies to heads without a mixture"),
         (("model.head=gap", "model.projection_batch_norm=true"), "projection_batch_norm needs .*projection_widths"),
         (("model.backbone=resnet50", "model.stage_strides=(1, 2, 2)"), "stage_strides needs four entries for resnet50"),
+        (("model.head=sot", "model.power=1.5"), "power = 1.5 must be at most 1 for the head 'sot'"),
         (("train.optimizer=adamw", "train.nesterov=true"), "nesterov applies to 'sgd'"),
         (
             ("train.schedule=cosine", "train.learning_rates=((0.1, 40),)"),
@@ -356,6 +358,15 @@ def test_fields_that_do_not_fit_each_other_are_refused(assignments, message):
         override(config, assignment)
     with pytest.raises(ConfigError, match=message):
         validate(config)
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head not in MIXTURES])
+def test_heads_without_a_mixture_take_projections(head):
+    config = default_config()
+    for assignment in (f"model.head={head}", "model.projection_widths=(256,)", "model.projection_batch_norm=true"):
+        override(config, assignment)
+    validate(config)
+    assert config.model.projection_widths == (256,)
 
 
 def test_a_head_without_gate_needs_no_k():
