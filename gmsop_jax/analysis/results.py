@@ -11,6 +11,7 @@ import numpy as np
 import scipy.stats
 
 from gmsop_jax.analysis.study import Study, short_form
+from gmsop_jax.files import replacing
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -264,5 +265,6 @@ def plot(study: Study, results: Results, file: pathlib.Path) -> None:
     axes.set_yticks(range(len(methods)), [method.method for method in reversed(methods)])
     axes.set_xlabel("balanced error on the test images in %, by seed, and mean with 95 % interval")
     axes.grid(axis="x", alpha=0.3)
-    with matplotlib.rc_context({"svg.hashsalt": study.name}):  # the same results give the same file
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    same_each_time = matplotlib.rc_context({"svg.hashsalt": study.name})
+    with same_each_time, replacing(file) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})

@@ -33,7 +33,7 @@ def run_report(arguments: Sequence[str]) -> None:
     page = build_report(args.workdir, data=args.data, max_images=args.max_images)
     output = args.output or args.workdir[0] / "report.html"
     try:
-        output.write_text(page, "utf-8")
+        write_atomic(output, page)
     except OSError as error:
         raise UserError(f"the report can't be written to {output} ({error.strerror}); give another --output") from error
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

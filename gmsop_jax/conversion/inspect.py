@@ -10,6 +10,7 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import decode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
+from gmsop_jax.files import replacing
 
 _MAX_SCANNED = 20_000  # records read to find images for a sheet
 _BLOCK = 256  # records read at a time
@@ -72,7 +73,11 @@ def contact_sheet(
             picture = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
             sheet.paste(picture, (_MARGIN + column * tile, row * tile))
     try:
-        sheet.save(output)
+        kind = Image.registered_extensions().get(output.suffix.lower())
+        if kind is None:
+            raise ValueError(f"{output.suffix!r} is not the ending of an image file")
+        with replacing(output) as temporary:
+            sheet.save(temporary, kind)
     except (OSError, ValueError) as error:
         raise DataError(f"the contact sheet {output} can't be written ({error}); give another --sheet") from error
 

@@ -67,6 +67,15 @@ def test_every_kind_of_value_comes_back(tmp_path, name):
         assert_equal(read[key], value)
 
 
+@pytest.mark.parametrize("v73", FORMATS.values(), ids=FORMATS)
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, v73):
+    matfile.write(tmp_path / "x.mat", {"a": np.eye(2)}, v73=v73)
+    with pytest.raises(TypeError):
+        matfile.write(tmp_path / "x.mat", {"a": np.eye(3), "b": object()}, v73=v73)
+    np.testing.assert_array_equal(matfile.read(tmp_path / "x.mat", ["a"])["a"], np.eye(2))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.mat"]
+
+
 def test_variables_that_nobody_asked_for_are_left(tmp_path):
     for v73 in FORMATS.values():
         matfile.write(tmp_path / "x.mat", {"a": np.eye(2), "b": np.eye(3)}, v73=v73)

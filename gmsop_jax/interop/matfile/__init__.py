@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.files import replacing
 from gmsop_jax.interop.matfile import hdf5, v7
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -51,14 +52,18 @@ def write(path: str | pathlib.Path, variables: Mapping[str, Any], *, v73: bool =
     """Writes variables, so that MATLAB's `load` and `read` return them.
 
     Args:
-      path: the file, which is replaced.
+      path: the file, which is replaced once the new one is complete.
       variables: values as `read` returns them; a list of dicts with the same keys is a row of structs.
       v73: write version 7.3 (HDF5) instead of version 7.
     """
-    path = pathlib.Path(path)
-    if v73:
-        hdf5.write(path, variables)
-        return
+    with replacing(pathlib.Path(path)) as temporary:
+        if v73:
+            hdf5.write(temporary, variables)
+        else:
+            _write_v7(temporary, variables)
+
+
+def _write_v7(path: pathlib.Path, variables: Mapping[str, Any]) -> None:
     import scipy.io  # imported late: the process that reads version 7.3 does not need it
 
     stored = {name: _to_scipy(value) for name, value in variables.items()}
