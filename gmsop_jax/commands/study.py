@@ -54,7 +54,7 @@ def run_sweep(arguments: Sequence[str]) -> int:
         takes_overrides=True,
     )
     parser.add_argument("configs", nargs="+", help="configurations; a file with ROWS stands for all its rows")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each configuration (default: 0 1 2)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
     parser.add_argument("--part", default="0/1", type=_part, metavar="I/N", help="every N-th run from the I-th, from 0")
     parser.add_argument("--gather", action="store_true", help="only write the table of the runs that are finished")
@@ -67,10 +67,12 @@ def run_sweep(arguments: Sequence[str]) -> int:
     if studies:
         if len(studies) < len(options.configs) or options.overrides:
             raise ConfigError("studies can't be combined with other configurations or with --config.field=value")
+        if options.seeds or options.gather or options.part != (0, 1):
+            raise ConfigError("--seeds, --part and --gather do not apply to studies; omit them")
         for path, study in studies.items():
             _execute_study(study, path, options)
         return 0
-    jobs = sweep.plan_sweep(options.configs, options.seeds, options.output, options.overrides)
+    jobs = sweep.plan_sweep(options.configs, options.seeds or [0, 1, 2], options.output, options.overrides)
     part, parts = options.part
     options.output.mkdir(parents=True, exist_ok=True)
     failed = [] if options.gather else sweep.run(jobs[part::parts])

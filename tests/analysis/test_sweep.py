@@ -10,6 +10,7 @@ import time
 import pytest
 
 from gmsop_jax.analysis import sweep
+from gmsop_jax.commands.study import run_sweep
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.models.network import HEADS
 
@@ -132,6 +133,14 @@ def test_table_by_hand(tmp_path):
         "| heads-sop | 1 of 2 | 20.00 % | 1,234,567 | 32 | 50 |",
         "| quickstart | 0 of 2 | – | – | – | – |",
     ]
+
+
+@pytest.mark.parametrize("flags", [["--part", "0/2"], ["--gather"], ["--seeds", "0"]])
+def test_flags_of_sweeps_are_refused_for_studies(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="--seeds, --part and --gather do not apply to studies"):
+        run_sweep([str(ROOT / "configs/studies/fashion_sample_10.py"), *flags])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
