@@ -101,7 +101,7 @@ _RATES = Allowed(
 )
 _BACKENDS = Allowed(
     lambda value: all(
-        isinstance(name, str) and (name in LOG_BACKENDS or re.fullmatch(r"[\w.]+:\w+", name)) for name in value
+        isinstance(name, str) and (name in LOG_BACKENDS or re.fullmatch(r"\w+(\.\w+)*:\w+", name)) for name in value
     ),
     'names of backends, like ("tensorboard", "wandb"), or ()',
 )

@@ -150,9 +150,9 @@ def create_loggers(config: ConfigDict, workdir: pathlib.Path, start_step: int) -
     for name, backend in zip(names, find_backends(names), strict=True):
         try:
             loggers.append(backend(workdir, config.to_dict(), start_step))
-        except OSError:  # explained where the working directory is known
-            raise
         except Exception as error:  # each library has its own
+            if name == "tensorboard" and isinstance(error, OSError):  # explained where the working directory is known
+                raise
             raise UserError(
                 f"{name}, which config.log.backends names, can't start ({type(error).__name__}: {error})"
             ) from error

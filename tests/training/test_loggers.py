@@ -103,12 +103,25 @@ def test_backends_that_are_missing_or_fail_are_named(tmp_path, monkeypatch):
         find_backends(["json:Class"])
     with pytest.raises(ConfigError, match=r"config\.log\.backends"):
         backends("wandv")
+    with pytest.raises(ConfigError, match=r"config\.log\.backends"):
+        backends(".my_backend:Lines")
 
     package = Package("trackio")
     monkeypatch.setattr(package, "init", lambda **options: 1 // 0)
     monkeypatch.setitem(sys.modules, "trackio", package)
     with pytest.raises(UserError, match=r"trackio, which config\.log\.backends names, can't start \(ZeroDivisionError"):
         create_loggers(backends("trackio"), tmp_path, 0)
+
+
+def test_a_backend_without_a_connection_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def init(**options):
+        raise ConnectionError("no route to host")
+
+    package = Package("wandb")
+    monkeypatch.setattr(package, "init", init)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    with pytest.raises(UserError, match=r"wandb, .* can't start \(ConnectionError: no route to host\)"):
+        create_loggers(backends("wandb"), tmp_path, 0)
 
 
 def test_the_field_on_the_command_line():
