@@ -146,10 +146,10 @@ class Workdir:
                     " Copy it back, or name another --workdir"
                 )
             write_atomic(file, copy or configs.to_json(self._config) + "\n")
-        for place, text in ((str(file), file.read_text("utf-8")), ("the last checkpoint", copy)):
-            if text is None:
-                continue
+        for place, read in ((str(file), lambda: file.read_text("utf-8")), ("the last checkpoint", lambda: copy)):
             try:
+                if (text := read()) is None:
+                    continue
                 stored = configs.from_json(text)
             except ValueError as error:
                 raise CheckpointError(

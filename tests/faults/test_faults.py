@@ -310,6 +310,12 @@ def test_missing_configuration_is_restored_from_the_checkpoint(finished, config,
     assert {name: (workdir / name).read_text() for name in before} == before
 
 
+def test_a_configuration_that_is_no_text_is_one_error(config, tmp_path):
+    (tmp_path / "config.json").write_bytes(b'{"seed": "\xff"}')
+    with pytest.raises(CheckpointError, match=r"config\.json has a damaged configuration .*; if you delete"):
+        Workdir(tmp_path, config).__enter__()
+
+
 def test_edited_configuration_is_compared_with_the_checkpoint(finished, config, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     file = workdir / "config.json"
