@@ -81,10 +81,10 @@ class Writer:
         self._bar.close()
         if self._enabled:
             # if an error is already being raised, closing often fails for the same reason; the first error is reported
-            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
-                self._jsonl.close()
+            with contextlib.suppress(Exception) if kind else contextlib.nullcontext(), contextlib.ExitStack() as stack:
                 for logger in self._loggers:
-                    logger.close()
+                    stack.callback(logger.close)
+                self._jsonl.close()
 
     def advance(self) -> None:
         """Counts one more step."""

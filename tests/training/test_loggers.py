@@ -124,6 +124,17 @@ def test_a_backend_without_a_connection_is_not_taken_for_a_full_disk(tmp_path, m
         create_loggers(backends("wandb"), tmp_path, 0)
 
 
+def test_a_backend_that_fails_to_close_hides_no_error(tmp_path, monkeypatch):
+    good, bad = Package("wandb"), Package("trackio")
+    monkeypatch.setattr(bad, "finish", lambda: 1 // 0)
+    for package in (good, bad):
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    loggers = create_loggers(backends("wandb", "trackio"), tmp_path, 0)
+    with pytest.raises(UserError, match="the reason"), Writer(tmp_path, total_steps=9, loggers=loggers):
+        raise UserError("the reason")
+    assert good.finished == 1
+
+
 def test_the_field_on_the_command_line():
     config = configs.default_config()
     assert config.log.backends == ("tensorboard",)
