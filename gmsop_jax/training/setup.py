@@ -16,10 +16,11 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.models import count_parameters, create_model
 from gmsop_jax.training import parallel
-from gmsop_jax.training.checkpoint import DIRECTORY, locate, steps_on_disk
+from gmsop_jax.training.checkpoint import DIRECTORY, steps_on_disk
 from gmsop_jax.training.evaluation import create_evaluation, image_size, resolve
 from gmsop_jax.training.inputs import Inputs, fingerprint
 from gmsop_jax.training.optimizer import create_optimizer, create_schedule
+from gmsop_jax.training.restore import read_description
 from gmsop_jax.training.step import TrainState, create_state, make_train_step
 from gmsop_jax.training.transfer import Path, choose, merge, read_source
 
@@ -141,7 +142,7 @@ def _mean_rgb(config: ConfigDict, manifest: Manifest, workdir: pathlib.Path) -> 
     except CheckpointError:
         if not config.train.init_from:
             return manifest.mean_rgb
-        return Inputs.load(locate(config.train.init_from)[0].parent).mean_rgb
+        return read_description(config.train.init_from)[1].mean_rgb
 
 
 def _batches(
