@@ -11,6 +11,7 @@ import numpy as np
 import scipy.stats
 
 from gmsop_jax.analysis.study import Study, short_form
+from gmsop_jax.errors import ConfigError
 from gmsop_jax.files import replacing
 
 Results = Sequence[Mapping[str, Any]]
@@ -73,11 +74,20 @@ def collect(study: Study, results: Results, metric: str = "balanced_error") -> l
       study: the study.
       results: its results. Runs without test splits served only to choose hyperparameters.
       metric: `balanced_error` or `top1_error`.
+
+    Raises:
+      ConfigError: if the final runs of a method do not have the same hyperparameters.
     """
     final = [result for result in results if all(split in result["splits"] for split in study.test_splits)]
     collected = []
     for method in study.grids:
         own = [result for result in final if result["method"] == method]
+        points = sorted({", ".join(map(short_form, result["point"])) for result in own})
+        if len(points) > 1:
+            raise ConfigError(
+                f"the final runs of {method} in results/{study.name} have different hyperparameters"
+                f" ({'; '.join(points)}); delete the files of those that are no longer chosen"
+            )
         seeds = {
             seed: [result for result in own if result["seed"] == seed]
             for seed in study.seeds

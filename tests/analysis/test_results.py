@@ -78,6 +78,12 @@ def test_differences_are_paired_by_seed_and_averaged_over_folds():
     assert (delta.mean, delta.count) == (pytest.approx((2 + 1) / 2), 2)
 
 
+def test_final_runs_of_two_points_are_not_averaged():
+    found = [result("gap", seed, 10, point=(f"train.rate={rate}",)) for seed, rate in ((0, 0.1), (1, 0.1), (1, 0.2))]
+    with pytest.raises(ConfigError, match=r"gap in results/s have different hyperparameters \(rate=0\.1; rate=0\.2\)"):
+        results.collect(a_study(), found)
+
+
 def test_page_says_which_differences_are_larger_than_chance():
     errors = {"srsop": (10, 11, 12), "gap": (15, 16.1, 16.9), "gmsop": (9, 12, 11)}
     found = [result(method, seed, error) for method, all_ in errors.items() for seed, error in enumerate(all_)]
