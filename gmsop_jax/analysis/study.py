@@ -174,7 +174,7 @@ class StudyRunner:
         try:
             trained = train_and_evaluate(config, workdir)
             result = result or _describe(run, config, fields, trained, workdir)
-            measured = {split: measure_split(workdir, split) for split in missing}
+            measured = {split: measure_split(workdir, split, config.data) for split in missing}
             result["splits"] = result.get("splits", {}) | measured
         except NonFiniteError as error:  # a property of this point, which another run may not have
             result = dataclasses.asdict(run) | {"config": fields, "diverged": str(error), "splits": {}}
@@ -202,8 +202,13 @@ def load_results(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
 
 
-def measure_split(workdir: pathlib.Path, split: str) -> dict[str, Any]:
+def measure_split(workdir: pathlib.Path, split: str, data: ConfigDict) -> dict[str, Any]:
     """Measures the last checkpoint of a run on a split.
+
+    Args:
+      workdir: the working directory of the run.
+      split: name of the split.
+      data: `config.data`; the data set may have moved since the run started.
 
     Returns: `loss` (nats), `top1_error` and `balanced_error` (percent), and `confusion`, the number of images of each
       true class (row) that were predicted as each class (column). For a gate, also `gate_entropy`, the mean entropy of
@@ -219,7 +224,7 @@ def measure_split(workdir: pathlib.Path, split: str) -> dict[str, Any]:
     loss = entropy = 0.0
     evaluation = ConfigDict(config.eval.to_dict())
     evaluation.split = split
-    batches = pipeline.eval_batches(config.data, evaluation, Manifest.load(config.data.dir, splits=(split,)))
+    batches = pipeline.eval_batches(data, evaluation, Manifest.load(data.dir, splits=(split,)))
     with contextlib.closing(batches):
         for batch in batches:
             outputs = {

@@ -135,6 +135,12 @@ def test_a_study_chooses_on_val_and_measures_test_once(tmp_path: pathlib.Path, m
     assert all(np.sum(r["splits"]["val"]["confusion"]) == 8 for r in found)
     assert found[0]["train_images"] == 8
 
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "d").rename(tmp_path / "moved" / "d")
+    runner.data_dir = tmp_path / "moved"
+    [other] = [run for run in runner.selection_runs("gap") if run.point != best]
+    assert np.sum(runner.measure(other, ["test"])["splits"]["test"]["confusion"]) == 8
+
     monkeypatch.setattr(study, "train_and_evaluate", None)  # nothing is trained again
     runner.execute()
     file = next((tmp_path / "results" / "s").glob("gap-*-seed0.json"))
