@@ -1,6 +1,7 @@
 """The commands that move networks in and out: export and import."""
 
 import hashlib
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -54,7 +55,7 @@ def run_export(arguments: Sequence[str]) -> None:
 def run_import(arguments: Sequence[str]) -> None:
     """Turns foreign weights into a working directory: `gmsop import resnet50.safetensors --output runs/resnet50`.
 
-    A `.mat` file is a checkpoint of the authors' MatConvNet code; any other file holds PyTorch weights of a ResNet or
+    A MATLAB file is a checkpoint of the authors' MatConvNet code; any other file holds PyTorch weights of a ResNet or
     ResNeXt.
     """
     parser = ArgumentParser(
@@ -76,7 +77,7 @@ def run_import(arguments: Sequence[str]) -> None:
         help="order of a second-order classifier's columns; `column` is MATLAB's (default: row)",
     )
     options = parser.parse_args(arguments)
-    if not options.file.lower().endswith(".mat"):
+    if not _is_matlab(options.file):
         weights = import_weights(
             options.file,
             options.output,
@@ -91,6 +92,14 @@ def run_import(arguments: Sequence[str]) -> None:
     run = import_checkpoint(options.file, options.output, options.overrides)
     print(f"{options.file}: {_origin(options.file)}")
     _report_matconvnet(run, options.output)
+
+
+def _is_matlab(file: str) -> bool:
+    """Returns whether a file is MATLAB's by its ending, or by its first bytes if the ending is another one."""
+    if file.lower().endswith(".mat") or not os.path.isfile(file):
+        return file.lower().endswith(".mat")
+    with open(file, "rb") as stream:
+        return stream.read(6) == b"MATLAB"
 
 
 def _report_torch(run: ImportedWeights, file: str, output: str) -> None:

@@ -176,6 +176,12 @@ def test_the_commands_errors_are_one_line(tmp_path, capsys):
     assert "unrecognized argument --unknown" in capsys.readouterr().err
 
 
+def test_matlab_files_with_another_ending_are_recognised(tmp_path, capsys):
+    (tmp_path / "net-epoch-60").write_bytes(b"MATLAB 5.0 MAT-file")
+    assert run_import(tmp_path / "net-epoch-60", "--output", tmp_path / "run", "--triangle", "row") == 2
+    assert "net-epoch-60 is a MatConvNet checkpoint" in capsys.readouterr().err
+
+
 def test_the_md5_sums_are_the_published_six():
     released = weights.RELEASED
     assert len(released) == len(set(released.values())) == 6
