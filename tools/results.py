@@ -18,9 +18,10 @@ STUDIES = ROOT / "configs" / "studies"
 _INDEX = """\
 # Results
 
-Does second-order pooling beat averaging, does a gated mixture beat a single pooling, when, and what does it cost? The
-studies below ask this on data that anyone can install ([how to get it](../data.md#data-sets-of-the-studies)). Every
-study is a file in `configs/studies`. A page is added here when a study has results, whatever they say.
+Is second-order pooling better than average pooling? Is a gated mixture better than a single pooling? Under which
+conditions, and at what cost? The studies below ask these questions on data that anyone can install ([how to get
+it](../data.md#data-sets-of-the-studies)). Every study is a file in `configs/studies`. Each study gets a page here as
+soon as it has results, whatever they are.
 
 | study | final runs | page |
 |---|---|---|
@@ -28,17 +29,18 @@ study is a file in `configs/studies`. A page is added here when a study has resu
 
 ## Protocol
 
-- All methods have the same backbone and recipe: average pooling (`gap`, and `gap_wide` with as many features as the
-  second-order heads), SR-SOP (`srsop`, and `parametric_srsop` with the convolutions of one candidate), DropCov
-  (`dropcov`), mixtures of all candidates (`avesop`), and gated mixtures (`gmgap`, `gmsop`).
+- All methods of a study have the same backbone and recipe. The methods are average pooling (`gap`, and `gap_wide` with
+  as many features as the second-order heads), SR-SOP (`srsop`, and `parametric_srsop` with the convolutions of one
+  candidate), DropCov (`dropcov`), mixtures of all candidates (`avesop`), and gated mixtures (`gmgap`, `gmsop`).
 - Controls isolate what the gated mixture adds: SR-SOP with as many parameters (`matched_srsop`), all candidates
-  selected (`gmsop_all_selected`), K candidates with equal weights for every image (`avesop_k`), and a gate that stays
-  as it was drawn (`gmsop_random_gate`).
+  selected (`gmsop_all_selected`), K candidates with equal weights for every image (`avesop_k`), and a gate that keeps
+  its random initial weights (`gmsop_random_gate`).
 - Learning rate, dropout and balance weight are chosen for each method from a grid of the same size, by the balanced
-  error on validation images that are a part of the training data, with one seed. The test images are used once, for
-  the last epoch of the final runs. No number here is that of the best epoch.
-- Every method is trained with five seeds (with five folds, five seeds on each). Pages give the mean and the standard
-  deviation over seeds, and the differences to a reference method, paired by seed, with 95 % intervals.
+  error on validation images that were set aside from the training data, with one seed. The test images are used only
+  once, after the last epoch of the final runs. No result is that of the best epoch.
+- Every method is trained with five seeds (if there are five folds, with five seeds on each fold). The pages give the
+  mean and the standard deviation over seeds, and the differences to a reference method, paired by seed, with 95 %
+  intervals.
 
 ## Run a study
 
@@ -48,9 +50,9 @@ python tools/sweep.py configs/studies/emoji.py --input FOLDER  # a study whose d
 python tools/results.py                                        # make these pages from the raw results
 ```
 
-Every run is one file in `results/STUDY/`, with the configuration, the commit, the versions, the device, the seconds,
-and the confusion matrix of each split. A run whose file exists is not repeated. To repeat a run, delete its file and
-execute the study again.
+The result of each run is one file in `results/STUDY/`, with the configuration, the commit, the versions, the device,
+the run time, and the confusion matrix of each split. A run whose file exists is not repeated. To repeat a
+run, delete its file and run the study again.
 """
 
 
