@@ -35,9 +35,9 @@ soon as it has results, whatever they are.
 - Controls isolate what the gated mixture adds: SR-SOP with as many parameters (`matched_srsop`), all candidates
   selected (`gmsop_all_selected`), K candidates with equal weights for every image (`avesop_k`), and a gate that keeps
   its random initial weights (`gmsop_random_gate`).
-- Learning rate, dropout and balance weight are chosen for each method from a grid of the same size, by the balanced
-  error on validation images that were set aside from the training data, with one seed. The test images are used only
-  once, after the last epoch of the final runs. No result is that of the best epoch.
+- Learning rate, dropout and balance weight, as far as a method has them, are chosen for each method from a grid of the
+  same size, by the balanced error on validation images that were set aside from the training data, with one seed. The
+  test images are used only once, after the last epoch of the final runs. No result is that of the best epoch.
 - Every method is trained with five seeds (if there are five folds, with five seeds on each fold). The pages give the
   mean and the standard deviation over seeds, and the differences to a reference method, paired by seed, with 95 %
   intervals.

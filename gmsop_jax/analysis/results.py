@@ -1,4 +1,4 @@
-"""Pages of results: tables and plots of a study, made from its results alone."""
+"""Pages of results: tables and plots of a study, made only from its raw results."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """The estimate from one value for each seed."""
+        """Returns the estimate from one value for each seed."""
         deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
         return cls(statistics.mean(values), deviation, len(values))
 
@@ -104,19 +104,19 @@ def collect(study: Study, results: Results, metric: str = "balanced_error") -> l
 
 
 def difference(method: MethodResults, reference: MethodResults, split: str) -> Estimate | None:
-    """The difference of two methods over the seeds that both have; None if there are none."""
+    """Returns the difference between two methods over the seeds that both have; None if there are none."""
     own, other = method.errors[split], reference.errors[split]
     paired = [own[seed] - other[seed] for seed in own if seed in other]
     return Estimate.of(paired) if paired else None
 
 
 def page(study: Study, results: Results, config_file: str) -> str:
-    """The Markdown page of a study.
+    """Returns the Markdown page of a study.
 
     Args:
       study: the study.
       results: its results.
-      config_file: the path of its configuration, for the command.
+      config_file: the path of its configuration file, which the page shows in the command.
     """
     methods = collect(study, results)
     lines = [f"# {study.title}", "", study.notes.strip(), ""] if study.notes else [f"# {study.title}", ""]
@@ -170,7 +170,7 @@ def _split_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
 def _gate_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
     split = study.test_splits[0]
     lines = [
-        "The information that the choice of a candidate gives about the class of an image is 0 bits for a gate that",
+        "The information that the selected candidates give about the class of an image is 0 bits for a gate that",
         "treats all classes alike. The entropy of the weights is log₂ K for equal weights of the K selected",
         "candidates, and that of the use is log₂ N if all N candidates are used equally often. Values are means over",
         "the runs.",
@@ -189,7 +189,7 @@ def _gate_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
 
 
 def _gate_information(measured: Mapping[str, Any]) -> tuple[float, float]:
-    """The mutual information of class and candidate, and the entropy of the candidates' use, in bits."""
+    """Returns the mutual information of class and candidate, and the entropy of the candidates' use, in bits."""
     joint = np.array(measured["gate_use"]) / np.sum(measured["gate_use"])
     classes, candidates = (_entropy(joint.sum(axis)) for axis in (1, 0))
     return classes + candidates - _entropy(joint.ravel()), candidates
@@ -204,7 +204,7 @@ def _reading(study: Study, methods: Sequence[MethodResults]) -> str:
     split = study.test_splits[0]
     reference = next((method for method in methods if method.method == study.reference), None)
     if reference is None:
-        return f"There is no result of {study.reference} yet, so methods can't be compared."
+        return f"There is no result for {study.reference} yet, so the methods can't be compared."
     groups: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
     for method in methods:
         delta = difference(method, reference, split) if method is not reference else None
@@ -236,7 +236,7 @@ def _provenance(study: Study, methods: Sequence[MethodResults], results: Results
         "measured while other jobs ran on the machine, so they can only be compared roughly.",
         "",
         f"- Command: `python tools/sweep.py {config_file}`, then `python tools/results.py`",
-        f"- Runs: {len(results)} in {hours:.1f} hours, of which {len(runs)} with test images and"
+        f"- Runs: {len(results)} in {hours:.1f} hours, of which {len(runs)} were measured on the test images and"
         f" {sum('diverged' in result for result in results)} diverged",
         f"- Training images: {', '.join(sorted({str(run['train_images']) for run in runs}))}",
         f"- Device: {', '.join(sorted({run['device'] for run in runs}))}",
@@ -260,7 +260,7 @@ def _interval(delta: Estimate | None) -> str:
 
 
 def plot(study: Study, results: Results, file: pathlib.Path) -> None:
-    """Draws the errors of each method: every seed, and the mean with its 95 % interval. Writes SVG."""
+    """Draws the error of each method for every seed, and the mean with its 95 % interval, as an SVG file."""
     from matplotlib.figure import Figure
 
     methods, split = collect(study, results), study.test_splits[0]

@@ -1,4 +1,4 @@
-"""Studies: methods that are compared on one data set, each with hyperparameters chosen on validation images.
+"""Studies: comparisons of methods, each with hyperparameters that are chosen on validation images.
 
 A study trains every method at every point of its grid, and chooses the point with the lowest error on the split `val`.
 With that point, it trains the method with every seed on every data set, and measures the test splits once. The results
@@ -50,11 +50,11 @@ def short_form(assignment: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StudyData:
-    """How a data set of a study is made.
+    """A data set of a study, and how it is converted.
 
     Attributes:
       name: name of its folder.
-      source: source that `gmsop convert` converts.
+      source: the SOURCE of `gmsop convert`.
       options: options of the source.
     """
 
@@ -68,9 +68,10 @@ class Study:
     """A comparison of methods.
 
     Attributes:
-      name: name of the results.
+      name: name of the folder of results.
       title: heading of the page of results.
-      grids: the points to choose from, for each method. A method is an argument of the file's `get_config`.
+      grids: for each method, the points of hyperparameters to choose from. A method is an argument of the file's
+        `get_config`.
       data: the data sets, such as folds; hyperparameters are chosen on the first one.
       seeds: seeds of the final runs; hyperparameters are chosen with the first one.
       test_splits: splits that are measured, with the main one first.
@@ -100,7 +101,7 @@ class StudyRun:
 
     @property
     def name(self) -> str:
-        """A name that differs for every run of a study."""
+        """A name that is different for every run of a study."""
         name = "-".join([self.method, *map(short_form, self.point), self.data, f"seed{self.seed}"])
         return "".join(char for char in name if char.isalnum() or char in "-_.=,").replace(",", "_")
 
@@ -113,7 +114,7 @@ class StudyRunner:
       path: its configuration file, with `get_config(method)`.
       data_dir: the folder that contains the data sets.
       output: the folder for working directories.
-      results: the folder for results; they go to its subfolder with the name of the study.
+      results: the folder for results, which are written to its subfolder with the name of the study.
       say: prints a line.
     """
 
@@ -135,7 +136,7 @@ class StudyRunner:
         return [self._run(method, point, self.study.seeds[0], self.study.data[0]) for point in self.study.grids[method]]
 
     def choose(self, method: str) -> Point:
-        """Returns the point with the lowest balanced error on `val`; of equal ones, that with the lowest loss."""
+        """Returns the point with the lowest balanced error on `val`; among equal ones, that with the lowest loss."""
 
         def key(run: StudyRun) -> tuple[float, float]:
             measured = self.measure(run, ["val"])["splits"].get("val", {})  # nothing, if the run diverged
@@ -144,7 +145,7 @@ class StudyRunner:
         return min(self.selection_runs(method), key=key).point
 
     def execute(self) -> None:
-        """Executes all runs that have no result yet; may be interrupted and repeated."""
+        """Executes all runs that have no result yet; can be interrupted and repeated."""
         study = self.study
         points = {method: self.choose(method) for method in study.grids}
         for seed in study.seeds:
@@ -155,7 +156,7 @@ class StudyRunner:
     def measure(self, run: StudyRun, splits: Sequence[str]) -> dict[str, Any]:
         """Returns the result of a run with measurements of `splits`; trains and measures what is missing.
 
-        The result of a run whose loss became infinite has the entry `diverged` and no measurements.
+        If the loss of a run is no longer finite, its result has the entry `diverged` and no measurements.
 
         Raises:
           ConfigError: if the stored result was measured with another configuration.
@@ -176,10 +177,10 @@ class StudyRunner:
             result = result or _describe(run, config, fields, trained, workdir)
             measured = {split: measure_split(workdir, split, config.data) for split in missing}
             result["splits"] = result.get("splits", {}) | measured
-        except NonFiniteError as error:  # a property of this point, which another run may not have
+        except NonFiniteError as error:  # other points may not diverge, so the study continues
             result = dataclasses.asdict(run) | {"config": fields, "diverged": str(error), "splits": {}}
         write_json(_made(file), result)
-        jax.clear_caches()  # every run compiles its own step, whose program is not needed any more
+        jax.clear_caches()  # every run compiles its own step, whose program is no longer needed
         return result
 
     def config(self, run: StudyRun) -> ConfigDict:
@@ -266,7 +267,7 @@ def balanced_error(confusion: Any) -> float:
 def _describe(
     run: StudyRun, config: ConfigDict, fields: dict[str, Any], trained: Mapping[str, Any], workdir: pathlib.Path
 ) -> dict[str, Any]:
-    """What a result says about how it was obtained."""
+    """Returns the part of a result that says how it was obtained."""
     manifest = Manifest.load(config.data.dir, splits=())
     size = config.data.image_size or (manifest.split("train").image_size or (0,))[0]
     if not size:

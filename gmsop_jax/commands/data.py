@@ -22,28 +22,28 @@ def run_convert(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("source", choices=NAMES)
     add("--input", help="the downloaded file or folder; may be omitted for elpv, and for the sample of fashion-mnist")
-    add("--output", required=True, help="a new folder, or that of an unfinished conversion")
+    add("--output", required=True, help="a new folder, or the folder of an unfinished conversion")
     add("--workers", type=int, help="number of processes (default: one per core)")
     add("--shards", type=int, help="number of training shards (default: about 128 MiB each)")
     add("--limit", type=int, help="keep a random subset of at most this many images of each split")
-    add("--seed", type=int, default=0, help="seed of the order of the training images (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the order of the images and of the folds (default: 0)")
     add("--codec", choices=CODECS, default="raw", help="format of the pixels (default: raw)")
-    add("--size", type=int, help="side of the images (default: 100 for places365, else unchanged)")
-    add("--resize", choices=METHODS, help="bicubic resizing like MATLAB's imresize, or by Pillow")
+    add("--size", type=int, help="side of the images in pixels (default: 100 for places365, else unchanged)")
+    add("--resize", choices=METHODS, help="bicubic resizing as in MATLAB's imresize, or by Pillow")
     add(
         "--val-fraction",
         type=float,
         help="image-folder, fashion-mnist: share of the training images to set aside as val",
     )
     add("--train-fraction", type=float, help="share of the training images of each class to keep")
-    add("--fold", type=int, help="elpv, emoji, domains: which fifth of the images is test, 0 to 4")
+    add("--fold", type=int, help="elpv, emoji, domains: which fifth of the images is test, 0 to 4 (default: 0)")
     add("--leave-out", help="emoji: the vendor whose drawings are test (google, twitter or fluent)")
     add("--follow-links", action="store_true", default=None, help="also read files outside the input folder")
     add(
         "--allow-partial", action="store_true", default=None, help="imagenet64: convert a download with missing batches"
     )
     _add_max_unreadable(parser)
-    add("--shard-range", default="0/1", help="i/n: convert every n-th shard from the i-th, i from 0")
+    add("--shard-range", default="0/1", help="i/n: convert every n-th shard, starting at shard i, from 0")
     args = parser.parse_args(arguments)
     manifest = convert(
         args.source,
@@ -68,7 +68,7 @@ def run_convert(arguments: Sequence[str]) -> None:
         max_unreadable=args.max_unreadable,
     )
     if manifest is None:
-        print(f"{args.output}: part {args.shard_range} is done; when all are, join them: gmsop merge {args.output}")
+        print(f"{args.output}: part {args.shard_range} is done; when all parts are, run: gmsop merge {args.output}")
     else:
         _print_splits(args.output, manifest)
 
@@ -95,7 +95,7 @@ def run_inspect(arguments: Sequence[str]) -> None:
     parser.add_argument("--split", default="train", help="the split to draw (default: train)")
     parser.add_argument("--sheet", type=Path, help=f"image file to write (default: {job.SHEET_NAME} in the data set)")
     parser.add_argument("--columns", type=int, default=10, help="images per class (default: 10)")
-    parser.add_argument("--rows", type=int, default=20, help="largest number of classes (default: 20)")
+    parser.add_argument("--rows", type=int, default=20, help="maximum number of classes (default: 20)")
     args = parser.parse_args(arguments)
     sheet = args.sheet or args.directory / job.SHEET_NAME
     print(describe(Manifest.load(args.directory)))
@@ -110,7 +110,7 @@ def run_verify(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("directory")
     args = parser.parse_args(arguments)
-    _print_splits(args.directory, verify(args.directory), ", all as the manifest says")
+    _print_splits(args.directory, verify(args.directory), ", all as in the manifest")
 
 
 def _add_max_unreadable(parser: ArgumentParser) -> None:

@@ -15,14 +15,16 @@ from gmsop_jax.files import write_atomic
 
 
 def run_report(arguments: Sequence[str]) -> None:
-    """Writes a page about one run, or about several side by side: `gmsop report runs/quickstart`."""
+    """Writes an HTML page about one run, or several runs side by side: `gmsop report runs/quickstart`."""
     parser = ArgumentParser(
         prog="gmsop report", description="Writes a self-contained HTML page about one run or several."
     )
     parser.add_argument("workdir", nargs="+", type=pathlib.Path, help="working directory of a training run")
     parser.add_argument("--output", type=pathlib.Path, help="the HTML file (default: report.html in the first folder)")
     parser.add_argument("--data", type=pathlib.Path, help="folder of the data set (default: as in the configuration)")
-    parser.add_argument("--max-images", type=int, default=5000, help="images per split at most (default: 5000)")
+    parser.add_argument(
+        "--max-images", type=int, default=5000, help="maximum number of images per split (default: 5000)"
+    )
     args = parser.parse_args(arguments)
     if args.max_images < 1:
         raise ConfigError(f"--max-images must be at least 1, got {args.max_images}")
@@ -53,13 +55,15 @@ def run_sweep(arguments: Sequence[str]) -> int:
         epilog="--config.field=value sets a field of every run",
         takes_overrides=True,
     )
-    parser.add_argument("configs", nargs="+", help="configurations; a file with ROWS stands for all its rows")
+    parser.add_argument("configs", nargs="+", help="configurations; a file that defines ROWS stands for all of them")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each configuration (default: 0 1 2)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
-    parser.add_argument("--part", default="0/1", type=_part, metavar="I/N", help="every N-th run from the I-th, from 0")
-    parser.add_argument("--gather", action="store_true", help="only write the table of the runs that are finished")
+    parser.add_argument(
+        "--part", default="0/1", type=_part, metavar="I/N", help="execute every N-th run, starting at run I, from 0"
+    )
+    parser.add_argument("--gather", action="store_true", help="only write the table of the finished runs")
     group = parser.add_argument_group("for studies, which choose their seeds and hyperparameters themselves")
-    group.add_argument("--input", help="what was downloaded, as for `gmsop convert`")
+    group.add_argument("--input", help="the downloaded file or folder, as for `gmsop convert`")
     group.add_argument("--data-dir", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data sets")
     group.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="folder of raw results")
     options = parser.parse_args(arguments)
@@ -99,7 +103,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def run_summary(arguments: Sequence[str]) -> None:
-    """Prints what networks cost: `gmsop summary imagenet64_gmsop imagenet:resnet50,srsop`."""
+    """Prints the costs of networks: `gmsop summary imagenet64_gmsop imagenet:resnet50,srsop`."""
     parser = ArgumentParser(
         prog="gmsop summary",
         description="Counts parameters, features and multiply-adds; '= x' and '≠ x' compare with the published x.",
@@ -110,7 +114,7 @@ def run_summary(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     paths = [*options.configs, *(summary.all_configurations() if options.all else [])]
     if not paths:
-        parser.error("name configurations, or --all")
+        parser.error("give one or more configurations, or --all")
     rows = summarize_all(paths)
     print(summary.markdown(rows, summary.HEADER) if options.markdown else summary.text(rows), end="")
     different = [f"{row.name}: {', '.join(row.differences)}" for row in rows if row.differences]

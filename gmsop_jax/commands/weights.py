@@ -36,14 +36,16 @@ def run_export(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="gmsop export", description="Exports a trained network.")
     parser.add_argument("run", type=pathlib.Path, help="working directory, or one step's folder in it")
     parser.add_argument("--format", choices=("safetensors", "stablehlo", "onnx"), required=True)
-    parser.add_argument("--output", type=pathlib.Path, help="folder (default: export/FORMAT in the run's)")
-    parser.add_argument("--license", help="safetensors: licence of the weights, for the model card, as in cc-by-4.0")
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="output folder (default: export/FORMAT in the working directory)"
+    )
+    parser.add_argument("--license", help="safetensors: licence of the weights for the card, such as cc-by-4.0")
     args = parser.parse_args(arguments)
     output = args.output or folder_of(args.run) / "export" / args.format
     if args.format == "safetensors":
         exported = export_safetensors(args.run, output, license_name=args.license or "unknown")
     elif args.license:
-        parser.error("--license goes into the model card, which only --format safetensors writes")
+        parser.error("--license is written into the model card, which only --format safetensors creates")
     else:
         exported = {"stablehlo": export_stablehlo, "onnx": export_onnx}[args.format](args.run, output)
     for file in exported.files:
@@ -70,7 +72,9 @@ def run_import(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--output", required=True, help="working directory to create")
     group = parser.add_argument_group("for PyTorch weights")
-    group.add_argument("--classes", metavar="FILE", help="the classes' names, one on each line (default: 0, 1, …)")
+    group.add_argument(
+        "--classes", metavar="FILE", help="text file with the class names, one per line (default: 0, 1, …)"
+    )
     group.add_argument(
         "--triangle",
         choices=("row", "column"),
@@ -133,7 +137,7 @@ def _report_matconvnet(run: ImportedRun, output: str) -> None:
     print(f"  {'parameters':12} {sum(counts.values()):12,}{compared}")
     print(f"epoch {run.epoch}, step {run.step}, {model.num_classes} classes")
     if run.checkpoint.momentum is None:
-        print("the file has no optimiser state: further training starts with momentum 0")
+        print("the file has no optimizer state: further training starts with momentum 0")
     if run.mean_rgb_difference is not None and run.mean_rgb_difference > 0.01:
         print(
             f"warning: the mean colour of the data set {run.config.data.dir} differs from the file's by up to"
@@ -141,14 +145,14 @@ def _report_matconvnet(run: ImportedRun, output: str) -> None:
         )
     print(f"evaluate:   gmsop evaluate --workdir {output}")
     if run.epoch < run.config.train.num_epochs:
-        print(f"train on:   gmsop train --config {output}/config.py --workdir {output}")
+        print(f"continue:   gmsop train --config {output}/config.py --workdir {output}")
     else:
         more = f"--config {output}/config.py --workdir {output} --config.train.num_epochs=…"
-        print(f"all {run.config.train.num_epochs} epochs are done; more: gmsop train {more}")
+        print(f"all {run.config.train.num_epochs} epochs are done; to train longer: gmsop train {more}")
 
 
 def count_parts(params: dict) -> dict[str, int]:
-    """Counts the trained parameters of each part of a network, which excludes batch norm's moments."""
+    """Counts the trainable parameters of each part of a network, without the moments of batch norm."""
     head = params["head"]
     mixture = head.get("mixture", {})
     parts = {

@@ -1,4 +1,4 @@
-"""Checks of the modules' fields, made when a module is constructed."""
+"""Checks of the fields of modules, which run when a module is constructed."""
 
 import dataclasses
 import numbers
@@ -72,7 +72,7 @@ class CheckedModule(nn.Module):
     """A module that refuses fields out of range when it is constructed.
 
     Raises:
-      ValueError: naming the field, its value and the values that are allowed.
+      ValueError: if a field is out of range; the message names the field, its value and the values that are allowed.
     """
 
     def __post_init__(self):
@@ -88,7 +88,7 @@ def check_stages(module: nn.Module, num_stages: int, *names: str) -> None:
     """Checks that fields are sequences with one entry for each stage.
 
     Raises:
-      ValueError: naming the field and its value.
+      ValueError: if one is not; the message names the field and its value.
     """
     for name in names:
         value = getattr(module, name)

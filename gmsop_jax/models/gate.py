@@ -54,14 +54,14 @@ class Gate(GateFields):
     candidates at random. As long as the columns of W_n are equal, the noise of an image shifts all its
     logits alike and changes no weight.
 
-    The defaults are those of GM-SOP, except for the straight-through gradient.
+    The defaults are those of GM-SOP, except that the gradient is straight-through.
 
     Attributes:
       num_candidates: n, the number of candidates to choose from.
       num_selected: k, the number of candidates that each image selects.
       gate_widths: widths of the trunk's convolutions.
       gate_order: 1 pools the trunk's features by their average, 2 by their covariance. 0 means the order
-        of the candidates in a mixture, and 2 in a gate by itself.
+        of the candidates if the gate is part of a mixture, and 2 otherwise.
       gate_noise: the noise that is added in training; γ ~ N(0, 1).
         `image`: γ · softplus(W_nᵀf), with one γ for each image (GM-SOP, eq. 3);
         `candidate`: γᵢ · softplus(W_nᵀf)ᵢ, with one γ for each candidate (Shazeer et al. 2017, eq. 4);
@@ -77,7 +77,7 @@ class Gate(GateFields):
       num_iters: Newton–Schulz steps of second-order pooling.
       axis_name: pmap or shard_map axis over which the batch is split. The balance loss and the random
         draws are then those of the whole batch.
-      norm: makes the trunk's batch norms.
+      norm: creates the trunk's batch norms.
       dtype: dtype of the trunk; pooling, logits and weights are at least float32.
     """
 
@@ -108,8 +108,7 @@ class Gate(GateFields):
         Returns: the selection, its weights and the balance loss.
 
         Raises:
-          ValueError: if a setting is unknown, gate_noise has the wrong shape, or training needs a draw and
-            has no RNG stream.
+          ValueError: if `gate_noise` has the wrong shape, or if training has to draw noise without an RNG stream.
         """
         noise_key = tie_key = None
         if train and (self.has_rng("gating") or self.has_rng("params")):

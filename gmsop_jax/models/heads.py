@@ -5,8 +5,8 @@ tokens [b, l, c], and `where` is a mask or weights of the positions, [b, h, w] o
 float32 or float64. `aux` holds `features` [b, f] (the pooled vector), `gate_weights` [b, n], `importance` [b, n] and
 `balance_loss`. In a head without a gate, the weights and the importance are ones [b, 1] and the balance loss is 0.
 
-With a mask, a head returns what it returns for the input without the positions of weight 0, whose values may be NaN or
-infinite. They count neither in the pooling nor in the moments of batch norm. An image without any position has zero
+With a mask, the result is the same as if the positions of weight 0 were not there; their values may be NaN or infinite.
+They count neither in the pooling nor in the moments of batch norm. An image whose positions all have weight 0 has zero
 features, and counts neither in the moments of batch norm nor in the balance loss.
 """
 
@@ -54,7 +54,7 @@ _Output = tuple[Float[Array, "b classes"], Mapping[str, Array]]
 
 
 def without_gate(features: Array) -> dict[str, Array]:
-    """What a head without a gate returns in place of the results of a gate."""
+    """Returns the values that a head without a gate puts in place of the results of a gate."""
     one = jnp.ones((features.shape[0], 1), features.dtype)
     return {"balance_loss": jnp.zeros((), features.dtype), "gate_weights": one, "importance": one}
 
@@ -68,8 +68,8 @@ class _PoolingHead(CheckedModule):
         ReLU. With the widths of a mixture's candidate, `SecondOrderHead` is parametric SR-SOP: one candidate without
         a gate.
       projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
-      norm: makes these batch norms.
-      dtype: dtype of projection and classifier; None follows features and parameters.
+      norm: creates these batch norms.
+      dtype: dtype of projection and classifier; None infers it from features and parameters.
     """
 
     num_classes: int
@@ -98,7 +98,7 @@ class _PoolingHead(CheckedModule):
 class GAPHead(_PoolingHead):
     """Global average pooling: f = c, or the last of `projection_widths`.
 
-    One projection to 512 or 8256 makes the paper's -512d and -8256d baselines.
+    One projection to 512 or 8256 channels gives the paper's baselines -512d and -8256d.
 
     Attributes:
       num_classes: number of classes.
@@ -131,8 +131,8 @@ class SecondOrderHead(_PoolingHead):
       projection_widths: widths of the 1×1 convolutions before the pooling. They have no bias, and each is followed by
         ReLU. With the widths of a mixture's candidate this is parametric SR-SOP: one candidate without a gate.
       projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
-      norm: makes these batch norms.
-      dtype: dtype of projection and classifier; None follows features and parameters.
+      norm: creates these batch norms.
+      dtype: dtype of projection and classifier; None infers it from features and parameters.
       num_iters: number of Newton–Schulz iterations; 3 in GM-SOP, 5 in iSQRT-COV.
 
     Example:
@@ -169,8 +169,8 @@ class MPNCOVHead(_PoolingHead):
 class CrossCovarianceHead(_PoolingHead):
     """Multi-head cross-covariance pooling with singular-value power normalisation, f = num_heads · head_width².
 
-    One linear map without bias makes queries and keys of each head. Their cross-covariance over tokens is normalised
-    by `ops.normalize_singular_value` (SoT, Xie et al. 2021). The head takes tokens without the class token.
+    One linear map without bias computes the queries and keys of all heads. Their cross-covariance over tokens is
+    normalised by `ops.normalize_singular_value` (SoT, Xie et al. 2021). Pass the tokens without the class token.
 
     Attributes:
       num_classes: number of classes.
@@ -199,9 +199,9 @@ class CrossCovarianceHead(_PoolingHead):
 class DropCovHead(_PoolingHead):
     """DropCov: covariance pooling without normalisation, with adaptive channel dropout in training, f = c(c + 1)/2.
 
-    In training, channel attention scales the features and whole channels are dropped; see
-    `ops.adaptive_channel_dropout`. In evaluation the head is a `CovarianceHead` (Wang et al., NeurIPS 2022). Training
-    needs the RNG stream `dropout`.
+    In training, channel attention scales the features, and whole channels are dropped; see
+    `ops.adaptive_channel_dropout` (Wang et al., NeurIPS 2022). In evaluation, the head computes the same as a
+    `CovarianceHead`. Training needs the RNG stream `dropout`.
 
     Attributes:
       num_classes: number of classes.
@@ -225,7 +225,7 @@ class DropCovHead(_PoolingHead):
 
 
 def attention_init(key: Array, shape: tuple[int, ...]) -> Array:
-    """The initialisation of PyTorch's convolutions: uniform in ±1/√fan_in."""
+    """Initialises as PyTorch does its convolutions: uniformly in ±1/√fan_in."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -252,16 +252,16 @@ class _MixtureHead(CheckedModule):
 class MixtureHead(_MixtureHead):
     """Averaged or concatenated mixture: `Mixture` → batch norm → dropout → classifier.
 
-    These are Ave-GAP and Ave-SOP of the paper, and the same with concatenation. Every candidate runs on every image.
-    Training with dropout needs the RNG stream `dropout`.
+    These are the paper's Ave-GAP and Ave-SOP, and their counterparts with concatenation. Every candidate runs on every
+    image. Training with dropout needs the RNG stream `dropout`.
 
     Attributes:
       num_classes: number of classes.
       num_candidates, candidate_widths, order, num_iters, combine: see `Mixture`.
       dropout_rate: probability with which a feature is set to 0 in training; 0 turns dropout off.
       axis_name: pmap or shard_map axis over which the batch is split; see `Dropout`.
-      norm: makes the batch norm.
-      dtype: dtype of convolutions and classifier; None follows features and parameters.
+      norm: creates the batch norm.
+      dtype: dtype of convolutions and classifier; None infers it from features and parameters.
     """
 
     combine: Literal["average", "concatenate"] = "average"

@@ -30,10 +30,10 @@ def relu_convolution(
     where: Where | None,
     batch_norm: bool,
 ) -> Float[Array, "b p width"]:
-    """Applies a 1×1 convolution without bias, batch norm if asked for, and ReLU, as submodules of `module`.
+    """Applies a 1×1 convolution without bias, an optional batch norm, and ReLU, as submodules of `module`.
 
-    The convolution has the given name, and the batch norm that name with the suffix `_bn`. `module.norm` makes the
-    batch norm, and `module.dtype` is the dtype of both.
+    The convolution has the given name, and the batch norm that name with the suffix `_bn`. `module.norm` creates
+    the batch norm, and `module.dtype` is the dtype of both.
     """
     x = nn.Dense(width, use_bias=False, dtype=module.dtype, kernel_init=he_normal, name=name)(x)
     if batch_norm:
@@ -42,7 +42,7 @@ def relu_convolution(
 
 
 def normalize(norm: Any, x: Float[AnyArray, "*b c"], train: bool, where: Shaped[AnyArray, "*b"] | None) -> Array:
-    """Calls a batch norm, with `where` only if there is a mask, because the batch norms of others need not take it."""
+    """Calls a batch norm. Passes `where` only if there is a mask, because a user's batch norm may not accept it."""
     return norm(x, train=train) if where is None else norm(x, train=train, where=where)
 
 
@@ -51,7 +51,7 @@ class Classifier(CheckedModule):
 
     Attributes:
       num_classes: number of classes.
-      dtype: dtype of the product's operands; None follows features and parameters.
+      dtype: dtype of the product's operands; None infers it from features and parameters.
     """
 
     num_classes: int
@@ -76,7 +76,7 @@ class BatchNorm(CheckedModule):
       epsilon: ε.
       axis_name: pmap or shard_map axis over which the batch is split. With None, each device normalises by the moments
         of its own part (under jit, by those of the whole batch).
-      dtype: dtype of the result; None follows x and the parameters. Moments are computed in float32 at least.
+      dtype: dtype of the result; None infers it from x and the parameters. Moments are computed in float32 at least.
     """
 
     running_rate: float = 0.3

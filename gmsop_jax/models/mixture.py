@@ -23,9 +23,9 @@ candidate_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", batch
 class _Bank(CheckedModule):
     """The candidates and their weights, which all images share.
 
-    Candidate Mᵢ (the paper's component module, an expert in the mixture-of-experts literature) is a
-    stack of 1×1 convolutions without bias, each with ReLU, then average (order 1) or square-root-normalised
-    covariance pooling (order 2).
+    Candidate Mᵢ (called a component module in the paper, and an expert in the mixture-of-experts literature) is
+    a stack of 1×1 convolutions without bias, each followed by ReLU, and then average pooling (order 1) or
+    square-root-normalised covariance pooling (order 2).
     """
 
     num_candidates: int = 16
@@ -83,7 +83,7 @@ class GatedMixture(_Bank, GateFields):
     Attributes:
       num_candidates: n, the size of the bank.
       candidate_widths: widths of each candidate's convolutions; the last is the width d that is pooled.
-      order: order of the candidates' pooling, 1 or 2; the gate's too, unless `gate_order` is set.
+      order: order of the candidates' pooling, 1 or 2; also that of the gate, unless `gate_order` is set.
       num_iters: Newton–Schulz steps.
       dtype: dtype of the convolutions; pooling, gate weights and result are at least float32.
       num_selected, gate_widths, gate_order, gate_noise, gate_softmax, gate_gradient, gate_init,
@@ -113,7 +113,7 @@ class GatedMixture(_Bank, GateFields):
         Returns: (pooled features, {`balance_loss`, `gate_weights` [b, n], `importance` [b, n]}).
 
         Raises:
-          ValueError: see `Gate`; also if the shape of x or `where` is wrong.
+          ValueError: see `Gate`; also if the shape of x or of `where` is wrong.
         """
         x, where = flatten_positions(x, where)
         gate_fields = {**shared_fields(self, Gate), "gate_order": self.gate_order or self.order}

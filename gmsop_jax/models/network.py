@@ -1,4 +1,4 @@
-"""A backbone and a head make a network; a configuration names both."""
+"""Networks of a backbone and a head, created from a configuration."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from gmsop_jax.ops.arrays import AnyArray
 
 _Fields = dict[str, Any]
 
-# name → head, from the configuration's fields that plain heads, all mixtures and gated ones take
+# name → head, created from the fields for heads without a mixture, for mixtures, and for gated mixtures
 _HEADS: dict[str, Callable[[Any, _Fields, _Fields, _Fields], nn.Module]] = {
     "gap": lambda m, plain, mixture, gated: GAPHead(**plain),
     "sop": lambda m, plain, mixture, gated: CovarianceHead(**plain),
@@ -55,11 +55,11 @@ BACKBONES = ("narrow", *_BOTTLENECKS)
 
 
 class Network(nn.Module):
-    """Any backbone under any head.
+    """A backbone followed by a head.
 
     Attributes:
       backbone: module with `__call__(images, *, train)` → [b, h, w, c].
-      head: module with the contract of `models.heads`.
+      head: module that is called as described in `models.heads`.
     """
 
     backbone: nn.Module
@@ -71,25 +71,25 @@ class Network(nn.Module):
         train: bool = False,
         gate_noise: Float[AnyArray, "b ..."] | None = None,
     ) -> tuple[Float[Array, "b classes"], Mapping[str, Array]]:
-        """Logits of mean-subtracted images, and the head's `aux`."""
+        """Returns the logits of mean-subtracted images, and the head's `aux`."""
         features = self.backbone(images, train=train)
         return self.head(features, train=train, gate_noise=gate_noise)
 
 
 def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bool = False) -> Network:
-    """The network that `config.model` describes.
+    """Creates the network that `config.model` describes.
 
     Args:
       config: the fields of `gmsop_jax.config.model_defaults()`, with `num_classes` set.
       axis_name: pmap or shard_map axis over which the batch is split; batch norm, balance loss and
         random draws are those of the whole batch.
-      per_device_bn: batch norm normalises by the moments of each device's part instead.
+      per_device_bn: if True, batch norm uses the moments of each device's part instead.
 
     Returns: a module for `init(rngs, images)` and `apply(variables, images, train=…, gate_noise=None)`
       → `(logits, aux)`.
 
     Raises:
-      ValueError: if head or backbone is unknown or num_classes is not set.
+      ValueError: if the head or the backbone is unknown, or num_classes is not set.
 
     Example:
       >>> from gmsop_jax.config import model_defaults
@@ -163,5 +163,5 @@ def _create_head(m: Any, shared: _Fields, axis_name: str | None) -> nn.Module:
 
 
 def count_parameters(params: Any) -> int:
-    """Trainable numbers in a tree of parameters (batch norm's moments are not among them)."""
+    """Returns the number of trainable parameters in a tree, which does not contain the moments of batch norm."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

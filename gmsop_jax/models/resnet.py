@@ -1,4 +1,4 @@
-"""Residual networks: the authors' narrow ones of basic blocks, and ImageNet's of bottlenecks."""
+"""Residual networks: the authors' narrow ResNets of basic blocks, and the bottleneck ResNets for ImageNet."""
 
 import functools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from gmsop_jax.models.checks import CheckedModule, check_stages
 from gmsop_jax.models.layers import BatchNorm, ModuleFactory, he_normal
 from gmsop_jax.ops.arrays import AnyArray
 
-_BOTTLENECK_WIDTHS = (64, 128, 256, 512)  # of the four stages' 3×3 convolutions, in ResNet
+_BOTTLENECK_WIDTHS = (64, 128, 256, 512)  # widths of the 3×3 convolutions in the four stages of a ResNet
 
 _Map = Float[AnyArray, "b h w c"]
 _Result = Float[Array, "b h2 w2 c2"]
@@ -24,10 +24,10 @@ class _Block(CheckedModule):
     """What the residual blocks share: convolutions with batch norm, and the shortcut.
 
     Attributes:
-      width: channels of its convolutions.
-      stride: of the block.
-      norm: makes the batch norms.
-      dtype: as in `ResNet`.
+      width: number of channels of the block's convolutions.
+      stride: stride of the block.
+      norm: creates the batch norms.
+      dtype: see `ResNet`.
     """
 
     width: int
@@ -36,7 +36,7 @@ class _Block(CheckedModule):
     dtype: DTypeLike | None = None
 
     def _convolution(self, x, width, size, stride, name, *, train, groups=1):
-        pad = (size - 1) // 2  # at stride 2 too, where 'SAME' would pad one side only
+        pad = (size - 1) // 2  # also at stride 2, where 'SAME' would pad only one side
         x = nn.Conv(
             width,
             (size, size),
@@ -59,26 +59,26 @@ class _Block(CheckedModule):
 class BasicBlock(_Block):
     """ReLU(x' + BN(conv3×3(ReLU(BN(conv3×3(x)))))); x' is x, or BN(conv1×1(x)) if its shape differs.
 
-    The first convolution has the stride.
+    The first 3×3 convolution has the block's stride.
     """
 
     @nn.compact
     def __call__(self, x: _Map, train: bool = False) -> _Result:
-        """Applies the block: `width` channels."""
+        """Applies the block; the result has `width` channels."""
         y = jax.nn.relu(self._convolution(x, self.width, 3, self.stride, "conv1", train=train))
         y = self._convolution(y, self.width, 3, 1, "conv2", train=train)
         return self._add_shortcut(x, y, train=train)
 
 
 class BottleneckBlock(_Block):
-    """1×1, 3×3 in groups, 1×1 convolution, each with batch norm, ReLU between; shortcut as `BasicBlock`'s.
+    """1×1, grouped 3×3 and 1×1 convolutions with batch norm, ReLU between them, and the shortcut of `BasicBlock`.
 
-    The 3×3 convolution has the stride (as in torchvision; He et al. 2016 have it in the first one).
+    The 3×3 convolution has the block's stride, as in torchvision. In He et al. 2016, the first convolution has it.
 
     Attributes:
-      groups: of the 3×3 convolution; 1 in ResNet, the cardinality in ResNeXt (Xie et al. 2017).
-      group_width: channels of each group in a block of width 64; wider blocks have as many times more.
-      others: as in `BasicBlock`.
+      groups: number of groups of the 3×3 convolution: 1 in ResNet, and the cardinality in ResNeXt (Xie et al. 2017).
+      group_width: channels of each group in a block of width 64; it grows in proportion to the width of the block.
+      others: see `BasicBlock`.
     """
 
     groups: int = 1
@@ -86,7 +86,7 @@ class BottleneckBlock(_Block):
 
     @nn.compact
     def __call__(self, x: _Map, train: bool = False) -> _Result:
-        """Applies the block: 4 · `width` channels."""
+        """Applies the block; the result has 4 · `width` channels."""
         inner = self.width * self.group_width // 64 * self.groups
         y = jax.nn.relu(self._convolution(x, inner, 1, 1, "conv1", train=train))
         y = self._convolution(y, inner, 3, self.stride, "conv2", train=train, groups=self.groups)
@@ -97,21 +97,21 @@ class BottleneckBlock(_Block):
 class ResNet(CheckedModule):
     """Residual network for small images: a 3×3 stem and stages of `BasicBlock`s.
 
-    ResNet-18 of the paper is the default; 4 blocks a stage at width factor 2 is WRN-36-2; 6 blocks a
-    stage is the paper's 64×64 "ResNet-50".
+    The defaults give the paper's ResNet-18. 4 blocks per stage with width factor 2 give WRN-36-2, and 6 blocks
+    per stage give the network that the paper calls ResNet-50 on 64×64 images.
 
     Attributes:
-      blocks_per_stage: basic blocks in each stage.
-      width_factor: multiplies `stage_widths`, not the stem.
-      stage_widths: channels of each stage.
-      stage_strides: stride of each stage's first block; the last is 1 for second-order heads (a 16×16
-        map of 64×64 images), 2 for first-order ones.
-      stem_width: channels of the stem.
-      pixel_scale: typical size of an input value. The stem's kernel starts divided by it; the trainer
-        divides that kernel's learning rate by its square. 60 for mean-subtracted pixels of 0–255 (as
-        the authors), 1 for standardised input.
-      norm: makes the batch norms.
-      dtype: of the computation; None follows the input and the parameters.
+      blocks_per_stage: number of basic blocks in each stage.
+      width_factor: multiplies `stage_widths`, but not the width of the stem.
+      stage_widths: number of channels of each stage.
+      stage_strides: stride of each stage's first block. The last one is 1 for second-order heads (a 16×16
+        map for 64×64 images), and 2 for first-order heads.
+      stem_width: number of channels of the stem.
+      pixel_scale: typical size of an input value. The initial kernel of the stem is divided by it, and the
+        trainer scales down the updates of that kernel accordingly. Use 60 for mean-subtracted pixels of 0–255
+        (as the authors do), and 1 for standardised input.
+      norm: creates the batch norms.
+      dtype: dtype of the computation; None infers it from the input and the parameters.
     """
 
     blocks_per_stage: int = 2
@@ -125,10 +125,10 @@ class ResNet(CheckedModule):
 
     @nn.compact
     def __call__(self, images: _Map, train: bool = False) -> _Result:
-        """Features of the last stage.
+        """Computes the features of the last stage.
 
         Args:
-          images: floating, of any size; mean-subtracted.
+          images: mean-subtracted floating-point images of any size.
           train: whether batch norm uses the batch's moments and updates the running ones.
 
         Returns: the map after the last block.
@@ -149,16 +149,16 @@ class ResNet(CheckedModule):
 
 
 class BottleneckResNet(CheckedModule):
-    """ImageNet's ResNet and ResNeXt: a stem and four stages of `BottleneckBlock`s, 2048 channels.
+    """ResNet or ResNeXt for ImageNet: a stem and four stages of `BottleneckBlock`s, with 2048 output channels.
 
     Attributes:
-      blocks_per_stage: (3, 4, 6, 3) in the networks of 50 layers, (3, 4, 23, 3) in those of 101.
-      groups, group_width: 1 and 64 in ResNet; the two numbers of 32x4d and 64x4d in ResNeXt.
-      stem: `large`, 7×7 at stride 2 and 3×3 max-pool at stride 2, for 224×224; `small`, 3×3 at stride 1
-        without pool, for 64×64.
-      stage_strides: stride of each stage's first block; (1, 2, 2, 2) for first-order heads, and 1 in the
-        end for second-order ones, as in iSQRT-COV.
-      pixel_scale, norm, dtype: as in `ResNet`.
+      blocks_per_stage: (3, 4, 6, 3) in networks of 50 layers, and (3, 4, 23, 3) in networks of 101 layers.
+      groups, group_width: 1 and 64 in ResNet; 32 and 4 in ResNeXt 32x4d, 64 and 4 in ResNeXt 64x4d.
+      stem: `large` is a 7×7 convolution with stride 2 and 3×3 max pooling with stride 2, for 224×224 images.
+        `small` is a 3×3 convolution with stride 1, without pooling, for 64×64 images.
+      stage_strides: stride of each stage's first block: (1, 2, 2, 2) for first-order heads, and (1, 2, 2, 1) for
+        second-order heads, as in iSQRT-COV.
+      pixel_scale, norm, dtype: see `ResNet`.
     """
 
     blocks_per_stage: Sequence[int] = (3, 4, 6, 3)
@@ -172,7 +172,7 @@ class BottleneckResNet(CheckedModule):
 
     @nn.compact
     def __call__(self, images: _Map, train: bool = False) -> _Result:
-        """Features of the last stage; arguments and errors as of `ResNet`."""
+        """Computes the features of the last stage; arguments and errors are those of `ResNet`."""
         stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
         if self.stem == "large":
             x = stem(images, 64, 7, 2, use_bias=False, train=train)
@@ -198,7 +198,7 @@ class BottleneckResNet(CheckedModule):
 def _stem(images, width, size, stride, *, use_bias, pixel_scale, norm, dtype, train):
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
-            f"images must be floating with their mean subtracted, got {images.dtype};"
+            f"images must be floating-point, with their mean subtracted, got {images.dtype};"
             " for example images.astype(jnp.float32) - mean_rgb"
         )
     pad = (size - 1) // 2
@@ -216,9 +216,9 @@ def _stem(images, width, size, stride, *, use_bias, pixel_scale, norm, dtype, tr
 
 
 def _max_pool(x: Array) -> Array:
-    """Maximum over 3×3 windows at stride 2, with padding 1 on each side.
+    """Maximum over 3×3 windows with stride 2, and padding 1 on each side.
 
-    A maximum of nine slices: the gradient of `nn.max_pool` adds in no fixed order on a GPU.
+    Computed as the maximum of nine slices, because the gradient of `nn.max_pool` adds in no fixed order on a GPU.
     """
     height, width = ((side - 1) // 2 + 1 for side in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)), constant_values=-jnp.inf)

@@ -1,4 +1,4 @@
-"""Conversion of heads between Flax Linen and NNX. Both name their parameters alike."""
+"""Conversion of heads between Flax Linen and NNX, which use the same parameter names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,15 +19,15 @@ def from_linen(head: nn.Module, variables: Mapping[str, Any], *, rngs: nnx.Rngs 
     """Converts a Linen head to an NNX head with the same fields, parameters and batch statistics.
 
     Args:
-      head: a head of `gmsop_jax.models`.
-      variables: its collections `params` and `batch_stats`, of JAX or NumPy arrays. Those of a head within a model are
+      head: a head of `gmsop_jax.models` that also exists in `gmsop_jax.nnx`.
+      variables: its collections `params` and `batch_stats`, of JAX or NumPy arrays. For a head within a model, they are
         `{name: collection["head"] for name, collection in variables.items()}`.
-      rngs: the streams `gating` and `dropout`, from which the NNX head draws in training; by default `nnx.Rngs(0)`.
+      rngs: provides the streams `gating` and `dropout` that the NNX head uses in training; by default `nnx.Rngs(0)`.
 
     Returns: the NNX head, in evaluation mode.
 
     Raises:
-      TypeError: if `head` is not a head of `gmsop_jax.models`.
+      TypeError: if `head` is not such a head.
       ValueError: if `variables` do not fit the head, or its batch norm is not `gmsop_jax.models.BatchNorm`.
 
     Example:
@@ -95,7 +95,7 @@ def _in_features(head: Any, params: Mapping[tuple[str, ...], Any]) -> int:
             width = params[path].shape[axis]
             pooled = path[0] == "classifier" and type(head).__name__ != "GAPHead"
             return triangle_side(width) if pooled else width
-    raise ValueError(f"params do not fit {type(head).__name__}: they have no kernel of a classifier")
+    raise ValueError(f"params do not fit {type(head).__name__}: they contain no classifier kernel")
 
 
 def _flatten(state: Any) -> dict[tuple[str, ...], nnx.Variable]:

@@ -2,8 +2,8 @@
 
 `Head(in_features, num_classes, rngs=rngs, **fields)` takes the number of channels and the fields of the Linen head of
 the same name. `head(x, train, gate_noise, where)` takes and returns the same as the Linen head; see
-`gmsop_jax.models.heads`.
-A head starts in evaluation mode; `head.train()` and `head.eval()` switch it, and the argument `train` overrides them.
+`gmsop_jax.models.heads`. A head starts in evaluation mode. `head.train()` and `head.eval()` switch the mode, and the
+argument `train` takes precedence over it.
 """
 
 from collections.abc import Mapping
@@ -39,11 +39,11 @@ def _triangle(width: int) -> int:
 
 
 class Head(ReluConvolutions):
-    """What the heads share: their Linen counterpart, and the mode.
+    """Base class of the heads, with their Linen counterpart and the mode.
 
     Attributes:
       linen: the Linen class.
-      config: the Linen head with the fields of this one.
+      config: a Linen head with the same fields.
       in_features: number of channels.
       deterministic: True in evaluation, False in training; set by `eval()` and `train()`.
     """

@@ -1,7 +1,7 @@
 """Layers that the NNX heads share.
 
-Each module keeps the Linen module with its fields as `config`, so that fields, defaults and their checks exist once.
-The attributes that hold parameters have the names of the Linen parameters.
+Each module keeps a Linen module with the same fields as `config`, so that fields, defaults and checks are defined only
+once. Attributes that hold parameters have the same names as the Linen parameters.
 """
 
 from typing import Any
@@ -63,15 +63,15 @@ class BatchNorm(nnx.Module):
 
 
 def make_norm(factory: Any, num_features: int, rngs: nnx.Rngs, **fields: Any) -> BatchNorm:
-    """The NNX batch norm with the settings of the Linen batch norm that `factory` makes.
+    """Creates an NNX batch norm with the settings of the Linen batch norm that `factory` creates.
 
     Raises:
-      ValueError: if the factory makes something else.
+      ValueError: if the factory creates something else.
     """
     norm = factory(**fields)
     if not isinstance(norm, models.BatchNorm):
         raise ValueError(
-            "an NNX head needs norm=gmsop_jax.models.BatchNorm or a functools.partial of it, but norm makes a"
+            "an NNX head needs norm=gmsop_jax.models.BatchNorm or a functools.partial of it, but norm creates a"
             f" {type(norm).__name__}"
         )
     return BatchNorm(num_features, rngs=rngs, **fields_of(norm))
@@ -84,10 +84,10 @@ def fields_of(module: Any) -> dict[str, Any]:
 
 
 class ReluConvolutions(nnx.Module):
-    """1×1 convolutions without bias, each with ReLU, and with batch norm before it if asked for.
+    """1×1 convolutions without bias, each followed by an optional batch norm and by ReLU.
 
-    A module with such layers is a subclass, so that its convolutions have the names of Linen's: `conv1` and `conv1_bn`
-    for the prefix `conv`.
+    Modules with such layers inherit from this class, so that the layers have the same names as in Linen: `conv1` and
+    `conv1_bn` for the prefix `conv`.
     """
 
     config: Any

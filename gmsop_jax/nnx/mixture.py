@@ -146,7 +146,7 @@ class GatedMixture(_Bank):
         gate_noise: Float[AnyArray, "b ..."] | None = None,
         where: Shaped[AnyArray, "b *p"] | None = None,
     ) -> tuple[Float[Array, "b f"], Mapping[str, Array]]:
-        """Pools a map or tokens; arguments and results are those of `gmsop_jax.models.GatedMixture`."""
+        """Pools a map or tokens; the arguments and results are those of `gmsop_jax.models.GatedMixture`."""
         x, where = flatten_positions(x, where)
         gate = self.gate(x, train, gate_noise, where)
         pooled = apply_candidates(x, self._kernels(x), gate.indices, self._pool, self.config.dispatch, where=where)

@@ -3,4 +3,4 @@
 import numpy as np
 from jaxtyping import Array
 
-AnyArray = Array | np.ndarray  # parameters may be either; results are always JAX arrays
+AnyArray = Array | np.ndarray  # arguments may be either; results are always JAX arrays

@@ -25,7 +25,7 @@ def iteration_steps(num_iters: int, coefficients: Coefficients = "newton_schulz"
 
     Raises:
       ValueError: if num_iters < 1, if `coefficients` is unknown, or if there are no minimax coefficients for
-        so many steps.
+        that many steps.
     """
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1, got {num_iters}")
@@ -43,10 +43,10 @@ def iteration_steps(num_iters: int, coefficients: Coefficients = "newton_schulz"
 def minimax_steps(num_iters: int, lower_end: float) -> Steps:
     """The composition of n odd cubics that is closest to 1 on [l, 1], applied to √λ.
 
-    s ← s(a − bs²) with a = (1 + l + l²)c and b = c takes equal values at l and 1, and its maximum between them.
-    The optimal composition takes the best cubic on the interval that the previous steps leave (Amsel et al.
-    2025, Polar Express). Here each step but the last scales its maximum to 1, so that the eigenvalues of ZY stay
-    in [0, 1]; the last step scales its values to lie evenly around 1.
+    The cubic s ← s(a − bs²) with a = (1 + l + l²)c and b = c takes equal values at l and 1, and its maximum
+    between them. The optimal composition uses, in each step, the best cubic on the interval to which the previous
+    steps map [l, 1] (Amsel et al. 2025, Polar Express). Here each step but the last is scaled so that its maximum
+    is 1, which keeps the eigenvalues of ZY in [0, 1]. The last step is scaled so that its values lie evenly around 1.
 
     Args:
       num_iters: number of steps.
@@ -66,7 +66,7 @@ def minimax_steps(num_iters: int, lower_end: float) -> Steps:
 
 @functools.cache
 def two_step_factors(first: Step, second: Step) -> tuple[Step, Step, float]:
-    """Two steps as a product of two quadratics, which costs one matrix product besides w².
+    """Factors two steps into two quadratics, whose product costs one matrix product besides w².
 
     With w = ZY, two steps multiply Y and Z by the quartic
     T₁(w)·T₂(w T₁(w)²) = g·(w² + p₁w + q₁)·(w² + p₂w + q₂).

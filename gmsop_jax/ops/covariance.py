@@ -29,7 +29,7 @@ def average_pool(x: Float[AnyArray, "*b p c"], *, where: Where | None = None) ->
       x: features of p positions. Half precision is converted to float32.
       where: the positions to include, or their weights; see `covariance_pool`.
 
-    Returns: the means over positions, float32 or float64. The mean over no position is zero, with zero gradient.
+    Returns: the means over positions, float32 or float64. If all weights are 0, the mean is zero, with zero gradient.
 
     Raises:
       ValueError: if `where` does not have one entry for each position.
@@ -61,10 +61,10 @@ def covariance_pool(
         equals that of the input without the positions of weight 0, whose values may be NaN or infinite. Gradients
         flow into x and into weights, and are 0 at positions of weight 0.
       centered: whether the mean is subtracted. If not, the result is the second moment (1/p) Σ xₚ xₚᵀ.
-      forward_mode: with True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` work too, and the backward pass takes two
-        matrix products instead of one.
+      forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, and the backward pass takes
+        two matrix products instead of one.
 
-    Returns: symmetric positive semi-definite matrices, float32 or float64. The covariance of no position is zero,
+    Returns: symmetric positive semi-definite matrices, float32 or float64. If all weights are 0, the matrix is zero,
       with zero gradient.
 
     Raises:
@@ -102,8 +102,8 @@ def second_order_pool(
       x: features of p positions.
       num_iters: number n of Newton–Schulz iterations.
       where, centered: see `covariance_pool`.
-      forward_mode: with True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` work too, at the price of a backward pass
-        that stores every iterate.
+      forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, but the backward pass stores
+        every iterate.
 
     Returns: vectors in the order of `numpy.triu_indices`, float32 or float64.
 
@@ -136,9 +136,9 @@ def pool_features(
 
 
 def position_weights(x: Float[AnyArray, "*b p c"], where: Where) -> Float[Array, "*b p"]:
-    """Returns a mask or weights as weights in the dtype of x, at least float32.
+    """Converts a mask or weights to weights in the dtype of x, at least float32.
 
-    No gradient flows into weights of 0, since the positions that they exclude may hold anything.
+    No gradient flows into weights of 0, because the positions that they exclude may hold any values.
 
     Raises:
       ValueError: if `where` does not have one entry for each position.

@@ -8,7 +8,7 @@ from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.covariance import Where, average_pool, clear_masked, position_weights
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_EPSILON = 1e-5  # of the authors' division
+_EPSILON = 1e-5  # added to the divisor, as in the authors' code
 
 
 def cross_covariance_pool(
@@ -16,7 +16,7 @@ def cross_covariance_pool(
 ) -> Float[Array, "*b r r"]:
     """Cross-covariance of two sets of features over positions.
 
-    C = (1/p) Σ (qₚ − mean q)(kₚ − mean k)ᵀ,  with weighted means if there are weights
+    C = (1/p) Σ (qₚ − mean q)(kₚ − mean k)ᵀ;  all means are weighted if there are weights
 
     Args:
       queries, keys: features of p positions. Half precision is converted to float32.

@@ -1,7 +1,7 @@
 """Exact dispatch: every candidate runs on the images that selected it, and on no others.
 
 Each selected pair (image, candidate) is one tile: the p rows of the image times the weights of the candidate. The work
-is that of b·k tiles, whatever n is. All shapes are static, and nothing is dropped, padded or sorted.
+is that of b·k tiles and does not depend on n. All shapes are static, and nothing is dropped, padded or sorted.
 """
 
 import functools
@@ -21,7 +21,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 Dispatch = Literal["auto", "gather", "loop"]
 Pool = Callable[..., Array]
 
-_CACHE_BYTES = 4 << 20  # size of all activations above which the loop was measured to be faster
+_CACHE_BYTES = 4 << 20  # if the activations of all pairs are larger, the loop was measured to be faster
 
 
 def apply_candidates(
@@ -41,12 +41,12 @@ def apply_candidates(
       x: features of p positions.
       kernels: the weights of all candidates, layer by layer, from c to d channels.
       indices: the selected candidates, from 0 to n − 1.
-      pool: pools one or more tiles, [*, p, d] → [*, f]. With a mask it is called with `where`, weights [*, p], too.
+      pool: pools one or more tiles, [*, p, d] → [*, f]. If there is a mask, it also receives `where`, weights [*, p].
       dispatch: `gather` copies the weights of each pair and computes all pairs as batched products, which suits
         accelerators. `loop` computes one pair after the other within the cache, and recomputes each in the backward
-        pass instead of storing anything, which suits a single CPU device. `auto` selects `loop` there if the
-        activations of all pairs exceed the cache, and `gather` otherwise. Values and gradients are the same, to
-        rounding.
+        pass instead of storing anything, which suits a single CPU device. `auto` selects `loop` on a single CPU
+        device if the activations of all pairs exceed the cache, and `gather` otherwise. Values and gradients are
+        the same up to rounding.
       where: a mask or weights of the positions; see `covariance_pool`.
 
     Returns: the pooled vector of each pair.
@@ -160,7 +160,7 @@ def _pair(
 
 
 def _pairs(indices: Array) -> tuple[Array, Array]:
-    """Image and candidate of each pair, [turns, pairs per turn]: two per turn, which XLA can run on two cores."""
+    """Image and candidate of each pair, [turns, pairs per turn]: one or two per turn; XLA can run two on two cores."""
     b, k = indices.shape
     pairs_a_turn = 2 - b * k % 2
     return (jnp.arange(b * k) // k).reshape(-1, pairs_a_turn), indices.reshape(-1, pairs_a_turn)

@@ -31,9 +31,9 @@ def adaptive_channel_dropout(
 
     Σ' = (1 + a)(1 + a)ᵀ ∘ Σ,  ρ = cos(a, Σ'1),  rate = clip(1 − 10/log₂c · mean ρ, 0, 1),  result mmᵀ ∘ Σ'
 
-    The authors scale the features, x ← x·a + x and x ← x·m, and compute covariances of them. This is the same, because
-    a factor of a channel scales its row and column. m is 0 for a dropped channel and 1/(1 − rate) otherwise. The rate
-    is the same for the whole batch, and no gradient flows through it.
+    The authors scale the features, x ← x·a + x and x ← x·m, and then compute their covariance. The result is the same,
+    because scaling a channel scales its row and column of Σ. m is 0 for a dropped channel and 1/(1 − rate) otherwise.
+    All images of the batch share one rate, and no gradient flows through it.
 
     Args:
       sigma: covariances of the features.

@@ -22,10 +22,10 @@ class GateOutput(NamedTuple):
 
     Attributes:
       logits: h, including the noise.
-      indices: of the selected candidates, the largest logit first.
-      weights: of all candidates, 0 for those that are not selected.
+      indices: indices of the selected candidates, in decreasing order of their logits.
+      weights: weights of all candidates, 0 for those that are not selected.
       importance: each candidate's share of each image; the balance loss depends on its sum over the batch.
-      balance_loss: `balance_loss` of `importance`.
+      balance_loss: the result of `balance_loss` for `importance`.
     """
 
     logits: Float[Array, "b n"]
@@ -96,7 +96,7 @@ def draw_gate_noise(
       shape: (b, n), the numbers of images and candidates.
       dtype: dtype of the result.
       given: γ, used instead of a draw: [b] or [b, n].
-      key: key of the draw, the same on every device; None draws nothing.
+      key: key of the draw, the same on every device; None means no noise unless `given` is set.
       axis_name: pmap or shard_map axis over which the batch is split.
 
     Returns: γ, or None if there is no noise.
@@ -134,8 +134,8 @@ def top_k_gate(
     Args:
       logits: h. Half precision is converted to float32.
       k: number of candidates to select, 1 ≤ k ≤ n.
-      gradient: `straight_through` uses the gradient of softmax(h) over all n candidates. `masked` uses that of the
-        softmax over the selected ones, as the authors' code does.
+      gradient: `straight_through` uses the gradient of softmax(h) over all n candidates. `masked` uses the
+        gradient of the softmax over the selected ones, as the authors' code does.
       rng: key for the random selection when all logits are equal; see `select_top_k`.
 
     Returns: (weights, indices of the selected candidates). Each row of weights has k non-zero entries, which sum to 1.
@@ -165,7 +165,7 @@ def select_top_k(
     Args:
       logits: h.
       k: number of candidates to select, 1 ≤ k ≤ n.
-      rng: key of the draw; without it equal logits are selected by their index.
+      rng: key of the draw; without it, equal logits are selected by their index.
       axis_name: pmap or shard_map axis over which the batch is split.
 
     Returns: indices, in decreasing order of the logits.

@@ -15,7 +15,7 @@ from gmsop_jax.ops.random import draw_rows
 def flatten_positions(
     x: Shaped[AnyArray, "b *p c"], where: Shaped[AnyArray, "b *p"] | None = None
 ) -> tuple[Shaped[Array, "b p c"], Float[Array, "b p"] | None]:
-    """A map of features [b, h, w, c] or tokens [b, l, c] as p positions, with their weights.
+    """Flattens a map of features [b, h, w, c] or tokens [b, l, c] to p positions, with their weights.
 
     Args:
       x: features. With a mask, they are set to 0 at positions of weight 0.
@@ -62,14 +62,14 @@ def batch_norm(
 
     y = scale · (x − μ)/σ + bias,  σ = √(var + ε) with the biased variance
 
-    In training μ and σ are the batch's, and otherwise the running ones, to which ε is not added again.
+    In training, μ and σ are those of the batch. Otherwise they are the running averages, and ε is not added again.
 
     Args:
       x: features.
       running_mean, running_sigma: running averages of μ and of σ itself, not of the variance.
       running_rate: weight of the batch in the running averages: r ← (1 − rate) · r + rate · batch.
       where: a mask or weights of the rows, which determine their shares in the moments; see `covariance_pool`. If
-        all are 0, the running averages stay as they are.
+        all are 0, the running averages do not change.
       axis_name: pmap or shard_map axis over which the batch is split, to use the moments of the whole batch.
       dtype: dtype of y; None means that of x and the parameters. Moments are computed in float32 at least.
 

@@ -17,11 +17,11 @@ def matrix_power(sigma: Float[AnyArray, "*b d d"], alpha: float = 0.5) -> Float[
 
     Σ = U diag(λ) Uᵀ,  Σ^α = U diag(λ^α) Uᵀ   (MPN-COV, eq. 5)
 
-    Eigenvalues up to the spacing of floating-point numbers at the largest one are rounding: they are
-    dropped, with their gradients, as the authors do. (Their code takes √(λ + 10⁻¹²) whatever α is; here it
-    is λ^α.) The gradient is written by divided differences, (λᵢ^α − λⱼ^α)/(λᵢ − λⱼ), evaluated such that
-    close and equal eigenvalues lose nothing. It can itself not be differentiated where eigenvalues
-    are equal.
+    Eigenvalues no larger than the spacing of floating-point numbers at the largest eigenvalue are rounding
+    errors. They are set to 0, as in the authors' code. (That code computes √(λ + 10⁻¹²) for
+    any α; this function computes λ^α.) The gradient uses the divided differences (λᵢ^α − λⱼ^α)/(λᵢ − λⱼ), in a form
+    that stays accurate for close and equal eigenvalues. The gradient itself is not differentiable where
+    eigenvalues are equal.
 
     Args:
       sigma: symmetric PSD matrices, float32 or float64; only the symmetric part counts.

@@ -24,14 +24,14 @@ def newton_schulz_sqrt(
 
     A = Σ/tr Σ;  Y₀ = A, Z₀ = I;  T = ½(3I − Z Y), Y ← Y T, Z ← T Z;  result √(tr Σ)·Yₙ
 
-    (iSQRT-COV, eq. 4–7.) Every iterate is a polynomial of A, so they commute, and the same Yₙ is computed with
-    fewer products than the formulas show: two steps at a time, 5 instead of 6 products for n = 3 and 10 instead
-    of 12 for n = 5. The derivative of the map at a symmetric A is its own adjoint, so the backward pass is a
-    forward sweep with the cotangent as direction, and keeps only `sigma`.
+    (iSQRT-COV, eq. 4–7.) All iterates are polynomials of A, so they commute, and Yₙ is computed with fewer matrix
+    products than the formulas show, two steps at a time: 5 instead of 6 for n = 3, and 10 instead of 12 for n = 5.
+    The derivative of the map at a symmetric A is its own adjoint. The backward pass is therefore a forward sweep
+    with the cotangent as direction, and stores only `sigma`.
 
-    With few steps the result is far from the square root, by design: small eigenvalues converge slowly, and
-    the method benefits from not amplifying them. Relative error in the Frobenius norm for covariances of 256
-    normally distributed positions:
+    With few steps, the result is far from the square root, by design: small eigenvalues converge slowly, and
+    the method benefits from not amplifying them. The table shows ‖Y − √Σ‖/‖√Σ‖ in the Frobenius norm for
+    covariances of 256 normally distributed positions:
 
     | channels | n = 1 | n = 3 | n = 5 | n = 7 | n = 9 |
     |---|---|---|---|---|---|
@@ -39,8 +39,9 @@ def newton_schulz_sqrt(
     | 64 | 80 % | 57 % | 24 % | 3 % | 0 |
     | 128 | 84 % | 67 % | 36 % | 11 % | 1 % |
 
-    With `coefficients='minimax'` the steps are T = aₖI − bₖZY. Their aₖ and bₖ keep the largest error of the root
-    over all A small, for the same number of products (`ops.coefficients`). It is at most, times √(tr Σ):
+    With `coefficients='minimax'`, the steps are T = aₖI − bₖZY. The coefficients aₖ and bₖ minimise the largest error
+    of the root over all A, with the same number of products (`ops.coefficients`). The next table shows that largest
+    error of an eigenvalue of the root, divided by √(tr Σ):
 
     | | n = 1 | n = 2 | n = 3 | n = 4 | n = 5 | n = 6 | n = 8 | n = 10 | n = 12 |
     |---|---|---|---|---|---|---|---|---|---|
@@ -52,15 +53,16 @@ def newton_schulz_sqrt(
       num_iters: number of steps n ≥ 1; GM-SOP uses 3, iSQRT-COV 5.
       coefficients: `newton_schulz`, or `minimax` for n ≤ 12. A more accurate root does not always make a more
         accurate classifier (Song et al., ICCV 2021).
-      forward_mode: JAX refuses `jax.jvp`, `jax.jacfwd` and `jax.hessian` for functions with their own backward
-        pass. With True, they work, as does every other derivative, by automatic differentiation of the
-        iteration; reverse mode then stores the iterates. Values are the same.
+      forward_mode: by default, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are not supported, because the function
+        defines its own backward pass. If True, JAX differentiates the iteration automatically, which supports
+        them. Reverse mode then stores the iterates. Values are the same.
 
     Returns: Y with Y @ Y ≈ sigma, same shape and dtype. A zero matrix gives zero, with zero gradient.
 
     Raises:
-      ValueError: if num_iters < 1, the last two axes differ, or there are no such coefficients.
-      TypeError: for half precision and integers, where the iteration loses its digits.
+      ValueError: if num_iters < 1, if the last two axes differ, or if `coefficients` is unknown or not available for
+        that many steps.
+      TypeError: for integers, and for half precision, which is not accurate enough for the iteration.
 
     Example:
       >>> newton_schulz_sqrt(4 * jnp.eye(2), 12).round(3)
@@ -79,19 +81,19 @@ def newton_schulz_inverse_sqrt(
     coefficients: Coefficients = "newton_schulz",
     forward_mode: bool = False,
 ) -> Float[Array, "*b d d"]:
-    """Inverse square roots of symmetric positive definite matrices, the other result of the same iteration.
+    """Inverse square roots of symmetric positive definite matrices, the second result of the same iteration.
 
     A = Σ/tr Σ;  Y₀ = A, Z₀ = I;  T = ½(3I − Z Y), Y ← Y T, Z ← T Z;  result Zₙ/√(tr Σ)
 
-    Yₙ = A Zₙ, so `newton_schulz_sqrt(sigma, n)` equals `sigma @ newton_schulz_inverse_sqrt(sigma, n)`. The iteration
-    replaces 1/√λ for an eigenvalue λ of A by at most 1.5ⁿ, which regularizes singular matrices. The relative error
-    falls below 10 % from λ = 0.53, 0.14 and 0.030 on for n = 1, 3 and 5.
+    Yₙ = A Zₙ, so `newton_schulz_sqrt(sigma, n)` equals `sigma @ newton_schulz_inverse_sqrt(sigma, n)`. For an
+    eigenvalue λ of A, the iteration computes a value of at most 1.5ⁿ in place of 1/√λ, which regularises singular
+    matrices. For n = 1, 3 and 5, its relative error is below 10 % if λ is above 0.53, 0.14 and 0.030.
 
     Args:
       sigma: symmetric PSD matrices, float32 or float64.
-      num_iters, coefficients, forward_mode: see `newton_schulz_sqrt`. With `minimax`, the relative error is at
-        most 11.5 %, 2.9 % and 0.58 % from λ = 0.2, 0.021 and 0.0013 on for n = 1, 3 and 5, and 1/√λ is replaced
-        by at most 2.3, 9.5 and 47.
+      num_iters, coefficients, forward_mode: see `newton_schulz_sqrt`. With `minimax` and n = 1, 3 and 5, the
+        relative error is at most 11.5 %, 2.9 % and 0.58 % if λ is above 0.2, 0.021 and 0.0013, and the values in
+        place of 1/√λ are at most 2.3, 9.5 and 47.
 
     Returns: Z with Z @ sigma @ Z ≈ I, same shape and dtype. A zero matrix gives zero, with zero gradient.
 
@@ -113,7 +115,7 @@ def _checked(sigma: Any, caller: str) -> Array:
         raise ValueError(f"{caller} needs square matrices [..., d, d], got shape {sigma.shape}")
     if sigma.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(
-            f"{caller} needs float32 or float64, got {sigma.dtype}: the iteration loses its digits in less;"
+            f"{caller} needs float32 or float64, got {sigma.dtype}: the iteration is not accurate in lower precision;"
             " convert with sigma.astype(jnp.float32)"
         )
     return sigma

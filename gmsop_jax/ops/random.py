@@ -1,4 +1,4 @@
-"""Random draws of a batch that is split over devices."""
+"""Random draws for a batch that is split over devices."""
 
 from collections.abc import Callable
 
@@ -9,18 +9,18 @@ from jaxtyping import Array
 def draw_rows(
     draw: Callable[[Array, tuple[int, ...]], Array], rng: Array, shape: tuple[int, ...], axis_name: str | None = None
 ) -> Array:
-    """Draws for this device's rows what one device would draw there for the whole batch.
+    """Draws random numbers for this device's rows, as a single device would draw them for the whole batch.
 
-    Each device draws for all rows and keeps its own, so the numbers don't depend on the number of devices.
+    Each device draws for all rows and keeps its own, so the numbers do not depend on the number of devices.
 
     Args:
       draw: (key, shape) → array, like `jax.random.normal`.
       rng: key, the same on every device.
-      shape: of the result; its first axis is this device's rows.
-      axis_name: pmap or shard_map axis over which the batch is split; None where one device has it all
-        (under jit XLA splits the draw by itself).
+      shape: shape of the result; its first axis is this device's rows.
+      axis_name: pmap or shard_map axis over which the batch is split; None if there is no such axis (under jit, XLA
+        partitions the draw itself).
 
-    Returns: an array of that shape.
+    Returns: an array of the given shape.
     """
     if axis_name is None:
         return draw(rng, shape)

@@ -29,7 +29,7 @@ def _take(x: Array, positions: np.ndarray) -> Array:
 def triangle_vector(m: Shaped[AnyArray, "*b d d"]) -> Shaped[Array, "*b t"]:
     """Upper triangles with the diagonal, row by row: t = d(d + 1)/2, off-diagonals unscaled.
 
-    v = m[triu_indices(d)]   (GM-SOP, section 2.2; MATLAB's column order is another)
+    v = m[triu_indices(d)]   (GM-SOP, section 2.2; MATLAB's order, column by column, is different)
 
     Args:
       m: square matrices; only the upper triangle is read.
@@ -58,7 +58,7 @@ def triangle_matrix(v: Shaped[AnyArray, "*b t"]) -> Shaped[Array, "*b d d"]:
     Returns: symmetric matrices of the same dtype.
 
     Raises:
-      ValueError: if t is no triangular number.
+      ValueError: if t is not a triangular number.
 
     Example:
       >>> triangle_matrix(jnp.array([1, 2, 5]))
@@ -72,7 +72,7 @@ def triangle_side(t: int) -> int:
     """The d whose triangle has t = d(d + 1)/2 entries.
 
     Raises:
-      ValueError: if t is no triangular number.
+      ValueError: if t is not a triangular number.
     """
     d = (math.isqrt(8 * t + 1) - 1) // 2
     if t < 1 or d * (d + 1) // 2 != t:
@@ -80,8 +80,8 @@ def triangle_side(t: int) -> int:
     return d
 
 
-# The adjoint of a gather is a scatter, slow to compile and to run; here either function's adjoint is
-# the other's gather with the entries off the diagonal weighted, so both directions stay gathers.
+# The adjoint of a gather is a scatter, which is slow to compile and to run. Here the adjoint of each function is the
+# gather of the other one, with weights for the entries off the diagonal, so both directions are gathers.
 
 
 @jax.custom_vjp

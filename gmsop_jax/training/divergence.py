@@ -11,21 +11,21 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.training.metrics import NonFiniteError, check_metrics
 from gmsop_jax.training.step import TrainState
 
-MAX_LOSS = 1e4  # nats per image, beyond which training has diverged; guessing among a million classes costs 14
+MAX_LOSS = 1e4  # nats per image; above it, training has diverged. Guessing among a million classes costs 14
 MAX_SKIPPED = 10  # a run ends rather than skip more than this many steps in a row
 
 
 def check_evaluation(step: int, evaluation: Mapping[str, Any]) -> None:
     """Raises NonFiniteError unless the loss of the evaluation after a step is finite."""
     if not np.isfinite(evaluation["loss"]):
-        raise NonFiniteError(f"evaluation loss not finite after step {step}", step)
+        raise NonFiniteError(f"the evaluation loss is not finite after step {step}", step)
 
 
 def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) -> None:
     """Checks that a state is worth saving, before it replaces a good checkpoint.
 
-    An update may have ruined the parameters without making them infinite, which only the next loss would show. So the
-    last batch is run once more with the new parameters; the result is discarded.
+    An update may have ruined the parameters without making them infinite, which only the next loss would show.
+    Therefore, the last batch is run once more with the new parameters, and the result is discarded.
 
     Args:
       state: the state to save.
@@ -37,12 +37,12 @@ def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) 
       NonFiniteError: if the state, its loss or its gradient is not finite, or the loss is absurdly large.
     """
     if not _all_finite(state):
-        raise NonFiniteError(f"parameters, moments or optimiser state not finite after step {step}", step)
+        raise NonFiniteError(f"the parameters, moments or optimizer state are not finite after step {step}", step)
     copy = jax.tree.map(jnp.copy, state.replace(step=state.step * 0 + step - 1))
     metrics = jax.device_get(train_step(copy, batch)[1])
     check_metrics(step, metrics)
     if (loss := float(metrics["loss_sum"]) / int(metrics["count"])) > MAX_LOSS:
-        raise NonFiniteError(f"loss diverged to {loss:.3g}, and soon not finite at step {step}", step)
+        raise NonFiniteError(f"the loss diverged to {loss:.3g} at step {step} and will soon not be finite", step)
 
 
 @jax.jit
@@ -62,9 +62,9 @@ def step_to_skip(error: NonFiniteError, skipped: set[int], last_saved: int) -> i
 def explain(error: NonFiniteError, config: ConfigDict, learning_rate: float, last_saved: int | None) -> str:
     """Returns the message of a run that ends because its numbers are not finite."""
     saved = "no checkpoint was saved before" if last_saved is None else f"the last good checkpoint is step {last_saved}"
-    causes = f"a learning rate too high for this network (now {learning_rate:g})"
+    causes = f"a learning rate too high for this network (it is currently {learning_rate:g})"
     if config.compute_dtype:
-        causes += f", the range of config.compute_dtype = {config.compute_dtype!r}"
+        causes += f", the limited range of config.compute_dtype = {config.compute_dtype!r}"
     advice = "Lower config.train.learning_rates and start in a new --workdir"
     if config.train.on_nonfinite == "stop":
         advice += ", or skip that step's batch with --config.train.on_nonfinite=rollback"

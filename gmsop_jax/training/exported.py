@@ -19,7 +19,7 @@ from gmsop_jax.errors import CheckpointError
 from gmsop_jax.training.inputs import Inputs
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
-_OLD_DESCRIPTION = "model.json"  # of exports by earlier versions, which lacks all of the configuration but the model
+_OLD_DESCRIPTION = "model.json"  # in exports by earlier versions; of the configuration, it has only the section `model`
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path | None:
@@ -27,7 +27,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path | None:
 
     Args:
       path: a folder, or the name `owner/name` of a repository on the Hugging Face Hub, which is downloaded into the
-        cache of `huggingface_hub`. A name is a folder's if there is a folder `owner`.
+        cache of `huggingface_hub`. If there is a local folder `owner`, the name is treated as a path instead.
 
     Raises:
       CheckpointError: if the repository can't be downloaded.
@@ -50,7 +50,7 @@ def _download(name: str) -> pathlib.Path:
         ) from error
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=[WEIGHTS, DESCRIPTION]))
-    except Exception as error:  # its errors, and those of its HTTP library, have no common base
+    except Exception as error:  # its errors and those of its HTTP library have no common base class
         raise CheckpointError(
             f"there is no folder {name}, and no such repository can be downloaded from the Hugging Face Hub"
             f" ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
@@ -97,7 +97,11 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_description(folder: pathlib.Path) -> tuple[ConfigDict, Inputs]:
-    """Reads the configuration and the inputs of an exported network; CheckpointError if they are missing or damaged."""
+    """Reads the configuration and the inputs of an exported network.
+
+    Raises:
+      CheckpointError: if they are missing or damaged.
+    """
     description = _read(folder)
     config = configs.from_json(json.dumps(description["config"]))
     return config, Inputs.from_dict(description, folder / DESCRIPTION, "export the network again")
@@ -110,10 +114,10 @@ def load_variables(
 
     Args:
       folder: the folder.
-      like: the shapes that the network needs, as a tree.
+      like: a tree of the shapes and dtypes that the network needs.
       sharding: where each array goes.
 
-    Returns: (variables, step, what was measured at that step).
+    Returns: (variables, step, metrics at that step).
 
     Raises:
       CheckpointError: if a file is missing or damaged, or the arrays don't fit.
@@ -125,7 +129,7 @@ def load_variables(
     description = _read(folder)
     try:
         arrays = load_file(folder / WEIGHTS)
-    except Exception as error:  # safetensors has an error class of its own, of no common base
+    except Exception as error:  # safetensors has its own error class, which only derives from Exception
         raise CheckpointError(f"{folder / WEIGHTS} can't be read ({error}); export the network again") from error
     shapes = {name: leaf.shape for name, leaf in flatten(like).items()}
     found = {name: array.shape for name, array in arrays.items()}

@@ -21,23 +21,24 @@ class Interrupted(UserError):
     """The run was asked to stop, and saved its state first.
 
     Attributes:
-      status: exit status: 130 after Ctrl-C, 75 (restart) after SIGTERM and SIGHUP.
+      status: exit status, 130 after Ctrl-C and 75 (restart) after SIGTERM and SIGHUP; always 75 in a run of several
+        processes.
     """
 
     saved = True  # all processes of the run stop after the same step
 
     def __init__(self, signum: int, step: int):
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} at step {step}, saved; run the same command again to resume")
+        super().__init__(f"stopped by {name} at step {step}, which is saved; run the same command again to resume")
         self.status = 130 if signum == signal.SIGINT else RESTART_STATUS
 
 
 class SignalCatcher:
-    """Catches Ctrl-C, SIGTERM (a pre-emption notice) and SIGHUP while it is entered, so that a run can save its state.
+    """Context that catches Ctrl-C, SIGTERM (a preemption notice) and SIGHUP, so that a run can save its state.
 
     A second signal raises KeyboardInterrupt. In a run of several processes, a signal to any of them stops all
     processes after the same step: JAX's coordination service handles SIGTERM, and the other signals are passed on
-    to it as SIGTERM. A signal that was ignored before, as SIGHUP is under nohup, is still ignored. Outside the main
+    to it as SIGTERM. A signal that was already ignored, such as SIGHUP under nohup, is still ignored. Outside the main
     thread, where Python allows no signal handlers, no signal is caught.
     """
 
@@ -58,7 +59,7 @@ class SignalCatcher:
             signal.signal(signum, handler)
 
     def caught(self, step: int) -> int | None:
-        """Returns the signal because of which to stop after this step, or None; must be called at every step."""
+        """Returns the signal that asks the run to stop after this step, or None; must be called at every step."""
         if self._several:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._caught

@@ -33,17 +33,17 @@ class Logger(Protocol):
     Args:
       workdir: the working directory of the run.
       config: the resolved configuration, as nested dictionaries.
-      start_step: number of steps done before. Records of later steps, which were logged before an interruption, will be
-        logged again.
+      start_step: number of steps that are already done. Later steps that were logged before an interruption are logged
+        again.
     """
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start_step: int) -> None: ...
 
     def record(self, step: int, values: Values) -> None:
-        """Logs the values of a step: `train/loss`, `eval/top1_error`, …; lists have one value for each candidate."""
+        """Logs the values of a step: `train/loss`, `eval/top1_error`, …. Lists have one value for each candidate."""
 
     def close(self) -> None:
-        """Writes what is pending. The run ends, was interrupted, or failed."""
+        """Writes pending data. Called when the run ends, is interrupted, or fails."""
 
 
 class TensorBoard:
@@ -52,14 +52,14 @@ class TensorBoard:
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start_step: int):
         # not tensorboardX's SummaryWriter: if the disk is full, its thread dies and leaves this one waiting
         self._events = EventsWriter(str(workdir / "events"), f".{start_step}")
-        if start_step:  # TensorBoard drops what came after it
+        if start_step:  # TensorBoard discards the events of later steps
             self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
-        text = textwrap.indent(json.dumps(config, indent=2), "    ")  # an indented text is not read as Markdown
+        text = textwrap.indent(json.dumps(config, indent=2), "    ")  # indented text is not formatted as Markdown
         self._add(0, summary=summary.text("config", text))
         self._events.flush()
 
     def record(self, step: int, values: Values) -> None:
-        """Logs scalars; a list becomes a picture of bars."""
+        """Logs scalars, and lists as bar charts."""
         for name, value in values.items():
             if not isinstance(value, Sequence):
                 self._add(step, summary=summary.scalar(name, value))
@@ -143,15 +143,15 @@ def create_loggers(config: ConfigDict, workdir: pathlib.Path, start_step: int) -
     """Creates the loggers that `config.log.backends` names; the other arguments are those of `Logger`.
 
     Raises:
-      ConfigError: as `find_backends`.
-      UserError: if one can't start, for example without an account.
+      ConfigError: see `find_backends`.
+      UserError: if a logger can't start, for example without an account.
     """
     names, loggers = config.log.backends, []
     for name, backend in zip(names, find_backends(names), strict=True):
         try:
             loggers.append(backend(workdir, config.to_dict(), start_step))
-        except Exception as error:  # each library has its own
-            if name == "tensorboard" and isinstance(error, OSError):  # explained where the working directory is known
+        except Exception as error:  # each library raises its own errors
+            if name == "tensorboard" and isinstance(error, OSError):  # the caller explains it
                 raise
             raise UserError(
                 f"{name}, which config.log.backends names, can't start ({type(error).__name__}: {error})"
@@ -160,7 +160,7 @@ def create_loggers(config: ConfigDict, workdir: pathlib.Path, start_step: int) -
 
 
 def _run_id(workdir: pathlib.Path) -> str:
-    """Returns an identifier that a resumed run shares with its first part."""
+    """Returns an identifier that stays the same when the run is resumed."""
     file = workdir / "run_id"
     if not file.exists():
         write_atomic(file, secrets.token_hex(4))
@@ -175,7 +175,7 @@ def _numbered(values: Values) -> dict[str, float]:
 
 
 def _draw_bars(values: Sequence[float], title: str) -> np.ndarray:
-    """Draws a picture, uint8 [h, w, 3], of one bar for each value, with their mean as a line."""
+    """Draws a bar chart, uint8 [h, w, 3], of one bar for each value, with their mean as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -19,7 +19,7 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import ConfigError
 
 AXIS = "batch"  # the axis of the mesh, and of pmap and shard_map
-MIN_ROWS_PER_DEVICE = 16  # of a CPU; with fewer, splitting the batch costs more than it gains
+MIN_ROWS_PER_DEVICE = 16  # for a CPU; with fewer rows, splitting the batch costs more time than it saves
 
 HostBatch = Mapping[str, np.ndarray]
 
@@ -27,8 +27,8 @@ HostBatch = Mapping[str, np.ndarray]
 def num_cpu_devices(config: ConfigDict, cores: int) -> int:
     """Returns the number of JAX devices to split a CPU into.
 
-    This is `config.parallel.cpu_devices`; if that is 0, it is the largest number up to that of the cores for which all
-    batches divide evenly over the devices, with at least `MIN_ROWS_PER_DEVICE` rows for each.
+    This is `config.parallel.cpu_devices`. If that is 0, it is the largest number, at most one per core, for which all
+    batches divide evenly over the devices, with at least `MIN_ROWS_PER_DEVICE` rows for each device.
     """
     if config.parallel.cpu_devices:
         return config.parallel.cpu_devices
@@ -51,7 +51,7 @@ def use_cpu_devices(config: ConfigDict) -> None:
         return
     cores = os.cpu_count() or 1
     count = num_cpu_devices(config, cores)
-    with contextlib.suppress(RuntimeError):  # JAX is already initialised, for example in a notebook; its devices stay
+    with contextlib.suppress(RuntimeError):  # JAX is already initialised, as in a notebook, and keeps its devices
         jax.config.update("jax_num_cpu_devices", count)
         if count > 1:
             os.environ.setdefault("PJRT_NPROC", str(cores + count))
@@ -80,8 +80,8 @@ def check_train_batches(config: ConfigDict, num_images: int, mesh: Mesh) -> None
     """Checks that the batches of an epoch can be split over devices and sub-batches.
 
     Raises:
-      ConfigError: if a batch doesn't split evenly, if batch norm would normalise single images, or if a device would
-        mix up an odd number of images.
+      ConfigError: if a batch doesn't split evenly, if batch norm would take the moments of a single image, or if mixup
+        would have to pair an odd number of images on a device.
     """
     t, devices = config.train, mesh.size
     over = f"{devices} devices" + (f" × {t.sub_batches} sub-batches" if t.sub_batches > 1 else "")
@@ -98,7 +98,7 @@ def check_train_batches(config: ConfigDict, num_images: int, mesh: Mesh) -> None
             raise ConfigError(f"{name} doesn't split evenly over {over}; {advice}")
         if size // t.sub_batches // (devices if config.parallel.batch_norm == "device" else 1) < 2:
             raise ConfigError(
-                f"{name} gives batch norm single images to take the moments of (train.sub_batches = {t.sub_batches},"
+                f"{name} makes batch norm take the moments of single images (train.sub_batches = {t.sub_batches},"
                 f" parallel.batch_norm = {config.parallel.batch_norm!r}, {devices} devices); {advice}"
             )
         if t.mixup_alpha and devices > 1 and size // devices % 2:
@@ -115,7 +115,7 @@ def _refuse_split(field: str, batch_size: int, parts: int, over: str) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array of which each device holds a copy."""
+    """Returns the sharding of an array that every device holds a copy of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -139,7 +139,7 @@ def place_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """Returns the XLA options for compiling training steps, as far as the installed jaxlib knows them.
+    """Returns the XLA options for training steps; empty if the installed jaxlib does not know them.
 
     On CPUs, reductions (above all those of batch norm) use XLA's library of fused loops, which runs on all cores. The
     library's other fusion types don't help: matrix products become no faster, and elementwise operations copy arrays

@@ -1,7 +1,7 @@
 """The processes of one run: they start together, check that they agree, and end together.
 
-They exchange values through the key-value store of JAX's coordination service, which works before any device is
-used, and even if the processes disagree.
+They exchange values through the key-value store of JAX's coordination service. It works before any device is used, and
+even if the processes disagree.
 """
 
 import atexit
@@ -21,9 +21,9 @@ from jax._src import distributed  # JAX has no public access to its key-value st
 
 from gmsop_jax.errors import ConfigError, UserError
 
-JOIN_SECONDS = 60  # until all processes have started and found each other, and for each exchange of values
-HEARTBEAT_SECONDS = 20  # without a heartbeat, after which JAX considers a process dead and ends the others
-SHUTDOWN_SECONDS = 30  # until all processes have reached the end
+JOIN_SECONDS = 60  # time limit for all processes to start and find each other, and for each exchange of values
+HEARTBEAT_SECONDS = 20  # after this time without a heartbeat, JAX considers a process dead and ends the others
+SHUTDOWN_SECONDS = 30  # time limit for all processes to reach the end
 _POLL_SECONDS = 0.5
 _ACTION_SECONDS = 7 * 24 * 3600  # the first process may convert a data set; if it fails, the others notice at once
 _FAILURES = "gmsop_jax/failures/"
@@ -54,7 +54,9 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
     if address is not None:
         port = address.rpartition(":")[2]
         if not port.isdigit():
-            raise ConfigError(f"--coordinator {coordinator} has no port; give host:port, like 10.0.0.1:1234, or auto")
+            raise ConfigError(
+                f"--coordinator {coordinator} has no port; give host:port, such as 10.0.0.1:1234, or auto"
+            )
         if process_id == 0:
             _check_port(coordinator, int(port))
     try:
@@ -69,8 +71,8 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
             f"the processes of this run can't be joined ({error}); give --coordinator host:port, reachable from"
-            " all of them, --num-processes and a --process-id from 0, or --coordinator auto in a cluster that"
-            " JAX knows"
+            " all of them, --num-processes and a --process-id from 0, or --coordinator auto on a cluster that"
+            " JAX supports"
         ) from error
     stopped = threading.Event()
     atexit.register(_leave, stopped)  # runs before JAX's own, which was registered earlier
@@ -102,7 +104,7 @@ def check_same(values: Mapping[str, object]) -> None:
       values: what to compare, by name.
 
     Raises:
-      ConfigError: in all processes, naming the process and the value that differ from the first process's.
+      ConfigError: in all processes, if a value differs from that of the first process; the message names both.
     """
     if jax.process_count() == 1:
         return
@@ -122,7 +124,7 @@ def check_same(values: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends all processes of a run if one of them fails inside, or if another one is gone."""
+    """Ends all processes of a run if one of them fails inside this context, or has ended."""
     try:
         yield
     except BaseException as error:
@@ -186,7 +188,7 @@ def _watch(client: Any, stopped: threading.Event) -> None:
 
 
 def _leave(stopped: threading.Event) -> None:
-    """Ends the process at exit; after a failure without JAX's shutdown, which waits for processes that have ended."""
+    """Runs at exit. After a failure, skips JAX's shutdown, which would wait for processes that have already ended."""
     stopped.set()
     if _failed.is_set():
         time.sleep(4 * _POLL_SECONDS)  # until the others have read the failure from this process's store

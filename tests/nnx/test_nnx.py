@@ -160,7 +160,7 @@ def test_variables_that_do_not_fit_are_refused():
 def test_other_batch_norms_and_wrong_fields_are_refused():
     import flax.linen as nn
 
-    with pytest.raises(ValueError, match=r"norm=gmsop_jax.models.BatchNorm or .* norm makes a LayerNorm"):
+    with pytest.raises(ValueError, match=r"norm=gmsop_jax.models.BatchNorm or .* norm creates a LayerNorm"):
         create("srsop", nnx.Rngs(0), norm=nn.LayerNorm)
     with pytest.raises(ValueError, match="num_iters must be an int of at least 1, got 0"):
         create("srsop", nnx.Rngs(0), num_iters=0)

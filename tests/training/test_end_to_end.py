@@ -217,7 +217,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
 def test_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monkeypatch, calls, stops):
     interrupt_at(monkeypatch, *calls)
     for step in stops:
-        with pytest.raises(Interrupted, match=f"SIGINT at step {step}, saved; run the same command again") as caught:
+        with pytest.raises(Interrupted, match=f"SIGINT at step {step}, which is saved; run the same") as caught:
             train_and_evaluate(tiny, tmp_path / "run")
         assert caught.value.status == 130
         assert not (tmp_path / "run" / "result.json").exists()
@@ -308,7 +308,7 @@ def test_ctrl_c_in_a_process_of_its_own(start: Callable[..., subprocess.Popen[st
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    stopped = re.search(r"error: stopped by SIGINT at step (\d+), saved", errors)
+    stopped = re.search(r"error: stopped by SIGINT at step (\d+), which is saved", errors)
     assert stopped
 
     process = start(*arguments)

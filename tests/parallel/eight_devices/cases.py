@@ -192,7 +192,8 @@ def test_a_last_batch_of_one_image_a_device_is_refused(tmp_path):
     prepare(config, tmp_path / "run")  # the last batch of 8 is normalised as a whole
     config.parallel.batch_norm = "device"
     with pytest.raises(
-        ConfigError, match="leaves a last batch of 8 of 24 images, which gives batch norm single images"
+        ConfigError,
+        match="leaves a last batch of 8 of 24 images, which makes batch norm take the moments of single images",
     ):
         prepare(config, tmp_path / "run")
     config.train.drop_last = True
