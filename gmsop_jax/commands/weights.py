@@ -137,7 +137,7 @@ def _report_matconvnet(run: ImportedRun, output: str) -> None:
     print(f"  {'parameters':12} {sum(counts.values()):12,}{compared}")
     print(f"epoch {run.epoch}, step {run.step}, {model.num_classes} classes")
     if run.checkpoint.momentum is None:
-        print("the file has no optimizer state: further training starts with momentum 0")
+        print("the file has no optimiser state: further training starts with momentum 0")
     if run.mean_rgb_difference is not None and run.mean_rgb_difference > 0.01:
         print(
             f"warning: the mean colour of the data set {run.config.data.dir} differs from the file's by up to"

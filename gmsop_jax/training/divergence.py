@@ -37,12 +37,12 @@ def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) 
       NonFiniteError: if the state, its loss or its gradient is not finite, or the loss is absurdly large.
     """
     if not _all_finite(state):
-        raise NonFiniteError(f"the parameters, moments or optimizer state are not finite after step {step}", step)
+        raise NonFiniteError(f"the parameters, moments or optimiser state are not finite after step {step}", step)
     copy = jax.tree.map(jnp.copy, state.replace(step=state.step * 0 + step - 1))
     metrics = jax.device_get(train_step(copy, batch)[1])
     check_metrics(step, metrics)
     if (loss := float(metrics["loss_sum"]) / int(metrics["count"])) > MAX_LOSS:
-        raise NonFiniteError(f"the loss diverged to {loss:.3g} at step {step} and will soon not be finite", step)
+        raise NonFiniteError(f"the loss diverged to {loss:.3g}, which counts as not finite at step {step}", step)
 
 
 @jax.jit
