@@ -160,3 +160,15 @@ def test_no_progress_line_off_a_terminal(capsys):
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "\r" not in captured.out
+
+
+def test_a_summary_of_an_unknown_source_says_what_it_needs(tmp_path, capsys):
+    file = tmp_path / "solar.py"
+    lines = ["c.data.source = 'elpv'", "c.model.num_classes = 2", "c.data.image_size = 32"]
+    header = "from gmsop_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
+    for known in (1, 2):
+        file.write_text(header + "".join(f"    {line}\n" for line in lines[:known]) + "    return c\n")
+        assert main(["summary", str(file)]) == 2
+        assert "'elpv' are not known; set model.num_classes and data.image_size in" in capsys.readouterr().err
+    file.write_text(header + "".join(f"    {line}\n" for line in lines) + "    return c\n")
+    assert main(["summary", str(file)]) == 0

@@ -8,6 +8,7 @@ from gmsop_jax.analysis.costs import Cost, cost
 from gmsop_jax.analysis.report.published import Published, find_published
 from gmsop_jax.analysis.report.runs import describe_network
 from gmsop_jax.analysis.sweep import expand
+from gmsop_jax.errors import ConfigError
 
 _DATA_SETS = {"imagenet64": (1000, 64), "places365": (365, 100), "fashion-mnist": (10, 28), "image-folder": (1000, 224)}
 HEADER = ["configuration", "network", "side", "features", "parameters", "GMAC", "GMAC, XLA", "published error"]
@@ -61,11 +62,20 @@ def _like(count: int, printed: str | None) -> str:
 
 
 def summarize(path: str) -> Row:
-    """The row of a configuration `file.py` or `file.py:argument`, with the classes and image size of its data set."""
+    """The row of a configuration `file.py` or `file.py:argument`, with the classes and image size of its data set.
+
+    Raises:
+      ConfigError: if the configuration has neither, and they are not known for its source.
+    """
     config = configs.load(path)
-    num_classes, image_size = _DATA_SETS[config.data.source]
+    num_classes, image_size = _DATA_SETS.get(config.data.source, (0, 0))
     image_size = config.data.image_size or image_size
     config.model.num_classes = config.model.num_classes or num_classes
+    if not (image_size and config.model.num_classes):
+        raise ConfigError(
+            f"the number of classes and the image size of config.data.source = {config.data.source!r} are not known;"
+            f" set model.num_classes and data.image_size in {path}"
+        )
     published = find_published(config) or Published("")
     file, argument = configs.split_argument(path)
     name = ":".join([file.stem, *argument])
