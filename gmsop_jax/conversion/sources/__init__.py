@@ -159,9 +159,13 @@ def open_source(name: str, request: Request) -> Source:
     if name not in _MODULES:
         raise ConfigError(f"unknown source {name!r}; it must be one of {', '.join(NAMES)}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    accepted = sorted(module.OPTIONS | {"follow_links"})
     for option, value in request.options.given().items():
-        if option not in module.OPTIONS | {"follow_links"}:
-            raise ConfigError(f"source {name!r} does not accept the option {option} (got {value!r})")
+        if option not in accepted:
+            known = ", ".join(f"--{known.replace('_', '-')}" for known in accepted)
+            raise ConfigError(
+                f"source {name!r} does not accept the option {option} (got {value!r}); it accepts {known}"
+            )
     opener: Callable[[Request], Source] = module.open_source
     source = opener(request)
     for file in source.files if request.path is not None else ():
