@@ -76,7 +76,7 @@ def collect(study: Study, results: Results, metric: str = "balanced_error") -> l
       metric: `balanced_error` or `top1_error`.
 
     Raises:
-      ConfigError: if the final runs of a method do not have the same hyperparameters.
+      ConfigError: if the final runs of a method have different hyperparameters.
     """
     final = [result for result in results if all(split in result["splits"] for split in study.test_splits)]
     collected = []

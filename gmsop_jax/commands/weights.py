@@ -99,7 +99,7 @@ def run_import(arguments: Sequence[str]) -> None:
 
 
 def _is_matlab(file: str) -> bool:
-    """Returns whether a file is MATLAB's by its ending, or by its first bytes if the ending is another one."""
+    """Returns whether a file is a MATLAB file, according to its ending or, failing that, its first bytes."""
     if file.lower().endswith(".mat") or not os.path.isfile(file):
         return file.lower().endswith(".mat")
     with open(file, "rb") as stream:
