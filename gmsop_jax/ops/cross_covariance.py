@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from gmsop_jax.ops.arrays import AnyArray
@@ -23,7 +24,15 @@ def cross_covariance_pool(
       where: a mask or weights of the positions; see `covariance_pool`.
 
     Returns: matrices, float32 or float64.
+
+    Raises:
+      ValueError: if there is no position, or queries and keys differ in shape.
     """
+    if np.ndim(queries) < 2 or np.shape(queries)[-2] == 0 or np.shape(queries) != np.shape(keys):
+        raise ValueError(
+            "cross_covariance_pool needs queries and keys of one shape [..., p, r] with p ≥ 1 positions,"
+            f" got {np.shape(queries)} and {np.shape(keys)}"
+        )
     queries, keys = (jnp.asarray(x, jnp.promote_types(jnp.asarray(x).dtype, jnp.float32)) for x in (queries, keys))
     if where is None:
         shares = jnp.full(queries.shape[:-1], 1 / queries.shape[-2], queries.dtype)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gmsop_jax import ops
 from gmsop_jax.models import CrossCovarianceHead
@@ -59,3 +60,9 @@ def test_a_zero_matrix_gives_zero_and_a_finite_gradient():
     zero, start = jnp.zeros((3, 3)), jnp.ones(3)
     assert not ops.normalize_singular_value(zero, start).any()
     assert np.isfinite(jax.grad(lambda c: jnp.sum(ops.normalize_singular_value(c, start)))(zero)).all()
+
+
+def test_shapes_without_positions_or_of_other_keys_are_refused(unchecked_types):
+    for queries, keys in (((2, 0, 3), (2, 0, 3)), ((2, 4, 3), (2, 5, 3)), ((3,), (3,))):
+        with pytest.raises(ValueError, match=r"of one shape \[\.\.\., p, r\] with p ≥ 1"):
+            ops.cross_covariance_pool(jnp.ones(queries), jnp.ones(keys))
