@@ -7,8 +7,23 @@ import jaxtyping
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Tiny programs: compiling them takes longer than running them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_quickly() -> None:
+    """Tiny networks take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """For tests of what XLA makes of a program: compiles as for users."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -38,7 +53,6 @@ def compile_once(compiled: Path) -> Iterator[None]:
     fields = {
         "jax_compilation_cache_dir": str(compiled),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,  # tiny networks take longer to compile than to run
     }
     before = {name: jax.config.values[name] for name in fields}
     for name, value in fields.items():

@@ -141,6 +141,7 @@ class Gate(GateFields):
             )
         return noise
 
+    @nn.nowrap
     def kernel_init(self, width: int) -> nn.initializers.Initializer:
         """The initializer of W_g and W_n for pooled features of this width."""
         if self.gate_init == "constant":

@@ -1,7 +1,7 @@
 """The gate: which candidates an image selects, with which weights, and how evenly a batch uses them."""
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def apply_gate(
 
 def draw_gate_noise(
     noise: Noise,
-    shape: tuple[int, int],
+    shape: tuple[Any, int],  # the batch size may be symbolic
     dtype: DTypeLike,
     *,
     given: Float[AnyArray, "b ..."] | None = None,
@@ -122,11 +122,11 @@ def _product(features: AnyArray, kernel: AnyArray) -> Array:
 
 
 def top_k_gate(
-    logits: Float[AnyArray, "b n"],
+    logits: Float[AnyArray, "*b n"],
     k: int,
     gradient: Gradient = "straight_through",
     rng: Array | None = None,
-) -> tuple[Float[Array, "b n"], Int[Array, "b k"]]:
+) -> tuple[Float[Array, "*b n"], Int[Array, "*b k"]]:
     """Selects the k largest logits of each image and computes their weights by a softmax.
 
     w = softmax(h restricted to TopK(h)), 0 elsewhere   (GM-SOP, eq. 4–5)
@@ -154,8 +154,8 @@ def top_k_gate(
 
 
 def select_top_k(
-    logits: Float[AnyArray, "b n"], k: int, rng: Array | None = None, axis_name: str | None = None
-) -> Int[Array, "b k"]:
+    logits: Float[AnyArray, "*b n"], k: int, rng: Array | None = None, axis_name: str | None = None
+) -> Int[Array, "*b k"]:
     """Indices of the k largest logits of each image. Among equal logits, the lowest index comes first.
 
     If `rng` is given and all logits of every image are equal, as with the gate's constant initialisation, then k

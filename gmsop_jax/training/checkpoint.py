@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -146,12 +147,17 @@ class Checkpoints:
         with contextlib.suppress(FileNotFoundError):
             if self._folder is None or os.path.samestat(self.directory.stat(), os.fstat(self._folder)):
                 return
-            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(folder)
-            for folder in (self.directory, self.directory.parent):
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+        self._remove_what_saves_brought_back()
         raise FileNotFoundError(f"{self.directory} was removed")
+
+    def _remove_what_saves_brought_back(self) -> None:
+        for _ in range(20):  # a thread of a failed save may still be writing
+            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(folder, ignore_errors=True)
+            for folder in (self.directory, self.directory.parent):
+                with contextlib.suppress(OSError):  # not empty, or already gone
+                    folder.rmdir()
+            time.sleep(0.05)
 
     @contextlib.contextmanager
     def _open_failure_as_error(self) -> Iterator[None]:

@@ -164,6 +164,7 @@ def test_weights_equal_repeated_positions(x64, head):
 
 
 @some_heads
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_mask_of_another_shape_is_refused(head):
     x = jnp.asarray(tokens(np.float32))
     for shape in ((9,), (3, 8), (3, 1), (3, 3, 3), (3, 9, 6)):

@@ -88,6 +88,8 @@ DIMENSIONS = {
     "sop": 36,
     "srsop": 36,
     "mpncov": 36,
+    "dropcov": 36,
+    "sot": 6144,  # 6 heads of 32 · 32
     "gmgap": 3,
     "gmsop": 6,
     "avegap": 3,

@@ -17,6 +17,18 @@ def test_cases_with_eight_devices(cases):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # tiny networks take longer to compile than to run
     }
     file = Path(__file__).parent / "eight_devices" / "cases.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", cases, str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--import-mode=importlib",
+        "-m",
+        cases,
+        str(file),
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

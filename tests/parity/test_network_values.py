@@ -22,6 +22,8 @@ from gmsop_jax.training.losses import cross_entropy
 from gmsop_jax.training.optimizer import create_optimizer
 from gmsop_jax.training.step import create_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("optimized")  # the networks take longer to run than to compile
+
 NETWORKS = cases("nets/*.npz")
 by_name: Any = {"ids": lambda path: path.stem}
 ALPHA = 100.0
