@@ -277,7 +277,7 @@ def run_file(file: pathlib.Path) -> types.ModuleType:
     if not file.is_file():
         names = [packaged.stem for packaged in packaged_files()]
         raise ConfigError(
-            f"there is no configuration file {file}, and no packaged configuration of that name;"
+            f"configuration file {file} does not exist, and the package contains no configuration of that name;"
             f" {did_you_mean(file.stem, names)}"
         )
     spec = importlib.util.spec_from_file_location(f"gmsop_config_{file.stem}", file)
@@ -305,7 +305,7 @@ def _naming_line(file: pathlib.Path) -> Iterator[None]:
 
 
 def split_argument(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str]]:
-    """Splits `file.py:argument` into the file and a list with the argument, which is empty if there is none.
+    """Splits `file.py:argument` into the file and a list with the argument, or an empty list without one.
 
     Instead of `file.py`, a packaged configuration can be given by its name, as in `imagenet:resnet50,gmsop`.
 

@@ -104,7 +104,7 @@ def collect(study: Study, results: Results, metric: str = "balanced_error") -> l
 
 
 def difference(method: MethodResults, reference: MethodResults, split: str) -> Estimate | None:
-    """Returns the difference between two methods over the seeds that both have; None if there are none."""
+    """Returns the difference between two methods over the seeds that both have, or None if they share no seed."""
     own, other = method.errors[split], reference.errors[split]
     paired = [own[seed] - other[seed] for seed in own if seed in other]
     return Estimate.of(paired) if paired else None

@@ -167,7 +167,7 @@ def start(output: Path, job: ConversionJob) -> None:
 
 
 def load(output: Path) -> ConversionJob:
-    """Returns the job of an unfinished conversion; raises DataError if there is none."""
+    """Returns the job of an unfinished conversion; raises DataError if the folder contains none."""
     file = output / JOB_DIR / "job.json"
     if not file.exists():
         raise DataError(f"{output.absolute()} contains no unfinished conversion (it has no {JOB_DIR}/job.json)")

@@ -191,7 +191,7 @@ def _what_is_there(path: Path) -> str:
     try:
         names = os.listdir(path)
     except FileNotFoundError:
-        return f"there is no such folder; {_CONVERT}"
+        return f"the folder does not exist; {_CONVERT}"
     except OSError as error:
         raise FileAccessError.from_os_error(path, error) from error
     if JOB_DIR in names:

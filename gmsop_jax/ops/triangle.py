@@ -76,7 +76,7 @@ def triangle_side(t: int) -> int:
     """
     d = (math.isqrt(8 * t + 1) - 1) // 2
     if t < 1 or d * (d + 1) // 2 != t:
-        raise ValueError(f"a triangle has d(d + 1)/2 entries (1, 3, 6, 10, …); {t} is none of these")
+        raise ValueError(f"a triangle has d(d + 1)/2 entries (1, 3, 6, 10, …), got {t}")
     return d
 
 

@@ -151,7 +151,10 @@ class Checkpoints:
         raise FileNotFoundError(f"{self.directory} was removed")
 
     def _remove_what_saves_brought_back(self) -> None:
-        for _ in range(20):  # a thread of a failed save may still be writing
+        """Removes folders that a failed save created again; a directory with other files is that of a new run."""
+        for _ in range(20):  # a thread of the failed save may still be writing
+            if set(self.directory.parent.glob("*")) - {self.directory}:
+                return
             for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(folder, ignore_errors=True)
             for folder in (self.directory, self.directory.parent):

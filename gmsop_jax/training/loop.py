@@ -109,7 +109,7 @@ def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, profile: range,
 
 
 def _restore(run: Run, workdir: Workdir, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
-    """Returns the state of the last checkpoint, or the initial state if there is none."""
+    """Returns the state of the last checkpoint, or the initial state if no checkpoint exists."""
     step = checkpoints.latest_step
     if step is None:
         _say(*filter(None, [run.origin]))

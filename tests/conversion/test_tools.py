@@ -72,7 +72,7 @@ def test_bench_data(tmp_path: Path):
         ("convert.py", ("imagenet64", "--output", "set"), "error: this source needs --input"),
         ("convert.py", ("fashion-mnist", "--output", "set", "--size", "8"), "does not accept the option size"),
         ("convert.py", ("fashion-mnist", "--output", "set", "--shard-range", "x"), "'x' is not i/n"),
-        ("inspect_dataset.py", ("none",), "there is no such folder"),
+        ("inspect_dataset.py", ("none",), "the folder does not exist"),
         ("verify_dataset.py", (".",), "the folder is empty"),
         ("merge_manifests.py", (".",), "no unfinished conversion"),
         ("bench_data.py", ("convert", "in"), "convert takes two folders"),

@@ -50,7 +50,7 @@ def test_save_and_load(fashion: Path, copy: Path):
 
 
 def test_missing_empty_foreign_or_a_file(tmp_path: Path):
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="the folder does not exist"):
         Manifest.load(tmp_path / "none")
     with pytest.raises(DataError, match="the folder is empty"):
         Manifest.load(tmp_path)

@@ -107,7 +107,7 @@ def test_other_than_square_is_refused(shape):
 
 @pytest.mark.parametrize("t", [0, 2, 4, 8255])
 def test_other_than_triangular_is_refused(t):
-    with pytest.raises(ValueError, match=f"{t} is none of these"):
+    with pytest.raises(ValueError, match=f"got {t}"):
         triangle_matrix(jnp.ones((2, t)))
 
 
@@ -115,5 +115,5 @@ def test_other_than_triangular_is_refused(t):
 def test_side_undoes_the_count(d):
     assert triangle_side(d * (d + 1) // 2) == d
     if d > 1:
-        with pytest.raises(ValueError, match="none of these"):
+        with pytest.raises(ValueError, match="a triangle has"):
             triangle_side(d * (d + 1) // 2 + 1)

@@ -227,6 +227,20 @@ def test_a_save_in_flight_does_not_bring_back_a_removed_workdir(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_save_in_flight_leaves_the_files_of_a_new_run_alone(tmp_path):
+    unfinished = tmp_path / "run" / "checkpoints" / "5.orbax-checkpoint-tmp"
+
+    def replace_the_workdir():
+        with Checkpoints(tmp_path / "run" / "checkpoints"):
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+            unfinished.mkdir(parents=True)
+            (tmp_path / "run" / "config.json").write_text("{}")
+
+    with pytest.raises(CheckpointError, match="was removed"):
+        replace_the_workdir()
+    assert unfinished.exists()
+
+
 def test_unverifiable_checkpoint_is_refused(saved, tmp_path):
     folder = shutil.copytree(saved / "checkpoints", tmp_path / "c")
     (folder / "30" / "checksums.json").unlink()

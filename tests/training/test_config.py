@@ -249,7 +249,7 @@ def test_a_file_that_is_not_a_configuration(tmp_path, content, message):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no configuration file .*none\.py"):
+    with pytest.raises(ConfigError, match=r"configuration file .*none\.py does not exist"):
         load(tmp_path / "none.py")
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(ConfigError, match="is not a Python file"):

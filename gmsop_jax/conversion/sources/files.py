@@ -100,7 +100,7 @@ def npy_array(path: Path, offset: int = 0) -> FileArray:
     """Describes the array of a .npy file that begins at `offset` of `path`.
 
     Raises:
-      DataError: if there is no such file, or its array does not consist of numbers in C order.
+      DataError: if the file is damaged, or its array does not consist of numbers in C order.
     """
     with path.open("rb") as file:
         file.seek(offset)

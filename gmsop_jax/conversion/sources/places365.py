@@ -45,7 +45,7 @@ class Images:
         path = self.path / self.names[index]
         self.request.check_inside(path)
         if not path.is_file():
-            raise UnreadableImage(f"{self.names[index]}: there is no such file")
+            raise UnreadableImage(f"{self.names[index]} does not exist")
         return read_image_file(path)
 
 

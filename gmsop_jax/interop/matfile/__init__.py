@@ -23,8 +23,8 @@ def read(path: str | pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
     """Reads the variables with these names; names that the file does not have are ignored.
 
     Raises:
-      CheckpointError: if there is no such file, if it is not a MATLAB file, if it is damaged, or if it claims much more
-        memory than its size justifies.
+      CheckpointError: if the file does not exist, is not a MATLAB file, is damaged, or claims much more memory than its
+        size justifies.
     """
     path = pathlib.Path(path)
     reader = hdf5 if is_hdf5(path) else v7
@@ -36,9 +36,9 @@ def read(path: str | pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def is_hdf5(path: pathlib.Path) -> bool:
-    """Returns whether a MATLAB file has version 7.3; CheckpointError if there is no such file or it is another kind."""
+    """Returns whether a MATLAB file has version 7.3; raises CheckpointError for any other file."""
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+        raise CheckpointError(f"{path} does not exist")
     with path.open("rb") as file:
         head = file.read(520)
     if _HDF5_SIGNATURE in (head[:8], head[512:520]):
