@@ -48,7 +48,7 @@ def test_nothing_runs_where_a_configuration_is_wrong(tmp_path):
         ([f"{HEADS_FILE}:gapp"], [], "HEAD is one of"),
         ([QUICKSTART], ["train.epochs=2"], "no field config.train.epochs"),
         ([QUICKSTART, QUICKSTART], [], "two configurations have the name quickstart"),
-        ([str(tmp_path / "absent.py")], [], "no configuration file"),
+        ([str(tmp_path / "absent.py")], [], r"absent\.py does not exist"),
     ]:
         with pytest.raises(ConfigError, match=message):
             sweep.plan_sweep(paths, [0], tmp_path, overrides)

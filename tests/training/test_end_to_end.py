@@ -364,7 +364,7 @@ def test_bad_configuration(config_file, tmp_path, capsys, assignment, message):
 
 
 def test_missing_configuration_file(tmp_path, capsys):
-    assert "no configuration file" in fails(capsys, "--config", tmp_path / "none.py")
+    assert "none.py does not exist" in fails(capsys, "--config", tmp_path / "none.py")
 
 
 def test_missing_data_names_the_converter_and_the_quickstart(tmp_path, capsys, monkeypatch):
