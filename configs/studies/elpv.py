@@ -12,26 +12,27 @@ from gmsop_jax.analysis.study import Study, StudyData
 from gmsop_jax.config import ConfigDict, run_file
 
 _METHODS = run_file(pathlib.Path(__file__).with_name("methods.py"))
-_EPOCHS = 40
+_EPOCHS = 20
 
 STUDY = Study(
     name="elpv",
     title="Solar cells (ELPV) at 64×64",
-    grids={method: _METHODS.grid(method, epochs=_EPOCHS) for method in _METHODS.METHODS},
+    grids={method: _METHODS.grid(method, epochs=_EPOCHS, size=3) for method in _METHODS.METHODS},
     data=[StudyData(f"elpv-64-fold{fold}", "elpv", {"size": 64, "fold": fold}) for fold in range(5)],
+    seeds=range(1),
     test_splits=("test", "test_mono", "test_poly"),
     notes="""\
 2,624 electroluminescence photographs of solar cells, resized from 300×300. A cell is defective if the probability of a
 defect that experts gave it is at least ½. There are five folds, stratified by class and by kind of cell. Deitsch et
 al. (2019) report an accuracy of 82.44 % (SVM) and 88.42 % (fine-tuned VGG-19 at the full size) with a single random
 split, 75 % for training and 25 % for the test. Here, 70 % are for training, the network is small and not pretrained,
-and each image is tested once. The data set does not name the modules that the cells belong to, so that cells of one
+and each image is tested once: there is one seed, and five folds. The data set does not name the modules that the cells belong to, so that cells of one
 module can be both in training and in the test.""",
 )
 
 
 def get_config(method: str = "gmsop") -> ConfigDict:
     c = _METHODS.create_config(method, epochs=_EPOCHS)
-    c.model.stage_widths = (16, 16, 32, 32)
-    c.model.stage_strides = (2, 2, 2, 1)
+    c.model.stem_width = 8
+    c.model.stage_strides = (4, 2, 1)
     return c

@@ -17,7 +17,7 @@ _EPOCHS = 20
 STUDY = Study(
     name="emoji",
     title="Emoji in three vendors' drawings at 64×64",
-    grids={method: _METHODS.grid(method, epochs=_EPOCHS) for method in _METHODS.METHODS},
+    grids={method: _METHODS.grid(method, epochs=_EPOCHS, size=3) for method in _METHODS.METHODS},
     data=[StudyData("emoji-64-fold0", "emoji", {"fold": 0})],
     test_splits=("test", "test_google", "test_twitter", "test_fluent"),
     notes="""\
@@ -28,6 +28,6 @@ split: 70 % of the emoji are for training, 10 % for validation and 20 % for the 
 
 def get_config(method: str = "gmsop") -> ConfigDict:
     c = _METHODS.create_config(method, epochs=_EPOCHS)
-    c.model.stage_widths = (16, 16, 32, 32)
-    c.model.stage_strides = (2, 2, 2, 1)
+    c.model.stem_width = 8
+    c.model.stage_strides = (4, 2, 1)
     return c
