@@ -34,7 +34,9 @@ def test_packaged_configurations_have_names(tmp_path, monkeypatch):
         assert configs.run_name(name) == configs.run_name(path)
     with pytest.raises(ConfigError, match=r"configuration file quikstart does not exist.*did you mean quickstart\?"):
         configs.load("quikstart")
-    with pytest.raises(ConfigError, match=r"configuration file configs/quickstart\.py does not exist.*did you mean quickstart\?"):
+    with pytest.raises(
+        ConfigError, match=r"configuration file configs/quickstart\.py does not exist.*did you mean quickstart\?"
+    ):
         configs.load("configs/quickstart.py")
     (tmp_path / "quickstart").write_text("")  # a file of the user's comes first
     with pytest.raises(ConfigError, match="quickstart is not a Python file"):

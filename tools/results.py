@@ -38,8 +38,8 @@ soon as it has results, whatever they are.
 - Learning rate, dropout and balance weight, as far as a method has them, are chosen for each method from a grid of the
   same size, by the balanced error on validation images that were set aside from the training data, with one seed. The
   test images are used only once, after the last epoch of the final runs. No result is that of the best epoch.
-- Every method is trained with five seeds (if there are five folds, with five seeds on each fold). The pages give the
-  mean and the standard deviation over seeds, and the differences to a reference method, paired by seed, with 95 %
+- Every method is trained at least five times: with five seeds, or on five folds. The pages give the mean and the
+  standard deviation over the runs, and the differences to a reference method, paired by seed and data set, with 95 %
   intervals.
 
 ## Run a study
@@ -73,7 +73,7 @@ def make_pages(raw: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
             results.plot(study, found, output / f"{study.name}.svg")
             pages.append(page)
             link = f"[results]({page.name})"
-        done = sum(len(method.errors[study.test_splits[0]]) for method in methods) * len(study.data)
+        done = sum(len(method.runs) for method in methods)
         total = len(study.grids) * len(study.seeds) * len(study.data)
         rows.append(f"| {study.title} (`{file.name}`) | {done} of {total} | {link} |")
     index = output / "README.md"

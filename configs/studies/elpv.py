@@ -26,8 +26,8 @@ STUDY = Study(
 defect that experts gave it is at least ½. There are five folds, stratified by class and by kind of cell. Deitsch et
 al. (2019) report an accuracy of 82.44 % (SVM) and 88.42 % (fine-tuned VGG-19 at the full size) with a single random
 split, 75 % for training and 25 % for the test. Here, 70 % are for training, the network is small and not pretrained,
-and each image is tested once: there is one seed, and five folds. The data set does not name the modules that the cells belong to, so that cells of one
-module can be both in training and in the test.""",
+and each image is tested once: there is one seed, and five folds. The data set does not name the modules that the cells
+belong to, so that cells of one module can be both in training and in the test.""",
 )
 
 

@@ -1,7 +1,8 @@
 """The methods that the studies compare, and the hyperparameters that they choose from.
 
 Every method has the same small backbone: three stages of one block, with 16, 32 and 32 channels. For images of 64×64,
-the stem has 8 channels and the strides are 4, 2 and 1 instead of 2, 2 and 1. Second-order heads pool 32 channels, so they have 32 · 33 / 2 = 528 features.
+the stem has 8 channels and the strides are 4, 2 and 1 instead of 2, 2 and 1. Second-order heads pool 32 channels, so
+they have 32 · 33 / 2 = 528 features.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

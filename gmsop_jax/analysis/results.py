@@ -19,12 +19,12 @@ Results = Sequence[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds.
+    """A mean over runs.
 
     Attributes:
       mean: the mean.
       deviation: standard deviation (n − 1); NaN for a single value.
-      count: number of seeds, n.
+      count: number of runs, n.
     """
 
     mean: float
@@ -33,7 +33,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """Returns the estimate from one value for each seed."""
+        """Returns the estimate from one value for each run."""
         deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
         return cls(statistics.mean(values), deviation, len(values))
 
@@ -52,18 +52,18 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class MethodResults:
-    """The final runs of one method, averaged over data sets for each seed that has a run on all of them.
+    """The final runs of one method, for each seed that has a run on all data sets of the study.
 
     Attributes:
       method: the method.
       point: the chosen hyperparameters.
-      errors: error in percent by split and seed.
+      errors: error in percent by split, and by seed and data set.
       runs: the results.
     """
 
     method: str
     point: tuple[str, ...]
-    errors: Mapping[str, Mapping[int, float]]
+    errors: Mapping[str, Mapping[tuple[int, str], float]]
     runs: Results
 
 
@@ -88,25 +88,22 @@ def collect(study: Study, results: Results, metric: str = "balanced_error") -> l
                 f"the final runs of {method} in results/{study.name} have different hyperparameters"
                 f" ({'; '.join(points)}); delete the files of those that are no longer chosen"
             )
-        seeds = {
-            seed: [result for result in own if result["seed"] == seed]
-            for seed in study.seeds
-            if {result["data"] for result in own if result["seed"] == seed} >= {data.name for data in study.data}
-        }
-        if not seeds:
+        by_key = {(result["seed"], result["data"]): result for result in own}
+        keys = [[(seed, data.name) for data in study.data] for seed in study.seeds]
+        runs = {key: by_key[key] for of_seed in keys if by_key.keys() >= set(of_seed) for key in of_seed}
+        if not runs:
             continue
         errors = {
-            split: {seed: statistics.mean(run["splits"][split][metric] for run in runs) for seed, runs in seeds.items()}
-            for split in study.test_splits
+            split: {key: run["splits"][split][metric] for key, run in runs.items()} for split in study.test_splits
         }
-        collected.append(MethodResults(method, tuple(own[0]["point"]), errors, own))
+        collected.append(MethodResults(method, tuple(own[0]["point"]), errors, list(runs.values())))
     return collected
 
 
 def difference(method: MethodResults, reference: MethodResults, split: str) -> Estimate | None:
-    """Returns the difference between two methods over the seeds that both have, or None if they share no seed."""
+    """Returns the difference between two methods over the seeds and data sets of both, or None if they share none."""
     own, other = method.errors[split], reference.errors[split]
-    paired = [own[seed] - other[seed] for seed in own if seed in other]
+    paired = [own[key] - other[key] for key in own if key in other]
     return Estimate.of(paired) if paired else None
 
 
@@ -136,7 +133,7 @@ def _main_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
     split = study.test_splits[0]
     reference = next((method for method in methods if method.method == study.reference), None)
     lines = [
-        f"| method | seeds | balanced error | top-1 error | difference to {study.reference} | parameters | MMAC |"
+        f"| method | runs | balanced error | top-1 error | difference to {study.reference} | parameters | MMAC |"
         " s/epoch | chosen |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -212,11 +209,16 @@ def _reading(study: Study, methods: Sequence[MethodResults]) -> str:
             sure = delta.count > 1 and abs(delta.mean) > delta.half_width
             groups["open" if not sure else "better" if delta.mean < 0 else "worse"].append(method.method)
     sentences = [
-        f"Compared with {study.reference} on the same seeds, the 95 % interval of the difference lies below 0 for"
-        f" {_listed(groups['better'])}, and above 0 for {_listed(groups['worse'])}.",
-        f"It contains 0, or there are too few seeds, for {_listed(groups['open'])}.",
+        f"Compared with {study.reference} in runs with the same {_pairing(study)}, the 95 % interval of the difference"
+        f" lies below 0 for {_listed(groups['better'])}, and above 0 for {_listed(groups['worse'])}.",
+        f"It contains 0, or there are too few runs, for {_listed(groups['open'])}.",
     ]
     return " ".join(sentences)
+
+
+def _pairing(study: Study) -> str:
+    names = ["seed"] * (len(study.seeds) > 1) + ["data set"] * (len(study.data) > 1)
+    return " and ".join(names) or "seed"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -230,10 +232,11 @@ def _provenance(study: Study, methods: Sequence[MethodResults], results: Results
     hours = sum(result.get("wall_seconds", 0) for result in results) / 3600
     return [
         "The error is that of the last epoch on the test images, which were used for nothing else. The balanced error",
-        "is the mean of the errors of the classes. Values are mean ± standard deviation over seeds. Differences are",
-        "paired by seed, with 95 % intervals by Student's t. Hyperparameters were chosen by the balanced error on the",
-        f"split `val` with the first seed. Number of points in the grid: {points}. Seconds per epoch were",
-        "measured while other jobs ran on the machine, so they can only be compared roughly.",
+        "is the mean of the errors of the classes. Values are mean ± standard deviation over runs. Differences are",
+        f"paired by {_pairing(study)}, with 95 % intervals by Student's t that take the pairs as independent.",
+        "Hyperparameters were chosen by the balanced error on the split `val`, with the first seed on the first data",
+        f"set. Number of points in the grid: {points}. Seconds per epoch were measured",
+        "while other jobs ran on the machine, so they can only be compared roughly.",
         "",
         f"- Command: `python tools/sweep.py {config_file}`, then `python tools/results.py`",
         f"- Runs: {len(results)} in {hours:.1f} hours, of which {len(runs)} were measured on the test images and"
@@ -260,7 +263,7 @@ def _interval(delta: Estimate | None) -> str:
 
 
 def plot(study: Study, results: Results, file: pathlib.Path) -> None:
-    """Draws the error of each method for every seed, and the mean with its 95 % interval, as an SVG file."""
+    """Draws the error of each method in every run, and the mean with its 95 % interval, as an SVG file."""
     from matplotlib.figure import Figure
 
     methods, split = collect(study, results), study.test_splits[0]
@@ -273,7 +276,7 @@ def plot(study: Study, results: Results, file: pathlib.Path) -> None:
         width = estimate.half_width if estimate.count > 1 else 0.0
         axes.errorbar(estimate.mean, row, xerr=width, fmt="D", color="#135", capsize=3, markersize=5)
     axes.set_yticks(range(len(methods)), [method.method for method in reversed(methods)])
-    axes.set_xlabel("balanced error on the test images in %, by seed, and mean with 95 % interval")
+    axes.set_xlabel("balanced error on the test images in %, by run, and mean with 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     same_each_time = matplotlib.rc_context({"svg.hashsalt": study.name})
     with same_each_time, replacing(file) as temporary:

@@ -66,16 +66,17 @@ def test_interval_is_that_of_students_t():
     assert np.isnan(results.Estimate.of([1.0]).half_width)
 
 
-def test_differences_are_paired_by_seed_and_averaged_over_folds():
+def test_differences_are_paired_by_seed_and_data_set():
     data = [StudyData("a", "x"), StudyData("b", "x")]
     errors = {("srsop", 0): (10, 20), ("srsop", 1): (12, 22), ("gap", 0): (11, 23), ("gap", 1): (12, 24)}
     found = [result(m, s, e, data=d) for (m, s), pair in errors.items() for d, e in zip("ab", pair, strict=True)]
     found.append(result("gap", 2, 50, data="a"))  # has no run on b yet, so seed 2 is not counted
     srsop, gap = results.collect(a_study(data=data), found)
-    assert srsop.errors["test"] == {0: 15, 1: 17}
+    assert srsop.errors["test"] == {(0, "a"): 10, (0, "b"): 20, (1, "a"): 12, (1, "b"): 22}
+    assert len(gap.runs) == 4
     delta = results.difference(gap, srsop, "test")
     assert delta is not None
-    assert (delta.mean, delta.count) == (pytest.approx((2 + 1) / 2), 2)
+    assert (delta.mean, delta.count) == (pytest.approx((1 + 3 + 0 + 2) / 4), 4)
 
 
 def test_final_runs_of_two_points_are_not_averaged():
@@ -89,7 +90,7 @@ def test_page_says_which_differences_are_larger_than_chance():
     found = [result(method, seed, error) for method, all_ in errors.items() for seed, error in enumerate(all_)]
     page = results.page(a_study(), found, "configs/studies/s.py")
     assert "lies below 0 for no method, and above 0 for gap" in page
-    assert "It contains 0, or there are too few seeds, for gmsop." in page
+    assert "It contains 0, or there are too few runs, for gmsop." in page
     row = "| gap | 3 | 16.00 ± 0.95 % | 16.00 ± 0.95 % | +5.00 [+4.75, +5.25] | 1,234 | 2.50 | 1.5 | rate=0.1 |"
     assert row in page
 
