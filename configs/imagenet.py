@@ -25,7 +25,7 @@ def get_config(network: str = "") -> ConfigDict:
     m.stem = "small" if side == 64 else "large"
     m.stage_strides = (1, 2, 2, 2) if head.endswith("gap") else (1, 2, 2, 1)
     m.batch_norm_rate = 0.1
-    if head in ("sop", "srsop", "mpncov"):  # 2048 channels would make 2 million features
+    if head in ("sop", "srsop", "mpncov", "dropcov"):  # 2048 channels would make 2 million features
         m.projection_widths, m.projection_batch_norm = (256,), True
     m.num_iters = 5 if head == "srsop" else 3
     if head.endswith("gap") and head != "gap":

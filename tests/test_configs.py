@@ -86,6 +86,14 @@ def test_published_counts_of_imagenet_networks(network, parameters, gmacs):
     assert abs(row.cost.compiled_macs / row.cost.macs - 1) < 0.04  # it leaves out what meets padding
 
 
+@pytest.mark.parametrize(("backbone", "millions"), [("resnet50", 32.0), ("resnet101", 51.0)])
+def test_published_parameters_of_dropcov_are_those_of_128_channels(backbone, millions):
+    config = configs.load(ROOT / f"configs/imagenet.py:{backbone},dropcov")
+    assert config.model.projection_widths == (256,)  # as the authors' code
+    config.model.update(projection_widths=(128,), num_classes=1000)
+    assert round(cost(config.model, 224).parameters / 1e6, 1) == millions
+
+
 def test_multiply_adds_by_hand():
     m = configs.model_defaults()
     m.num_classes, m.blocks_per_stage, m.stem_width = 7, 1, 4

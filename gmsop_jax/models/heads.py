@@ -36,10 +36,9 @@ from gmsop_jax.ops import (
     average_pool,
     channel_attention,
     covariance_pool,
-    cross_covariance_pool,
     flatten_positions,
     matrix_power,
-    normalize_singular_value,
+    multi_head_cross_covariance_pool,
     second_order_pool,
     triangle_vector,
 )
@@ -185,15 +184,13 @@ class CrossCovarianceHead(_PoolingHead):
     power: float = 0.5
 
     def _pool(self, x, where, train):
-        b, p = x.shape[:2]
         width = 2 * self.num_heads * self.head_width
         x = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name="queries_keys")(x)
-        queries, keys = jnp.moveaxis(x.reshape(b, p, 2, self.num_heads, self.head_width), 1, -2).swapaxes(0, 1)
-        if where is not None:
-            where = jnp.broadcast_to(where[:, None], queries.shape[:-1])
-        start = jnp.asarray(self.param("start", nn.initializers.normal(1.0), (self.head_width,)))
-        c = cross_covariance_pool(queries, keys, where=where)
-        return normalize_singular_value(c, start, self.power).reshape(b, -1)
+        start = self.param("start", start_init, (self.head_width,))
+        return multi_head_cross_covariance_pool(x, start, self.num_heads, self.power, where=where)
+
+
+start_init = nn.initializers.normal(1.0)  # of the power iteration, as the authors initialise it
 
 
 class DropCovHead(_PoolingHead):

@@ -3,6 +3,7 @@
 from gmsop_jax.nnx.conversion import from_linen, to_linen
 from gmsop_jax.nnx.heads import (
     CovarianceHead,
+    CrossCovarianceHead,
     DropCovHead,
     GAPHead,
     GatedMixtureHead,
@@ -16,6 +17,7 @@ from gmsop_jax.nnx.mixture import Gate, GatedMixture, Mixture
 __all__ = [
     "BatchNorm",
     "CovarianceHead",
+    "CrossCovarianceHead",
     "DropCovHead",
     "GAPHead",
     "Gate",

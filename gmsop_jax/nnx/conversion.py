@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gmsop_jax import models
 from gmsop_jax.nnx.heads import HEADS, Head
 from gmsop_jax.nnx.layers import fields_of
 from gmsop_jax.ops.triangle import triangle_side
@@ -90,11 +91,12 @@ def to_linen(module: Head) -> tuple[nn.Module, dict[str, Any]]:
 
 def _in_features(head: Any, params: Mapping[tuple[str, ...], Any]) -> int:
     """The number of channels, from the shape of the first kernel."""
-    for path, axis in ((("mixture", "candidates1"), 1), (("projection1", "kernel"), 0), (("classifier", "kernel"), 0)):
+    for path in (("mixture", "candidates1"), ("projection1", "kernel"), ("queries_keys", "kernel")):
         if path in params:
-            width = params[path].shape[axis]
-            pooled = path[0] == "classifier" and type(head).__name__ != "GAPHead"
-            return triangle_side(width) if pooled else width
+            return params[path].shape[-2]
+    if ("classifier", "kernel") in params:
+        features = params["classifier", "kernel"].shape[0]
+        return features if isinstance(head, models.GAPHead) else triangle_side(features)
     raise ValueError(f"params do not fit {type(head).__name__}: they contain no classifier kernel")
 
 

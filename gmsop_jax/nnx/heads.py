@@ -9,12 +9,14 @@ argument `train` takes precedence over it.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax import models
 from gmsop_jax.models.gate import shared_fields
-from gmsop_jax.models.heads import attention_init, without_gate
+from gmsop_jax.models.heads import attention_init, start_init, without_gate
+from gmsop_jax.models.layers import he_normal
 from gmsop_jax.nnx.layers import Classifier, Dropout, ReluConvolutions, make_norm
 from gmsop_jax.nnx.mixture import GatedMixture, Mixture
 from gmsop_jax.ops import (
@@ -22,6 +24,7 @@ from gmsop_jax.ops import (
     covariance_pool,
     flatten_positions,
     matrix_power,
+    multi_head_cross_covariance_pool,
     second_order_pool,
     triangle_vector,
 )
@@ -135,6 +138,30 @@ class MPNCOVHead(_PoolingHead):
         return triangle_vector(matrix_power(covariance_pool(x, where=where), self.config.power))
 
 
+class CrossCovarianceHead(_PoolingHead):
+    """Multi-head cross-covariance pooling of tokens (SoT); see `gmsop_jax.models.CrossCovarianceHead`."""
+
+    linen = models.CrossCovarianceHead
+
+    def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
+        super().__init__(in_features, num_classes, rngs=rngs, **fields)
+        config = self.config
+        width, channels = (in_features, *config.projection_widths)[-1], 2 * config.num_heads * config.head_width
+        self.queries_keys = nnx.Linear(
+            width, channels, use_bias=False, dtype=config.dtype, kernel_init=he_normal, rngs=rngs
+        )
+        self.start = nnx.Param(start_init(rngs.params(), (config.head_width,)))
+
+    def _pooled_width(self, width):
+        return self.config.num_heads * self.config.head_width**2
+
+    def _pool(self, x, where, train):
+        config = self.config
+        return multi_head_cross_covariance_pool(
+            self.queries_keys(jnp.asarray(x)), self.start[...], config.num_heads, config.power, where=where
+        )
+
+
 class DropCovHead(_PoolingHead):
     """Covariance pooling with adaptive channel dropout in training (DropCov); see `gmsop_jax.models.DropCovHead`.
 
@@ -223,4 +250,13 @@ class GatedMixtureHead(_MixtureHead):
         return self._finish(features, aux, train, where)
 
 
-HEADS = (CovarianceHead, DropCovHead, GAPHead, GatedMixtureHead, MPNCOVHead, MixtureHead, SecondOrderHead)
+HEADS = (
+    CovarianceHead,
+    CrossCovarianceHead,
+    DropCovHead,
+    GAPHead,
+    GatedMixtureHead,
+    MPNCOVHead,
+    MixtureHead,
+    SecondOrderHead,
+)

@@ -4,7 +4,11 @@ Axes: b batch, p positions (height × width), c channels, d width of a matrix, n
 """
 
 from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool
-from gmsop_jax.ops.cross_covariance import cross_covariance_pool, normalize_singular_value
+from gmsop_jax.ops.cross_covariance import (
+    cross_covariance_pool,
+    multi_head_cross_covariance_pool,
+    normalize_singular_value,
+)
 from gmsop_jax.ops.dispatch import apply_all_candidates, apply_candidates, mix_candidates
 from gmsop_jax.ops.dropcov import adaptive_channel_dropout, channel_attention, channel_dropout_rate
 from gmsop_jax.ops.gate import (
@@ -42,6 +46,7 @@ __all__ = [
     "linear_logits",
     "matrix_power",
     "mix_candidates",
+    "multi_head_cross_covariance_pool",
     "newton_schulz_inverse_sqrt",
     "newton_schulz_sqrt",
     "normalize_singular_value",

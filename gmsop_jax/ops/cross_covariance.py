@@ -45,6 +45,44 @@ def cross_covariance_pool(
     return jnp.einsum("...pr,...ps->...rs", shares[..., None] * queries, keys, precision=_HIGHEST)
 
 
+def multi_head_cross_covariance_pool(
+    x: Float[AnyArray, "b p _"],
+    start: Float[AnyArray, " r"],
+    num_heads: int,
+    alpha: float = 0.5,
+    *,
+    where: Where | None = None,
+) -> Float[Array, "b f"]:
+    """Normalised cross-covariances of the queries and keys of several heads: f = num_heads · r².
+
+    normalize_singular_value(cross_covariance_pool(qᵢ, kᵢ)) for each head i   (SoT, Xie et al. 2021)
+
+    Args:
+      x: the queries of all heads and then their keys, 2 · num_heads · r channels at p positions.
+      start: the start of the power iteration, which all heads share.
+      num_heads: number of heads.
+      alpha: see `normalize_singular_value`.
+      where: a mask or weights of the positions, [b, p]; see `covariance_pool`.
+
+    Returns: the matrices of all heads, row by row, as one vector for each image; float32 or float64.
+
+    Raises:
+      ValueError: if x does not have 2 · num_heads · r channels.
+    """
+    x, start = jnp.asarray(x), jnp.asarray(start)
+    b, p, channels = x.shape
+    width = start.shape[0]
+    if channels != (needed := 2 * num_heads * width):
+        raise ValueError(
+            f"queries and keys of {num_heads} heads of width {width} need {needed} channels, got {channels}"
+        )
+    queries, keys = jnp.moveaxis(x.reshape(b, p, 2, num_heads, width), 1, -2).swapaxes(0, 1)
+    if where is not None:
+        where = jnp.broadcast_to(jnp.asarray(where)[:, None], queries.shape[:-1])
+    c = cross_covariance_pool(queries, keys, where=where)
+    return normalize_singular_value(c, start, alpha).reshape(b, -1)
+
+
 def normalize_singular_value(
     c: Float[AnyArray, "*b r r"], start: Float[AnyArray, " r"], alpha: float = 0.5
 ) -> Float[Array, "*b r r"]:

@@ -66,3 +66,5 @@ def test_shapes_without_positions_or_of_other_keys_are_refused(unchecked_types):
     for queries, keys in (((2, 0, 3), (2, 0, 3)), ((2, 4, 3), (2, 5, 3)), ((3,), (3,))):
         with pytest.raises(ValueError, match=r"of one shape \[\.\.\., p, r\] with p ≥ 1"):
             ops.cross_covariance_pool(jnp.ones(queries), jnp.ones(keys))
+    with pytest.raises(ValueError, match="2 heads of width 3 need 12 channels, got 10"):
+        ops.multi_head_cross_covariance_pool(jnp.ones((1, 4, 10)), jnp.ones(3), 2)

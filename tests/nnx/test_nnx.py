@@ -24,6 +24,7 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "sop": ("CovarianceHead", {}),
     "srsop": ("SecondOrderHead", {"projection_widths": (5, 4), "projection_batch_norm": True, "num_iters": 2}),
     "mpncov": ("MPNCOVHead", {"power": 0.4}),
+    "sot": ("CrossCovarianceHead", {"num_heads": 2, "head_width": 3, "power": 0.4}),
     "dropcov": ("DropCovHead", {}),  # of these positively correlated channels none is dropped
     "avesop": ("MixtureHead", BANK),
     "concatgap": ("MixtureHead", {**BANK, "order": 1, "combine": "concatenate"}),
@@ -123,6 +124,12 @@ def test_a_new_head_has_the_parameters_of_a_new_linen_head(name):
     assert jax.tree.map(jnp.shape, parameters) == jax.tree.map(jnp.shape, variables)
     for leaf in jax.tree.leaves(parameters["params"]):
         assert leaf.ndim == 1 or jnp.std(leaf) > 0  # kernels are drawn
+
+
+def test_queries_and_keys_follow_the_projection():
+    head = heads.CrossCovarianceHead(6, 5, num_heads=2, head_width=3, projection_widths=(4,), rngs=nnx.Rngs(0))
+    assert head.queries_keys.kernel.shape == (4, 12)
+    assert heads.from_linen(*heads.to_linen(head)).in_features == 6
 
 
 def test_a_wide_initial_kernel_has_he_variance():
