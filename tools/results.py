@@ -1,19 +1,31 @@
-"""Makes the pages of docs/results from the raw results of the studies.
+"""Makes the pages of docs/results, and the table in the README, from the raw results of the studies.
 
 python tools/results.py
 """
 
 import pathlib
 import sys
+from collections.abc import Mapping, Sequence
 
 from gmsop_jax.analysis import results
 from gmsop_jax.analysis.study import load_results, load_study
-from gmsop_jax.errors import ArgumentParser, run_command
+from gmsop_jax.errors import ArgumentParser, UserError, run_command
 from gmsop_jax.files import write_atomic
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"
+_DOCS = ROOT / "docs" / "results"
+_README_MARKS = ("<!-- results: python tools/results.py -->\n", "<!-- end of results -->\n")
+_TABLE_MARK = "<!-- overview -->\n"
 
+_OVERVIEW = """
+The table gives the balanced error (mean ± standard deviation over the runs). The picture shows the difference of each
+method to average pooling with 95 % intervals: green is better, red is worse, and grey is within chance.
+
+![Difference of each method to average pooling, for each study](overview.svg)
+
+<!-- overview -->
+{table}"""
 
 _INDEX = """\
 # Results
@@ -26,7 +38,7 @@ soon as it has results, whatever they are.
 | study | final runs | page |
 |---|---|---|
 {rows}
-
+{overview}
 ## Protocol
 
 - All methods of a study have the same backbone and recipe. The methods are average pooling (`gap`, and `gap_wide` with
@@ -59,13 +71,14 @@ run, delete its file and run the study again.
 def make_pages(raw: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
     """Writes an index, and one page and one plot for each study that has final results; returns the pages."""
     output.mkdir(parents=True, exist_ok=True)
-    pages, rows = [], []
+    pages, rows, collected = [], [], {}
     for file in sorted(STUDIES.glob("*.py")):
         study = load_study(file)
         if study is None:
             continue
         found = load_results(raw / study.name)
         methods = results.collect(study, found)
+        collected[study.title] = methods
         link = "no results yet"
         if methods:
             page = output / f"{study.name}.md"
@@ -77,18 +90,43 @@ def make_pages(raw: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
         total = len(study.grids) * len(study.seeds) * len(study.data)
         rows.append(f"| {study.title} (`{file.name}`) | {done} of {total} | {link} |")
     index = output / "README.md"
-    write_atomic(index, _INDEX.format(rows="\n".join(rows)))
+    write_atomic(index, _INDEX.format(rows="\n".join(rows), overview=_make_overview(collected, output)))
     return [index, *pages]
+
+
+def _make_overview(collected: Mapping[str, Sequence[results.MethodResults]], output: pathlib.Path) -> str:
+    """Writes the picture that compares the studies, and returns the text around it; nothing without results."""
+    if not results.complete_studies(collected):
+        return ""
+    results.plot_overview(collected, output / "overview.svg")
+    return _OVERVIEW.format(table=results.overview(collected))
+
+
+def write_readme(readme: pathlib.Path, index: pathlib.Path) -> None:
+    """Copies the table of all studies from the index into the README.
+
+    Raises:
+      UserError: if the README lacks the lines between which the table belongs.
+    """
+    table = index.read_text("utf-8").partition(_TABLE_MARK)[2].partition("\n\n")[0]
+    before, start, rest = readme.read_text("utf-8").partition(_README_MARKS[0])
+    _, end, after = rest.partition(_README_MARKS[1])
+    if not start or not end:
+        raise UserError(f"{readme} lacks the lines {_README_MARKS[0].strip()} and {_README_MARKS[1].strip()}")
+    write_atomic(readme, f"{before}{start}{table}\n{end}{after}")
 
 
 def main() -> None:
     """Parses the command line and writes the pages."""
     parser = ArgumentParser(description="Makes the pages of docs/results from the raw results of the studies.")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "results", help="folder of the raw results")
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--output", type=pathlib.Path, default=_DOCS)
     options = parser.parse_args()
-    for page in make_pages(options.results, options.output):
+    pages = make_pages(options.results, options.output)
+    for page in pages:
         print(page)
+    if options.output == _DOCS:
+        write_readme(ROOT / "README.md", pages[0])
 
 
 if __name__ == "__main__":

@@ -121,6 +121,8 @@ def page(study: Study, results: Results, config_file: str) -> str:
         return "\n".join([*lines, "There are no results yet.", ""])
     lines += [f"![Errors of each method]({study.name}.svg)", "", *_main_table(study, methods), ""]
     lines += [_reading(study, methods), ""]
+    if len(methods[0].runs[0]["classes"]) == 2:
+        lines += [*_two_class_table(study, methods), ""]
     if len(study.test_splits) > 1:
         lines += ["## Parts of the test images", "", *_split_table(study, methods), ""]
     if gated := [method for method in methods if "gate_use" in method.runs[0]["splits"][study.test_splits[0]]]:
@@ -148,6 +150,22 @@ def _main_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
             f" {_spread(list(top1[method.method].errors[split].values()))} | {_interval(delta)} |"
             f" {first['parameters']:,} | {first['macs'] / 1e6:.2f} | {seconds:.1f} | {chosen} |"
         )
+    return lines
+
+
+def _two_class_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
+    name = methods[0].runs[0]["classes"][1]
+    lines = [
+        f"The F1 score is the harmonic mean of precision and recall of the class *{name}*:",
+        "",
+        "| method | accuracy | F1 |",
+        "|---|---|---|",
+    ]
+    for method in methods:
+        counts = [np.array(run["splits"][study.test_splits[0]]["confusion"]) for run in method.runs]
+        accuracies = [100 * float(np.trace(count) / count.sum()) for count in counts]
+        scores = [100 * float(2 * count[1, 1] / (count[1].sum() + count[:, 1].sum())) for count in counts]
+        lines.append(f"| {method.method} | {_spread(accuracies)} | {_spread(scores)} |")
     return lines
 
 
@@ -278,6 +296,65 @@ def plot(study: Study, results: Results, file: pathlib.Path) -> None:
     axes.set_yticks(range(len(methods)), [method.method for method in reversed(methods)])
     axes.set_xlabel("balanced error on the test images in %, by run, and mean with 95 % interval")
     axes.grid(axis="x", alpha=0.3)
-    same_each_time = matplotlib.rc_context({"svg.hashsalt": study.name})
-    with same_each_time, replacing(file) as temporary:
+    _save(figure, file, study.name)
+
+
+COMPARED = ("gap", "gap_wide", "srsop", "parametric_srsop", "dropcov", "avesop", "gmgap", "gmsop")
+
+
+def overview(collected: Mapping[str, Sequence[MethodResults]]) -> str:
+    """Returns a Markdown table of balanced errors, with a column for each study and a row for each method.
+
+    Args:
+      collected: for each title of a study, what `collect` returns.
+    """
+    titles = complete_studies(collected)
+    lines = [f"| method | parameters | MMAC | {' | '.join(titles)} |", "|---" * (len(titles) + 3) + "|"]
+    for name in COMPARED:
+        methods = [_by_name(collected[title])[name] for title in titles]
+        cells = [_spread(list(next(iter(method.errors.values())).values())) for method in methods]
+        cost = methods[0].runs[0]
+        lines.append(f"| {name} | {cost['parameters']:,} | {cost['macs'] / 1e6:.2f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def complete_studies(collected: Mapping[str, Sequence[MethodResults]]) -> list[str]:
+    """Returns the titles of the studies that have at least two final runs of every method in `COMPARED`."""
+    return [
+        title
+        for title, methods in collected.items()
+        if set(COMPARED) <= {method.method for method in methods if len(method.runs) > 1}
+    ]
+
+
+def _by_name(methods: Sequence[MethodResults]) -> dict[str, MethodResults]:
+    return {method.method: method for method in methods}
+
+
+def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathlib.Path) -> None:
+    """Draws each method's difference to average pooling, with its 95 % interval, in one panel for each study."""
+    from matplotlib.figure import Figure
+
+    titles, names = complete_studies(collected), COMPARED[1:]
+    figure = Figure(figsize=(2.6 + 3.2 * len(titles), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for axes, title in zip(panels, titles, strict=True):
+        methods = _by_name(collected[title])
+        for row, name in enumerate(reversed(names)):
+            delta = difference(methods[name], methods["gap"], next(iter(methods[name].errors)))
+            if delta is not None:
+                sure = abs(delta.mean) > delta.half_width
+                color = "#999" if not sure else "#17744f" if delta.mean < 0 else "#b3402a"
+                axes.errorbar(delta.mean, row, xerr=delta.half_width, fmt="D", color=color, capsize=3, markersize=5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(names)), reversed(names))
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+    figure.supxlabel("balanced error minus that of average pooling (gap), in percentage points", fontsize=9)
+    _save(figure, file, "overview")
+
+
+def _save(figure: Any, file: pathlib.Path, name: str) -> None:
+    """Saves a figure as SVG, with the same bytes each time."""
+    with matplotlib.rc_context({"svg.hashsalt": name}), replacing(file) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})

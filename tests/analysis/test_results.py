@@ -44,6 +44,7 @@ def result(method: str, seed: int, error: float, *, data: str = "d", point: tupl
         "epoch_seconds": 1.5,
         "wall_seconds": 36.0,
         "train_images": 8,
+        "classes": ["a", "b", "c"],
         "device": "1 × cpu",
         "commit": "abc",
         "versions": {"jax": "0"},
@@ -110,6 +111,29 @@ def test_plot_is_the_same_each_time(tmp_path: pathlib.Path):
         results.plot(a_study(), found, tmp_path / name)
     assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
     assert "srsop" in results.page(a_study(), found, "x")
+
+
+def test_two_classes_have_accuracy_and_f1():
+    found = [result(method, 0, 10) for method in ("gap", "srsop")]
+    for one in found:
+        one["classes"] = ["sound", "broken"]
+        one["splits"]["test"]["confusion"] = [[70, 10], [5, 15]]
+    page = results.page(a_study(), found, "x")
+    assert "precision and recall of the class *broken*" in page
+    assert "| gap | 85.00 % | 66.67 % |" in page  # 2 · 15 / (20 + 25)
+
+
+def test_overview_has_the_studies_that_are_complete(tmp_path: pathlib.Path):
+    found = [result(method, seed, 10 + seed) for method in results.COMPARED for seed in range(2)]
+    grids = {method: [("train.rate=0.1",)] for method in results.COMPARED}
+    methods = results.collect(a_study(grids=grids), found)
+    collected = {"Whole": methods, "Part": methods[:-1]}
+    lines = results.overview(collected).splitlines()
+    assert lines[0] == "| method | parameters | MMAC | Whole |"
+    assert lines[2] == "| gap | 1,234 | 2.50 | 10.50 ± 0.71 % |"
+    assert len(lines) == 2 + len(results.COMPARED)
+    results.plot_overview(collected, tmp_path / "overview.svg")
+    assert (tmp_path / "overview.svg").read_text().count("<svg") == 1
 
 
 def test_a_study_chooses_on_val_and_measures_test_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
