@@ -158,7 +158,7 @@ FIELDS = {
     "model.num_candidates": Field(GatedMixtureHead.num_candidates, "N, the number of candidates in the bank", _between(1, 10**6)),
     "model.num_selected": Field(GatedMixtureHead.num_selected, "K, the number of candidates selected per image; gated mixtures only", _between(1, 10**6)),
     "model.candidate_widths": Field(GatedMixtureHead.candidate_widths, "channels of a candidate's 1×1 convolutions; the last one is pooled", _SIZES),
-    "model.dispatch": Field(GatedMixtureHead.dispatch, "how the selected candidates are computed; `auto` decides by the backend", _one_of("auto", "gather", "loop"), resumable=True),
+    "model.dispatch": Field(GatedMixtureHead.dispatch, "how the selected candidates are computed; `auto` decides by the backend", _one_of("auto", "gather", "group", "loop"), resumable=True),
     "model.dropout_rate": Field(GatedMixtureHead.dropout_rate, "dropout before the classifier of a mixture", _FRACTION),
     # gate
     "model.gate_widths": Field(GatedMixtureHead.gate_widths, "channels of the 1×1 convolutions of the gate", _SIZES),

@@ -57,7 +57,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "balance_on": _one_of("weights", "softmax"),
     "balance_ddof": _one_of(0, 1),
     "combine": _one_of("average", "concatenate"),
-    "dispatch": _one_of("auto", "gather", "loop"),
+    "dispatch": _one_of("auto", "gather", "group", "loop"),
     "stem": _one_of("large", "small"),
     "rate": (lambda value: _is_number(value, 0, 1), "a number in [0, 1)"),
     "dropout_rate": (lambda value: _is_number(value, 0, 1), "a number in [0, 1)"),

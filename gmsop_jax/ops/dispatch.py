@@ -1,12 +1,12 @@
 """Exact dispatch: every candidate runs on the images that selected it, and on no others.
 
 Each selected pair (image, candidate) is one tile: the p rows of the image times the weights of the candidate. The work
-is that of b·k tiles and does not depend on n. All shapes are static, and nothing is dropped, padded or sorted.
+is that of b·k tiles and does not depend on n. All shapes are static, and no tile is dropped.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from gmsop_jax.ops.covariance import Where, clear_masked, position_weights
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-Dispatch = Literal["auto", "gather", "loop"]
+Dispatch = Literal["auto", "gather", "group", "loop"]
 Pool = Callable[..., Array]
 
 _CACHE_BYTES = 4 << 20  # if the activations of all pairs are larger, the loop was measured to be faster
@@ -42,11 +42,12 @@ def apply_candidates(
       kernels: the weights of all candidates, layer by layer, from c to d channels.
       indices: the selected candidates, from 0 to n − 1.
       pool: pools one or more tiles, [*, p, d] → [*, f]. If there is a mask, it also receives `where`, weights [*, p].
-      dispatch: `gather` copies the weights of each pair and computes all pairs as batched products, which suits
-        accelerators. `loop` computes one pair after the other within the cache, and recomputes each in the backward
-        pass instead of storing anything, which suits a single CPU device. `auto` selects `loop` on a single CPU
-        device if the activations of all pairs exceed the cache, and `gather` otherwise. Values and gradients are
-        the same up to rounding.
+      dispatch: `gather` copies the weights for each pair and computes all pairs as batched products. `group` arranges
+        the pairs by candidate in blocks of b·k / 8n pairs and copies the weights for each block, so that it needs much
+        less memory; empty places in the blocks make the products larger by 1/8. `loop` computes one pair after the
+        other within the cache, and recomputes each in the backward pass instead of storing anything. `auto` selects
+        `loop` on a single CPU device if the activations of all pairs exceed the cache, `group` on accelerators if the
+        blocks have at least two pairs, and `gather` otherwise. Values and gradients are the same up to rounding.
       where: a mask or weights of the positions; see `covariance_pool`.
 
     Returns: the pooled vector of each pair.
@@ -61,9 +62,11 @@ def apply_candidates(
         dispatch = _choose(x, kernels, indices)
     if dispatch == "gather":
         return _tiles(x, where, [_gather(kernel, indices) for kernel in kernels], pool)
+    if dispatch == "group":
+        return _grouped(x, where, kernels, indices, pool)
     if dispatch == "loop":
         return _loop(x, where, kernels, indices, pool)
-    raise ValueError(f"dispatch must be 'auto', 'gather' or 'loop', got {dispatch!r}")
+    raise ValueError(f"dispatch must be 'auto', 'gather', 'group' or 'loop', got {dispatch!r}")
 
 
 def apply_all_candidates(
@@ -105,7 +108,9 @@ def _masked(x: AnyArray, where: Where | None) -> tuple[Array, Array | None]:
 
 
 def _choose(x: Array, kernels: Sequence[Array], indices: Array) -> Dispatch:
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if jax.default_backend() != "cpu":
+        return "group" if _block_size(indices.size, kernels[0].shape[0]) > 1 else "gather"
+    if jax.device_count() > 1:
         return "gather"
     widths = sum(kernel.shape[-1] for kernel in kernels)
     return "loop" if indices.size * x.shape[-2] * widths * x.dtype.itemsize > _CACHE_BYTES else "gather"
@@ -141,6 +146,90 @@ def _tile(x: Array, where: Array | None, weights: Sequence[AnyArray], pool: Pool
     for w in weights:
         x = jax.nn.relu(jnp.matmul(x, w))
     return pool(x) if where is None else pool(x, where=jnp.broadcast_to(where, x.shape[:-1]))
+
+
+class _Groups(NamedTuple):
+    """An arrangement of the pairs in blocks of equal size, with one candidate in each block.
+
+    Attributes:
+      slot: the place of each pair, [b, k].
+      pair: the pair in each slot, [blocks · size]; 0 in an empty slot.
+      used: whether a slot has a pair, bool [blocks · size].
+      candidate: the candidate of each block, [blocks].
+    """
+
+    slot: Array
+    pair: Array
+    used: Array
+    candidate: Array
+
+
+_BLOCKS_PER_CANDIDATE = 8  # more blocks need more copies of weights, and fewer blocks have more empty slots
+
+
+def _block_size(num_pairs: int, n: int) -> int:
+    return num_pairs // (_BLOCKS_PER_CANDIDATE * n)
+
+
+def _group(indices: Array, n: int) -> _Groups:
+    """Arranges the pairs by candidate; the blocks of a candidate are adjacent, and only its last one is not full."""
+    flat = indices.ravel()
+    size = max(1, _block_size(flat.size, n))
+    num_blocks = flat.size // size + n  # enough for any choice of candidates
+    selected = jax.nn.one_hot(flat, n, dtype=jnp.int32)
+    before = jnp.cumsum(selected, axis=0) - selected
+    ends = jnp.cumsum(-(-selected.sum(0) // size))  # of the candidates, in blocks
+    starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+    slot = jnp.sum(selected * (starts * size + before), axis=1)
+    pair = (
+        jnp.zeros(num_blocks * size, jnp.int32)
+        .at[slot]
+        .set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
+    )
+    used = slot[pair] == jnp.arange(num_blocks * size)
+    candidate = jnp.minimum(jnp.searchsorted(ends, jnp.arange(num_blocks), side="right"), n - 1)
+    return _Groups(slot.reshape(indices.shape), pair, used, candidate)
+
+
+def _grouped(x: Array, where: Array | None, kernels: Sequence[Array], indices: Array, pool: Pool) -> Array:
+    groups = _group(indices, kernels[0].shape[0])
+    num_blocks = groups.candidate.size
+    y = _to_slots(x, groups).reshape(num_blocks, -1, x.shape[-1])
+    for kernel in kernels:
+        y = jax.nn.relu(jnp.matmul(y, _gather(kernel, groups.candidate[:, None])[:, 0]))
+    y = _to_pairs(y.reshape(groups.pair.size, x.shape[1], -1), groups)
+    return pool(y) if where is None else pool(y, where=jnp.broadcast_to(where[:, None], y.shape[:-1]))
+
+
+@jax.custom_vjp
+def _to_slots(x: Array, groups: _Groups) -> Array:
+    """Copies the image of each pair to the slot of the pair, [b, *] → [slots, *]."""
+    return x[groups.pair // groups.slot.shape[1]]
+
+
+@jax.custom_vjp
+def _to_pairs(y: Array, groups: _Groups) -> Array:
+    """Brings slots into the order of the pairs, [slots, *] → [b, k, *]."""
+    return y[groups.slot]
+
+
+# Every gradient is a gather, because that of indexing is a scatter, which adds in no fixed order on a GPU.
+def _to_slots_backward(groups: _Groups, g: Array) -> tuple[Array, _Groups]:
+    return g[groups.slot].sum(axis=1), _no_gradients(groups)
+
+
+def _to_pairs_backward(groups: _Groups, g: Array) -> tuple[Array, _Groups]:
+    rows = g.reshape(-1, *g.shape[2:])[groups.pair]
+    used = groups.used.reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.where(used, rows, 0), _no_gradients(groups)
+
+
+def _no_gradients(groups: _Groups) -> _Groups:
+    return jax.tree.map(lambda array: np.zeros(array.shape, jax.dtypes.float0), groups)
+
+
+_to_slots.defvjp(lambda x, groups: (_to_slots(x, groups), groups), _to_slots_backward)
+_to_pairs.defvjp(lambda y, groups: (_to_pairs(y, groups), groups), _to_pairs_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

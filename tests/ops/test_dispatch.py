@@ -9,7 +9,7 @@ import pytest
 from gmsop_jax.ops import apply_candidates, average_pool, second_order_pool, select_top_k
 
 WIDTHS = (3, 6, 4)
-every_dispatch = pytest.mark.parametrize("dispatch", ["gather", "loop"])
+every_dispatch = pytest.mark.parametrize("dispatch", ["gather", "group", "loop"])
 every_pool = pytest.mark.parametrize("pool", [average_pool, second_order_pool])
 
 
@@ -95,6 +95,43 @@ def test_under_jit_and_vmap(x64, dispatch):
     np.testing.assert_allclose(jax.jit(apply)(x, kernels, indices), y, rtol=1e-12, atol=1e-13)
     halves = jax.vmap(apply, in_axes=(0, None, 0))(x.reshape(2, 3, 7, 3), kernels, indices.reshape(2, 3, 2))
     np.testing.assert_allclose(halves.reshape(y.shape), y, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("choice", ["random", "one", "uneven"])
+def test_groups_of_many_pairs(x64, choice):
+    x, kernels = images(b=48, p=3), bank(4)  # 96 pairs: blocks of 3
+    indices = {
+        "random": select(48, 4, 2),
+        "one": jnp.full((48, 2), 3),  # an image may even select a candidate twice
+        "uneven": jnp.array([[0, 1]] + [[2, 3]] * 47),
+    }[choice]
+
+    def value_and_gradients(function):
+        y, pullback = jax.vjp(function, x, kernels)
+        return y, pullback(jnp.cos(y))
+
+    got = value_and_gradients(lambda x, w: apply_candidates(x, w, indices, average_pool, "group"))
+    expected = value_and_gradients(lambda x, w: dense(x, w, indices, average_pool))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), got, expected)
+
+
+def test_groups_copy_fewer_weights_than_pairs():
+    def copied(dispatch: str) -> float:
+        function = jax.grad(lambda x, w, i: jnp.sum(apply_candidates(x, w, i, average_pool, dispatch)), (0, 1))  # pyright: ignore[reportArgumentType]
+        x, kernels, indices = jnp.ones((64, 4, 32)), [jnp.ones((4, 32, 64))], jnp.zeros((64, 4), int)
+        analysis = jax.jit(function).lower(x, kernels, indices).compile().cost_analysis()
+        assert analysis is not None
+        return analysis["bytes accessed"]
+
+    assert copied("group") < copied("gather") / 2
+
+
+def test_gradients_of_groups_have_no_scatter_of_numbers():
+    function = jax.grad(lambda x, w: jnp.sum(apply_candidates(x, w, select(48, 4, 2), average_pool, "group")), (0, 1))
+    text = jax.jit(function).trace(images(b=48), bank(4)).lower(lowering_platforms=("cuda",)).as_text()
+    scatters = [line for line in text.splitlines() if "stablehlo.scatter" in line]
+    assert all("unique_indices = true" in line for line in scatters)
+    assert len(scatters) == 1  # which pair is in which slot
 
 
 @pytest.mark.usefixtures("unchecked_types")
