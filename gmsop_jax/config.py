@@ -520,37 +520,53 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2)
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, place: str = "the stored configuration") -> ConfigDict:
     """Reads what `to_json` returned. Fields that are missing, because they were added later, have their defaults.
+
+    Args:
+      text: the JSON text.
+      place: where it was found, for error messages.
 
     Raises:
       ConfigError: if the text is not JSON, or contains an unknown field or a value of another type.
     """
     try:
         stored = json.loads(text)
+        fields = list(flatten(stored)) if isinstance(stored, dict) else []
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the stored configuration is not JSON ({error})") from error
+        raise ConfigError(f"{place} is not JSON ({error})") from error
     if not isinstance(stored, dict):
-        raise ConfigError(f"the stored configuration is a {type(stored).__name__} instead of an object with fields")
+        raise ConfigError(f"{place} contains {text.strip()[:40]} instead of an object with fields")
     if "library_name" in stored:
-        raise ConfigError(
-            "the stored configuration is that of an exported network; give the working directory of a training run"
-        )
+        raise ConfigError(f"{place} is that of an exported network; give the working directory of a training run")
     config = default_config()
-    for name, value in flatten(stored):
+    for name, value in fields:
         if value in _REMOVED_FIELDS.get(name, ()):
             continue
         if name not in FIELDS:
             raise ConfigError(
-                f"the stored configuration has the field config.{name} = {value!r}, which this version of gmsop_jax"
+                f"{place} has the field config.{name} = {value!r}, which this version of gmsop_jax"
                 " does not know; use the version that wrote it"
             )
         section, leaf = _locate(config, name)
         try:
             section[leaf] = _REMOVED_VALUES.get((name, value), value) if isinstance(value, str) else as_tuples(value)
         except TypeError as error:
-            raise ConfigError(f"the stored configuration has config.{name} = {value!r}, of the wrong type") from error
+            raise ConfigError(f"{place} has config.{name} = {value!r}, of the wrong type") from error
     return config
+
+
+def read(file: pathlib.Path) -> ConfigDict:
+    """Reads the `config.json` of a run.
+
+    Raises:
+      ConfigError: if the file can't be read, and as `from_json`.
+    """
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} can't be read ({error}); it should be in the working directory of a run") from error
+    return from_json(text, str(file))
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:

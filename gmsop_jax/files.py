@@ -9,11 +9,11 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gmsop_jax.errors import FileAccessError
+from gmsop_jax.errors import FileAccessError, UserError
 
 CHECKSUMS = "checksums.json"
 _MAX_CHECKSUMS_BYTES = 2**24  # some 100,000 entries
@@ -45,9 +45,45 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_output(path: Path, content: str) -> None:
+    """Writes a file that a user named: atomically, or into what a link such as `/dev/stdout`, or a pipe, leads to."""
+    if path.is_symlink() or path.is_fifo() or path.is_char_device():
+        path.write_text(content, "utf-8")
+    else:
+        write_atomic(path, content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON atomically."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, Any]:
+    """Reads a JSON file that contains an object.
+
+    Args:
+      path: the file.
+      fields: the names and types of the fields that the object must have. An int is accepted for a float.
+      remedy: what to do if the file is damaged, for the error message.
+
+    Raises:
+      UserError: if the file is not JSON, or a field is missing or has another type.
+      FileAccessError: if the file can't be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"it contains {json.dumps(value)[:40]} instead of an object")
+        for name, kind in fields.items():
+            if name not in value:
+                raise ValueError(f"it has no {name}")
+            if type(value[name]) not in ((int, float) if kind is float else (kind,)):
+                raise ValueError(f"its {name} is {json.dumps(value[name])[:40]}")
+    except OSError as error:
+        raise FileAccessError.from_os_error(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    return value
 
 
 def sha256(path: Path) -> str:
@@ -96,7 +132,7 @@ def find_damage(folder: Path, below: str = "") -> str | None:
         return f"{CHECKSUMS} is missing, so its files can't be verified"
     except OSError as error:
         raise FileAccessError.from_os_error(error.filename or folder, error) from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"{CHECKSUMS} is damaged: {error}"
     return None if sums else f"{CHECKSUMS} lists no files"
 

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import platform
 import statistics
@@ -25,8 +26,8 @@ from gmsop_jax.analysis.costs import cost
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import pipeline
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.errors import ConfigError, DataError
-from gmsop_jax.files import write_json
+from gmsop_jax.errors import ConfigError, DataError, UserError
+from gmsop_jax.files import read_object, write_json
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.training import checkpoint, restore
 from gmsop_jax.training.loop import train_and_evaluate
@@ -34,6 +35,12 @@ from gmsop_jax.training.metrics import NonFiniteError
 from gmsop_jax.training.writer import read_metrics
 
 Point = tuple[str, ...]  # assignments `field=value`
+_RUN_FIELDS = {"method": str, "point": list, "seed": int, "data": str, "config": dict, "splits": dict}
+_MEASURED_FIELDS = {  # of a run that did not diverge
+    **{"parameters": int, "macs": float, "epoch_seconds": float, "wall_seconds": float, "train_images": int},
+    **{"device": str, "commit": str, "versions": dict},
+}
+_MEASURES = ("loss", "top1_error", "balanced_error")  # of each split
 _PACKAGES = ("gmsop_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -87,6 +94,11 @@ class Study:
     test_splits: Sequence[str] = ("test",)
     reference: str = "srsop"
     notes: str = ""
+
+    def __post_init__(self):
+        for name in ("grids", "data", "seeds", "test_splits"):
+            if not getattr(self, name):
+                raise ConfigError(f"the study {self.name} has no {name}; give at least one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +172,12 @@ class StudyRunner:
 
         Raises:
           ConfigError: if the stored result was measured with another configuration.
+          UserError: if the stored result is damaged.
         """
         file = self.results / f"{run.name}.json"
         config = self.config(run)
         fields = _changed_fields(config)
-        result = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        result = read_result(file) if file.exists() else {}
         if result and result["config"] != json.loads(json.dumps(fields)):
             raise ConfigError(f"{file} was measured with another configuration; delete it, or rename the study")
         missing = [split for split in splits if split not in result.get("splits", {})]
@@ -195,12 +208,29 @@ class StudyRunner:
 
 def load_study(path: str | pathlib.Path) -> Study | None:
     """Returns the study that a configuration file defines as `STUDY`, or None if it defines none."""
-    return getattr(configs.run_file(configs.split_argument(path)[0]), "STUDY", None)
+    file, _ = configs.split_argument(path)
+    study = getattr(configs.run_file(file), "STUDY", None)
+    if not isinstance(study, Study | None):
+        raise ConfigError(f"STUDY in {file} must be a gmsop_jax.analysis.study.Study, got {study!r}")
+    return study
 
 
 def load_results(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the results in a folder, sorted by file name."""
-    return [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+    """Returns the results in a folder, sorted by file name; UserError if one is damaged."""
+    return [read_result(file) for file in sorted(folder.glob("*.json"))]
+
+
+def read_result(file: pathlib.Path) -> dict[str, Any]:
+    """Reads the result of a run; UserError if it is damaged."""
+    remedy = "delete it, and run the study again"
+    result = read_object(file, _RUN_FIELDS, remedy)
+    if "diverged" not in result:
+        read_object(file, _MEASURED_FIELDS, remedy)
+    for split, measured in result["splits"].items():
+        values = [measured.get(name) for name in _MEASURES] if isinstance(measured, dict) else [None]
+        if not all(type(value) in (int, float) for value in values):
+            raise UserError(f"{file} is damaged (the split {split} lacks one of {', '.join(_MEASURES)}); {remedy}")
+    return result
 
 
 def measure_split(workdir: pathlib.Path, split: str, data: ConfigDict) -> dict[str, Any]:
@@ -286,7 +316,7 @@ def _describe(
         "epoch_seconds": round(num_images / statistics.median(speeds), 2),
         "wall_seconds": trained["wall_seconds"],
         "device": f"{trained['device']}, {platform.processor() or platform.machine()}",
-        "commit": _commit(),
+        "commit": find_commit(pathlib.Path(__file__)),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
@@ -298,11 +328,20 @@ def _changed_fields(config: ConfigDict) -> dict[str, Any]:
     return {name: value for name, value in configs.flatten(config) if value != default[name] and name not in ignored}
 
 
-def _commit() -> str:
-    """The commit of this package's repository, with `-dirty` after changes; empty if it is not in a repository."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+def find_commit(file: pathlib.Path) -> str:
+    """The commit of the repository that tracks a file, with `-dirty` after changes; empty if none does.
+
+    A package that is installed inside another repository, as in a virtual environment, is not tracked by it.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return ""
 

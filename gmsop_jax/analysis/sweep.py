@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import signal
 import statistics
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from gmsop_jax import config as configs
 from gmsop_jax.errors import ConfigError
+from gmsop_jax.training.writer import read_result
 
 # Exit statuses of a run that was stopped and can be resumed; negative if it was stopped before it handled signals.
 _INTERRUPTED = (130, 75, -signal.SIGINT, -signal.SIGTERM)
@@ -36,8 +36,7 @@ class SweepRun:
     @property
     def result(self) -> dict | None:
         """The contents of `result.json`, or None if the run is not finished."""
-        file = self.workdir / "result.json"
-        return json.loads(file.read_text("utf-8")) if file.exists() else None
+        return read_result(self.workdir)
 
 
 def expand(path: str) -> list[str]:
@@ -94,7 +93,7 @@ def _check_same(workdir: pathlib.Path, config: configs.ConfigDict) -> None:
     file = workdir / "config.json"
     if not file.exists():
         return
-    kept = configs.from_json(file.read_text("utf-8"))
+    kept = configs.read(file)
     config.model.num_classes = kept.model.num_classes  # filled in from the data set
     different = configs.differences(kept, config)
     if kept.train.num_epochs != config.train.num_epochs:

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from gmsop_jax.analysis import summary, sweep
-from gmsop_jax.analysis.study import Study, StudyRunner, load_study
+from gmsop_jax.analysis.study import Study, StudyData, StudyRunner, load_study
 from gmsop_jax.config import split_argument
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.sources import Options
+from gmsop_jax.data.manifest import FILE_NAME, Manifest
 from gmsop_jax.errors import ArgumentParser, ConfigError, UserError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.files import write_atomic, write_output
 
 
 def run_report(arguments: Sequence[str]) -> None:
@@ -35,10 +36,11 @@ def run_report(arguments: Sequence[str]) -> None:
     page = build_report(args.workdir, data=args.data, max_images=args.max_images)
     output = args.output or args.workdir[0] / "report.html"
     try:
-        write_atomic(output, page)
+        write_output(output, page)
     except OSError as error:
         raise UserError(f"the report can't be written to {output} ({error.strerror}); give another --output") from error
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+    if output.is_file() and not output.is_symlink():
+        print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
 def run_sweep(arguments: Sequence[str]) -> int:
@@ -63,7 +65,7 @@ def run_sweep(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--gather", action="store_true", help="only write the table of the finished runs")
     group = parser.add_argument_group("for studies, which choose their seeds and hyperparameters themselves")
-    group.add_argument("--input", help="the downloaded file or folder, as for `gmsop convert`")
+    group.add_argument("--input", help="the downloaded file or folder, until it is converted")
     group.add_argument("--data-dir", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data sets")
     group.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="folder of raw results")
     options = parser.parse_args(arguments)
@@ -89,10 +91,30 @@ def run_sweep(arguments: Sequence[str]) -> int:
 def _execute_study(study: Study, path: str, options: argparse.Namespace) -> None:
     """Converts the data sets of a study that do not exist yet, and executes its runs."""
     for data in study.data:
-        convert(data.source, options.input, options.data_dir / data.name, options=Options(**data.options))
+        prepare_data(data, options.data_dir / data.name, options.input)
     file, _ = split_argument(path)
     StudyRunner(study, file, data_dir=options.data_dir, output=options.output, results=options.results).execute()
     print(f"all runs of {study.name} are finished; their results are in {options.results}")
+
+
+def prepare_data(data: StudyData, folder: pathlib.Path, input_path: str | None) -> None:
+    """Converts a data set of a study. If it is already converted, `input_path` may be None.
+
+    Raises:
+      ConfigError: if the folder contains a data set of another source or with other options.
+      DataError: as `convert` and `Manifest.load`.
+    """
+    if input_path is not None or not (folder / FILE_NAME).exists():
+        convert(data.source, input_path, folder, options=Options(**data.options))
+        return
+    provenance = Manifest.load(folder).provenance
+    needed = {"source": data.source, "options": dict(data.options), "seed": 0, "limit": None, "codec": "raw"}
+    for name, value in needed.items():
+        if provenance.get(name) != value:
+            raise ConfigError(
+                f"{folder} was converted with the {name} {provenance.get(name)}, but the study needs {value}; delete"
+                " that folder and run the study with --input, or give another --data-dir"
+            )
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from gmsop_jax.errors import ArgumentParser
 from gmsop_jax.inference.export import export_onnx, export_safetensors, export_stablehlo
 from gmsop_jax.interop.matconvnet_run import ImportedRun, import_checkpoint
 from gmsop_jax.interop.torch_run import ImportedWeights, import_weights
+from gmsop_jax.training import exported
 from gmsop_jax.training.restore import folder_of
 
 RELEASED = {
@@ -41,16 +42,19 @@ def run_export(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--license", help="safetensors: licence of the weights for the card, such as cc-by-4.0")
     args = parser.parse_args(arguments)
-    output = args.output or folder_of(args.run) / "export" / args.format
+    folder = folder_of(args.run)
+    if not args.output and exported.is_on_hub(args.run):
+        parser.error(f"--output is needed, because {args.run} is a network on the Hugging Face Hub")
+    output = args.output or folder / "export" / args.format
     if args.format == "safetensors":
-        exported = export_safetensors(args.run, output, license_name=args.license or "unknown")
+        written = export_safetensors(args.run, output, license_name=args.license or "unknown")
     elif args.license:
         parser.error("--license is written into the model card, which only --format safetensors creates")
     else:
-        exported = {"stablehlo": export_stablehlo, "onnx": export_onnx}[args.format](args.run, output)
-    for file in exported.files:
+        written = {"stablehlo": export_stablehlo, "onnx": export_onnx}[args.format](args.run, output)
+    for file in written.files:
         print(f"{file}: {file.stat().st_size:,} bytes")
-    largest = ", ".join(f"{name} {difference:.2g}" for name, difference in exported.differences.items())
+    largest = ", ".join(f"{name} {difference:.2g}" for name, difference in written.differences.items())
     print(f"largest differences from the original on random images: {largest}")
 
 

@@ -10,7 +10,7 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
-from gmsop_jax.training import parallel
+from gmsop_jax.training import exported, parallel
 from gmsop_jax.training.evaluation import COMPILING, create_evaluation, image_size, resolve, verify_shards
 from gmsop_jax.training.processes import ending_together
 from gmsop_jax.training.restore import folder_of, load_variables, read_description
@@ -18,9 +18,10 @@ from gmsop_jax.training.workdir import check_same_config
 
 
 def run(config: ConfigDict, path: str | pathlib.Path) -> None:
-    """The command `--mode evaluate`: prints the result, then writes `evaluation-<split>.json` beside the checkpoints.
+    """The command `gmsop evaluate`: prints the result, then writes `evaluation-<split>.json` beside the checkpoints.
 
-    If that file can't be written, as in a read-only directory, a warning says so.
+    If that file can't be written, as in a read-only directory, a warning says so. The result for a network on the
+    Hugging Face Hub is only printed.
 
     Args, Raises: as in `evaluate_checkpoint`.
     """
@@ -31,6 +32,10 @@ def run(config: ConfigDict, path: str | pathlib.Path) -> None:
         flush=True,
     )
     if jax.process_index() == 0:
+        if exported.is_on_hub(path):
+            where = f"{path} is a network on the Hugging Face Hub"
+            print(f"{where}, so the result is not written to a file", file=sys.stderr)
+            return
         file = folder_of(path) / f"evaluation-{config.eval.split}.json"
         try:
             write_json(file, result)

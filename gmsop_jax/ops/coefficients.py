@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from typing import Literal
 
 Coefficients = Literal["newton_schulz", "minimax"]
@@ -26,7 +27,10 @@ def iteration_steps(num_iters: int, coefficients: Coefficients = "newton_schulz"
     Raises:
       ValueError: if num_iters < 1, if `coefficients` is unknown, or if there are no minimax coefficients for
         that many steps.
+      TypeError: if num_iters is not a Python int, because it determines the program that is compiled.
     """
+    if not isinstance(num_iters, numbers.Integral) or isinstance(num_iters, bool):
+        raise TypeError(f"num_iters must be a Python int, got {num_iters!r}; under jax.jit, make it a static argument")
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1, got {num_iters}")
     if coefficients == "newton_schulz":

@@ -62,7 +62,8 @@ def newton_schulz_sqrt(
     Raises:
       ValueError: if num_iters < 1, if the last two axes differ, or if `coefficients` is unknown or not available for
         that many steps.
-      TypeError: for integers, and for half precision, which is not accurate enough for the iteration.
+      TypeError: if num_iters is not an int; and for matrices of integers or of half precision, which is not accurate
+        enough for the iteration.
 
     Example:
       >>> newton_schulz_sqrt(4 * jnp.eye(2), 12).round(3)

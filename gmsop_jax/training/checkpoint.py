@@ -295,7 +295,7 @@ def _parse_progress(stored: Any, folder: pathlib.Path) -> Progress:
         skipped = tuple(int(at) for at in stored.get("skipped", ()))
         pending = {str(name): float(value) for name, value in stored.get("pending", {}).items()}
         progress = Progress(int(stored["step"]), int(stored["epoch"]), float(stored["wall_seconds"]), skipped, pending)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"checkpoint {folder} has no progress ({error})") from error
     if str(progress.step) != folder.name:
         raise CheckpointError(f"checkpoint {folder} is step {progress.step}; rename it back")

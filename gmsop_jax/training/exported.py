@@ -35,8 +35,13 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path | None:
     folder = pathlib.Path(path)
     if (folder / WEIGHTS).is_file():
         return folder
+    return _download(os.fspath(path)) if is_on_hub(path) else None
+
+
+def is_on_hub(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path is the name of a repository on the Hugging Face Hub; see `find`."""
     is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", os.fspath(path)) is not None
-    return _download(os.fspath(path)) if is_name and not folder.parent.exists() else None
+    return is_name and not pathlib.Path(path).parent.exists()
 
 
 @functools.cache
@@ -89,7 +94,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         description["step"] = int(description["step"])
         if not isinstance(description["metrics"], dict | None):
             raise TypeError(f"metrics is {description['metrics']!r}")
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f"{file} can't be read ({error!r}); it should be the file that `gmsop export` wrote"
         ) from error
@@ -103,7 +108,7 @@ def read_description(folder: pathlib.Path) -> tuple[ConfigDict, Inputs]:
       CheckpointError: if they are missing or damaged.
     """
     description = _read(folder)
-    config = configs.from_json(json.dumps(description["config"]))
+    config = configs.from_json(json.dumps(description["config"]), str(folder / DESCRIPTION))
     return config, Inputs.from_dict(description, folder / DESCRIPTION, "export the network again")
 
 

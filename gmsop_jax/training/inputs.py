@@ -107,5 +107,5 @@ class Inputs:
             return cls(
                 str(value["dataset"]), classes, (red, green, blue), (height, width), splits, int(value.get("order", 1))
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{file} is damaged ({error!r}); {remedy}") from error

@@ -4,6 +4,7 @@
 `module:Class`.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -12,7 +13,7 @@ import pathlib
 import secrets
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -147,16 +148,39 @@ def create_loggers(config: ConfigDict, workdir: pathlib.Path, start_step: int) -
       UserError: if a logger can't start, for example without an account.
     """
     names, loggers = config.log.backends, []
-    for name, backend in zip(names, find_backends(names), strict=True):
-        try:
-            loggers.append(backend(workdir, config.to_dict(), start_step))
-        except Exception as error:  # each library raises its own errors
-            if name == "tensorboard" and isinstance(error, OSError):  # the caller explains it
-                raise
-            raise UserError(
-                f"{name}, which config.log.backends names, can't start ({type(error).__name__}: {error})"
-            ) from error
+    with closing_on_failure(loggers):
+        for name, backend in zip(names, find_backends(names), strict=True):
+            loggers.append(_start(name, backend, workdir, config, start_step))
     return loggers
+
+
+def _start(name: str, backend: type[Logger], workdir: pathlib.Path, config: ConfigDict, start_step: int) -> Logger:
+    try:
+        return backend(workdir, config.to_dict(), start_step)
+    except Exception as error:  # each library raises its own errors
+        if name == "tensorboard" and isinstance(error, OSError):  # the caller explains it
+            raise
+        raise UserError(
+            f"{name}, which config.log.backends names, can't start ({type(error).__name__}: {error})"
+        ) from error
+
+
+@contextlib.contextmanager
+def closing_on_failure(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Closes the loggers if the block raises. Closing then often fails for the same reason, which is not reported."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            close_all(loggers)
+        raise
+
+
+def close_all(loggers: Sequence[Logger]) -> None:
+    """Closes every logger, even if closing another one fails, and then raises that error."""
+    with contextlib.ExitStack() as stack:
+        for logger in loggers:
+            stack.callback(logger.close)
 
 
 def _run_id(workdir: pathlib.Path) -> str:

@@ -16,13 +16,13 @@ from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress
 from gmsop_jax.training.divergence import check_evaluation, check_state, explain, step_to_skip
 from gmsop_jax.training.evaluation import COMPILING, verify_shards
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
-from gmsop_jax.training.loggers import create_loggers, find_backends
+from gmsop_jax.training.loggers import closing_on_failure, create_loggers, find_backends
 from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError
 from gmsop_jax.training.processes import check_same, ending_together, first_process_does
 from gmsop_jax.training.setup import Run, prepare
 from gmsop_jax.training.step import TrainState
 from gmsop_jax.training.workdir import Workdir, check_path, check_same_config
-from gmsop_jax.training.writer import Writer, plot_curves, profile_steps
+from gmsop_jax.training.writer import RESULT, Writer, plot_curves, profile_steps
 
 
 @ending_together()
@@ -77,7 +77,7 @@ def train_and_evaluate(
             result = _result(run, checkpoints, progress)
         if jax.process_index() == 0:
             plot_curves(folder.path)
-            write_json(folder.path / "result.json", result)
+            write_json(folder.path / RESULT, result)
     return result
 
 
@@ -197,8 +197,10 @@ def _evaluate(run: Run, state: TrainState, step: int, writer: Writer, is_first: 
 
 def _open_writer(run: Run, start: Progress, workdir: Workdir) -> Writer:
     enabled = jax.process_index() == 0
-    loggers = create_loggers(run.config, workdir.path, start.step) if enabled else ()
-    return Writer(workdir.path, total_steps=run.total_steps, start_step=start.step, enabled=enabled, loggers=loggers)
+    loggers = create_loggers(run.config, workdir.path, start.step) if enabled else []
+    options = {"total_steps": run.total_steps, "start_step": start.step, "enabled": enabled}
+    with closing_on_failure(loggers):
+        return Writer(workdir.path, loggers=loggers, **options)
 
 
 def _say(*lines: str) -> None:

@@ -57,6 +57,7 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
             raise ConfigError(
                 f"--coordinator {coordinator} has no port; give host:port, such as 10.0.0.1:1234, or auto"
             )
+        _check_numbers(num_processes, process_id)
         if process_id == 0:
             _check_port(coordinator, int(port))
     try:
@@ -142,6 +143,17 @@ def ending_together() -> Iterator[None]:
                 " resume from the last checkpoint"
             ) from error
         raise
+
+
+def _check_numbers(num_processes: int | None, process_id: int | None) -> None:
+    if num_processes is None or process_id is None:
+        raise ConfigError("--coordinator host:port needs --num-processes and --process-id, which is counted from 0")
+    if num_processes < 1:
+        raise ConfigError(f"--num-processes must be at least 1, got {num_processes}")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process-id must be from 0 to {num_processes - 1} with --num-processes {num_processes}, got {process_id}"
+        )
 
 
 def _check_port(coordinator: str, port: int) -> None:

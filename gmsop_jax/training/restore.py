@@ -77,8 +77,9 @@ def read_description(path: str | os.PathLike[str]) -> tuple[ConfigDict, Inputs]:
     """
     if exported_folder := exported.find(path):
         return exported.read_description(exported_folder)
-    config = configs.from_json(checkpoint.read_config(os.fspath(path)))
-    return config, Inputs.load(folder_of(path))
+    folder = folder_of(path)
+    config = configs.from_json(checkpoint.read_config(os.fspath(path)), str(folder / "config.json"))
+    return config, Inputs.load(folder)
 
 
 def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:

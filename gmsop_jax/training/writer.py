@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from gmsop_jax.files import write_atomic
-from gmsop_jax.training.loggers import Logger
+from gmsop_jax.files import read_object, write_atomic
+from gmsop_jax.training.loggers import Logger, close_all
 
-METRICS = "metrics.jsonl"
+METRICS, RESULT = "metrics.jsonl", "result.json"
+_RESULT_FIELDS = {"last_top1_error": float, "wall_seconds": float, "parameters": int, "feature_dimension": int}
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -24,9 +25,32 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     for line in file.read_bytes().splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+            if _is_record(record):
                 records.append(record)
     return records
+
+
+def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the contents of `result.json`, or None if the run is not finished.
+
+    Raises:
+      UserError: if the file is damaged.
+    """
+    file = workdir / RESULT
+    if not file.exists():
+        return None
+    return read_object(file, _RESULT_FIELDS, "delete it, and start the run again to write it again")
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value has the fields and types of a record that `Writer.record` wrote."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int or "epoch" not in value:
+        return False
+    numbers = dict(value)
+    kind, uses = numbers.pop("kind", None), numbers.pop("candidate_use", [])
+    if not isinstance(kind, str) or not isinstance(uses, list):
+        return False
+    return all(type(number) in (int, float) for number in [*numbers.values(), *uses])
 
 
 class Writer:
@@ -81,10 +105,8 @@ class Writer:
         self._bar.close()
         if self._enabled:
             # if an error is already being raised, closing often fails for the same reason; the first error is reported
-            with contextlib.suppress(Exception) if kind else contextlib.nullcontext(), contextlib.ExitStack() as stack:
-                for logger in self._loggers:
-                    stack.callback(logger.close)
-                self._jsonl.close()
+            with contextlib.suppress(Exception) if kind else contextlib.nullcontext(), contextlib.closing(self._jsonl):
+                close_all(self._loggers)
 
     def advance(self) -> None:
         """Counts one more step."""

@@ -1,4 +1,5 @@
 import json
+import os
 import pathlib
 import re
 import runpy
@@ -9,7 +10,8 @@ from html.parser import HTMLParser
 import pytest
 
 from gmsop_jax.analysis.report import build_report
-from gmsop_jax.errors import CheckpointError
+from gmsop_jax.errors import ConfigError
+from gmsop_jax.main import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -112,8 +114,34 @@ def test_names_are_escaped(trained_run, tmp_path):
 
 
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
+    with pytest.raises(ConfigError, match=r"config\.json can't be read"):
         build_report([tmp_path])
+
+
+def test_a_report_is_written_to_anything_that_can_be_written_to(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("gmsop_jax.analysis.report.build_report", lambda *_, **__: "<p>page</p>")
+
+    def report(output: object) -> int:
+        return main(["report", "run", "--output", str(output)])
+
+    assert report("/dev/stdout") == 0
+    assert capfd.readouterr().out.startswith("<p>page</p>")
+    fifo, link, page = (tmp_path / name for name in ("fifo", "link", "page.html"))
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert report(fifo) == 0
+    assert os.read(reader, 99) == b"<p>page</p>"
+    os.close(reader)
+    link.symlink_to(page)
+    assert report(link) == 0
+    assert page.read_text() == "<p>page</p>"
+    assert link.is_symlink()
+    capfd.readouterr()
+    refused = {tmp_path: "Is a directory", tmp_path / "missing/x.html": "No such file", page / "x": "Not a directory"}
+    for output, reason in refused.items():
+        assert report(output) == 2
+        assert re.fullmatch(rf"error: the report can't be written to {output} \({reason}.*\n", capfd.readouterr().err)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["fifo", "link", "page.html"]
 
 
 def test_tool(trained_run, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,9 @@
+import dataclasses
 import itertools
 import json
 import pathlib
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -8,10 +11,19 @@ import results as results_tool
 from PIL import Image
 
 from gmsop_jax.analysis import results, study
-from gmsop_jax.analysis.study import Study, StudyData, StudyRunner, balanced_error, load_results, load_study
+from gmsop_jax.analysis.study import (
+    Study,
+    StudyData,
+    StudyRunner,
+    balanced_error,
+    find_commit,
+    load_results,
+    load_study,
+)
+from gmsop_jax.commands.study import prepare_data
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.sources import Options
-from gmsop_jax.errors import ConfigError
+from gmsop_jax.errors import ConfigError, DataError, UserError
 from gmsop_jax.training.metrics import NonFiniteError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -190,8 +202,75 @@ def test_a_point_at_which_training_diverges_is_not_chosen(tmp_path: pathlib.Path
     file = tmp_path / "s" / f"{good.name}.json"
     stored = json.loads((tmp_path / "s" / f"{bad.name}.json").read_text())
     fields = stored["config"] | {"train.learning_rates": [[0.1, 1]]}
-    file.write_text(json.dumps({"config": fields, "splits": {"val": {"balanced_error": 90, "loss": 9}}}))
+    file.write_text(json.dumps(result("gap", 0, 90) | {"config": fields}))
     assert runner.choose("gap") == good.point
+
+
+BAD_JSON = [b"", b"null", b"[]", b"3", b'"x"', b"{}", b'{"splits"', b"\xff\xfe", b"[" * 5000]
+
+
+@pytest.mark.parametrize("content", BAD_JSON, ids=lambda content: repr(content[:9]))
+def test_a_damaged_result_is_named(tmp_path: pathlib.Path, content):
+    (tmp_path / "tiny.py").write_text(TINY)
+    runner = StudyRunner(
+        a_study(grids={"gap": [()]}), tmp_path / "tiny.py", data_dir=tmp_path, output=tmp_path, results=tmp_path
+    )
+    [run] = runner.selection_runs("gap")
+    file = tmp_path / "s" / f"{run.name}.json"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    message = rf"{re.escape(str(file))} is damaged .*; delete it, and run the study again"
+    with pytest.raises(UserError, match=message):
+        load_results(file.parent)
+    with pytest.raises(UserError, match=message):
+        runner.measure(run, ["val"])
+
+
+def test_a_result_without_a_measurement_is_damaged(tmp_path: pathlib.Path):
+    whole = result("gap", 0, 5) | {"config": {}}
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    assert load_results(tmp_path) == [whole]
+    for damage in ({"splits": 3}, {"splits": {"val": {}}}, {"splits": {"val": 3}}, {"macs": "x"}, {"seed": None}):
+        (tmp_path / "a.json").write_text(json.dumps(whole | damage))
+        with pytest.raises(UserError, match=r"a\.json is damaged"):
+            load_results(tmp_path)
+
+
+def test_a_study_without_input_uses_the_data_set_that_is_converted(tmp_path: pathlib.Path):
+    data = StudyData("d", "image-folder", {"size": 8})
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / folder / "1.png")
+    with pytest.raises(DataError, match="needs --input"):
+        prepare_data(data, tmp_path / "d", None)
+    prepare_data(data, tmp_path / "d", str(tmp_path / "images"))
+    prepare_data(data, tmp_path / "d", None)
+    other = dataclasses.replace(data, options={"size": 9})
+    with pytest.raises(ConfigError, match=r"converted with the options .'size': 8.*, but the study needs .'size': 9"):
+        prepare_data(other, tmp_path / "d", None)
+
+
+def test_the_commit_is_that_of_the_repository_that_tracks_the_package(tmp_path: pathlib.Path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@example.com")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    file = tmp_path / "venv" / "study.py"
+    file.parent.mkdir()
+    file.write_text("")
+    assert find_commit(file) == ""
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    assert find_commit(file) == ""  # installed inside the repository of another project
+    git("add", "venv")
+    git("commit", "-q", "-m", "second")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a hook of another repository
+    commit = find_commit(file)
+    monkeypatch.delenv("GIT_DIR")
+    assert commit == git("rev-parse", "--short=12", "HEAD")
+    file.write_text("changed")
+    assert find_commit(file) == f"{commit}-dirty"
 
 
 @pytest.mark.parametrize("file", STUDY_FILES, ids=lambda file: file.stem)

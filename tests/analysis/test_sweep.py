@@ -11,7 +11,7 @@ import pytest
 
 from gmsop_jax.analysis import sweep
 from gmsop_jax.commands.study import run_sweep
-from gmsop_jax.errors import ConfigError
+from gmsop_jax.errors import ConfigError, UserError
 from gmsop_jax.models.network import HEADS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,6 +66,16 @@ def test_a_run_of_another_configuration_is_not_taken(tmp_path):
     for override in ("train.num_epochs=17", "model.num_iters=5"):
         with pytest.raises(ConfigError, match=override.split("=")[0]):
             sweep.plan_sweep([QUICKSTART], [0], tmp_path, [override])
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name):
+    [job] = sweep.plan_sweep([QUICKSTART], [0], tmp_path)
+    finish(job, 1, 1, 1)
+    for content in (b"", b"null", b"[]", b"3", b'"x"', b'{"seed"', b"\xff\xfe", b"[" * 5000, b'{"wall_seconds": "x"}'):
+        (job.workdir / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{job.workdir / name} "):
+            sweep.table(sweep.plan_sweep([QUICKSTART], [0], tmp_path))
 
 
 def test_seeds_are_checked_first(tmp_path):

@@ -169,7 +169,10 @@ def test_damaged_lines_of_metrics_jsonl_are_left_out(finished, config, tmp_path)
     workdir = shutil.copytree(finished, tmp_path / "run")
     before = read_metrics(workdir)
     with (workdir / "metrics.jsonl").open("ab") as file:
-        file.write(b'\xff\xfe\n3\n{}\n[1]\n"kind step"\n' + b"[" * 5000 + b'\n{"kind": "tra')
+        file.write(b'\xff\xfe\n3\n{}\n[1]\n"kind step"\n' + b"[" * 5000 + b"\n")
+        for step in ('"3"', "null", "true", "1.5", '3, "loss": "x"', '3, "loss": [1]', '3, "candidate_use": 1'):
+            file.write(f'{{"kind": "train", "epoch": 1, "step": {step}}}\n'.encode())
+        file.write(b'{"kind": "train", "step": 3}\n{"kind": 1, "step": 3, "epoch": 1}\n{"kind": "tra')
     assert read_metrics(workdir) == before
     assert train_and_evaluate(config, workdir)["step"] == 9
 

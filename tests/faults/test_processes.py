@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from gmsop_jax.conversion.convert import convert
+from gmsop_jax.errors import ConfigError
+from gmsop_jax.training.processes import start_processes
 from gmsop_jax.training.restore import load
 from gmsop_jax.training.writer import read_metrics
 
@@ -109,13 +111,28 @@ def test_bad_coordinates(start, tmp_path):
     for arguments, words in (
         (["--num-processes", 2], "need --coordinator"),
         (["--coordinator", "somewhere"], "has no port"),
-        (["--coordinator", "127.0.0.1:1"], "can't be joined"),
+        (["--coordinator", "auto"], "can't be joined"),
     ):
         process = start("--workdir", tmp_path / "run", *arguments)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
         assert words in errors
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("count", "index", "message"),
+    [
+        (2, 7, "--process-id must be from 0 to 1 with --num-processes 2, got 7"),
+        (2, -1, "--process-id must be from 0 to 1 with --num-processes 2, got -1"),
+        (0, 0, "--num-processes must be at least 1, got 0"),
+        (None, 1, "--coordinator host:port needs --num-processes and --process-id"),
+        (2, None, "--coordinator host:port needs --num-processes and --process-id"),
+    ],
+)
+def test_numbers_of_processes_that_contradict_each_other(count, index, message):
+    with pytest.raises(ConfigError, match=message):
+        start_processes("127.0.0.1:1", count, index)
 
 
 # ---- processes that differ or fail: all of them end, and say why

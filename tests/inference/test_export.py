@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import gmsop_jax
 from gmsop_jax.config import default_config, load, model_defaults
 from gmsop_jax.errors import CheckpointError, ConfigError
-from gmsop_jax.inference import export
+from gmsop_jax.inference import evaluate, export
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.main import main
 from gmsop_jax.models import create_model
@@ -127,8 +127,10 @@ def test_the_model_card_names_data_recipe_result_command_and_licence(trained_run
     assert again.to_dict() == info.config.to_dict()
 
 
-def test_a_repository_is_downloaded_by_its_name(safetensors, tmp_path, monkeypatch):
+def test_a_repository_is_downloaded_by_its_name(trained_run, safetensors, tmp_path, monkeypatch, capsys):
     asked = []
+    folder, data_dir = safetensors.files[0].parent, gmsop_jax.load(trained_run)[2].config.data.dir
+    before = sorted(file.name for file in folder.iterdir())
 
     def snapshot_download(name, allow_patterns):
         asked.append((name, allow_patterns))
@@ -142,6 +144,15 @@ def test_a_repository_is_downloaded_by_its_name(safetensors, tmp_path, monkeypat
         gmsop_jax.load("owner/network")
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     assert gmsop_jax.load("owner/network")[2].inputs.classes[0] == "t-shirt/top"
+    config = gmsop_jax.load("owner/network")[2].config
+    config.data.dir = str(data_dir)
+    evaluate.run(config, "owner/network")  # writes nothing into the cache of downloads
+    printed = capsys.readouterr()
+    assert "top-1 error" in printed.out
+    assert "owner/network is a network on the Hugging Face Hub, so the result is not written to a file" in printed.err
+    assert main(["export", "owner/network", "--format", "safetensors"]) == 2
+    assert "--output is needed, because owner/network is a network on the Hugging Face Hub" in capsys.readouterr().err
+    assert sorted(file.name for file in folder.iterdir()) == before
     with pytest.raises(CheckpointError, match=r"no folder owner/absent, and no such .*OSError: 404 Client Error\)$"):
         gmsop_jax.load("owner/absent")
     (tmp_path / "runs").mkdir()  # the folder `runs` exists, so this is a mistyped path

@@ -1,4 +1,5 @@
 import math
+import re
 import runpy
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike
 
-from gmsop_jax.ops import covariance_pool, newton_schulz_inverse_sqrt, newton_schulz_sqrt
+from gmsop_jax.ops import covariance_pool, newton_schulz_inverse_sqrt, newton_schulz_sqrt, second_order_pool
 from gmsop_jax.ops.coefficients import iteration_steps, two_step_factors
 
 ITERATIONS = range(1, 9)
@@ -249,6 +250,17 @@ def test_fewer_than_one_iteration_is_refused(n):
         newton_schulz_sqrt(jnp.eye(3), n)
     with pytest.raises(ValueError, match="num_iters must be at least 1"):
         jax.grad(lambda s: jnp.sum(newton_schulz_sqrt(s, n)))(jnp.eye(3))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("function", [newton_schulz_sqrt, newton_schulz_inverse_sqrt, second_order_pool])
+def test_num_iters_that_is_not_an_int_is_refused(function):
+    for n in (2.5, 3.0, True, "5", None, jnp.asarray(3)):
+        with pytest.raises(TypeError, match=rf"must be a Python int, got {re.escape(repr(n))}; under jax\.jit"):
+            function(jnp.eye(3), n)
+        with pytest.raises(TypeError, match="num_iters must be a Python int"):
+            jax.jit(function, static_argnums=() if isinstance(n, jax.Array) else 1)(jnp.eye(3), n)
+    np.testing.assert_array_equal(function(jnp.eye(3), np.int64(3)), function(jnp.eye(3), 3))
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -10,7 +10,7 @@ import pytest
 
 from gmsop_jax import config as configs
 from gmsop_jax.errors import ConfigError, UserError
-from gmsop_jax.training.loggers import create_loggers, find_backends
+from gmsop_jax.training.loggers import closing_on_failure, create_loggers, find_backends
 from gmsop_jax.training.writer import Writer
 
 
@@ -133,6 +133,24 @@ def test_a_backend_that_fails_to_close_hides_no_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the reason"), Writer(tmp_path, total_steps=9, loggers=loggers):
         raise UserError("the reason")
     assert good.finished == 1
+
+
+def test_backends_that_were_started_are_closed_if_a_later_one_or_the_writer_fails(tmp_path, monkeypatch):
+    first, second = Package("wandb"), Package("trackio")
+    for package in (first, second):
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setattr(second, "init", lambda **options: 1 // 0)
+    with pytest.raises(UserError, match=r"trackio, which .* can't start"):
+        create_loggers(backends("wandb", "trackio"), tmp_path, 0)
+    assert first.finished == 1
+    monkeypatch.setattr(first, "finish", lambda: 1 // 0)  # does not hide the reason
+    with pytest.raises(UserError, match=r"trackio, which .* can't start"):
+        create_loggers(backends("wandb", "trackio"), tmp_path, 0)
+    monkeypatch.setattr(second, "init", lambda **options: second)
+    loggers = create_loggers(backends("trackio"), tmp_path, 0)
+    with pytest.raises(OSError, match="No such file"), closing_on_failure(loggers):
+        Writer(tmp_path / "missing", total_steps=9, loggers=loggers)
+    assert second.finished == 1
 
 
 def test_the_field_on_the_command_line():

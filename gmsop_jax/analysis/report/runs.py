@@ -1,7 +1,6 @@
 """The parts of a run that can be read from its working directory without its network."""
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 from gmsop_jax import config as configs
 from gmsop_jax.analysis.report.published import Published, find_published
 from gmsop_jax.config import ConfigDict
-from gmsop_jax.errors import CheckpointError
-from gmsop_jax.training.writer import read_metrics
+from gmsop_jax.training.writer import read_metrics, read_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Run:
     @property
     def best(self) -> dict[str, Any] | None:
         """The evaluation with the lowest top-1 error. If several are equal, the last of them."""
-        evaluations = [r for r in self.records if r["kind"] == "eval"]
+        evaluations = [r for r in self.records if r["kind"] == "eval" and "top1_error" in r]
         return min(reversed(evaluations), key=lambda r: r["top1_error"], default=None)
 
 
@@ -55,17 +53,10 @@ def read_run(workdir: Path) -> Run:
     """Reads a working directory.
 
     Raises:
-      CheckpointError: if the folder is not a working directory, or a file in it is damaged.
+      UserError: if the folder is not a working directory, or a file in it is damaged.
     """
-    file = workdir / "config.json"
-    try:
-        config = configs.from_json(file.read_text("utf-8"))
-        file = workdir / "result.json"
-        result = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} can't be read ({error}); give the folder of a training run") from error
-    name = workdir.resolve().name
-    return Run(name, workdir, config, read_metrics(workdir), result, find_published(config))
+    config, result = configs.read(workdir / "config.json"), read_result(workdir) or {}
+    return Run(workdir.resolve().name, workdir, config, read_metrics(workdir), result, find_published(config))
 
 
 def read_runs(workdirs: list[Path]) -> list[Run]:
