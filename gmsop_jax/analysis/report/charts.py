@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import vl_convert
 
+from gmsop_jax.analysis.report.gate_errors import GateErrors
+from gmsop_jax.analysis.report.predictions import Predictions
 from gmsop_jax.analysis.report.runs import Run
-from gmsop_jax.analysis.report.study import Study
+from gmsop_jax.analysis.report.significance import proportion_interval
 
 Spec = dict[str, Any]
 
@@ -158,44 +160,70 @@ def _heat_map(title: str, cells: list[Spec], x: str, y: str, size: int, labelled
     return _chart(title, cells, {"height": height, "encoding": encoding, "layer": layers})
 
 
-def confusion(study: Study, most: int = 30) -> Chart:
+def confusion(predictions: Predictions, most: int = 30) -> Chart:
     """The share of each true class (row) predicted as each class; if there are many, only the most confused."""
-    counts = study.confusion
+    counts = predictions.confusion
     errors = counts.sum(1) - np.diag(counts)
     chosen = np.sort(np.argsort(-errors, kind="stable")[:most])
     labelled = len(chosen) <= 12
     cells = []
     for i, j in itertools.product(chosen, chosen):
         share = 100 * int(counts[i, j]) / max(int(counts[i].sum()), 1)
-        row = {"true": study.classes[i], "predicted": study.classes[j], "percent": round(share, 1)}
+        row = {"true": predictions.classes[i], "predicted": predictions.classes[j], "percent": round(share, 1)}
         cells.append({**row, "images": int(counts[i, j]), "text": f"{share:.0f}" if share >= 0.5 else ""})
     title = "Confusion, % of the true class"
-    if len(chosen) < len(study.classes):
+    if len(chosen) < len(predictions.classes):
         title += f": the {len(chosen)} classes with the most errors"
     return _heat_map(title, cells, "predicted", "true", 26 if labelled else 16, labelled, angle=-60)
 
 
-def together(study: Study) -> Chart:
+def together(predictions: Predictions) -> Chart:
     """The share of the images that select a candidate (row) that also select another (column)."""
     cells = [
         {"candidate": str(i), "with": str(j), "percent": round(100 * float(share), 1), "text": f"{100 * share:.0f}"}
-        for (i, j), share in np.ndenumerate(study.together)
+        for (i, j), share in np.ndenumerate(predictions.together)
         if not math.isnan(share)
     ]
     title = "Which candidates go together, % of the row's images"
-    return _heat_map(title, cells, "with", "candidate", 26, len(study.together) <= 16)
+    return _heat_map(title, cells, "with", "candidate", 26, len(predictions.together) <= 16)
 
 
-def entropy(study: Study, num_selected: int, most: int = 40) -> Chart:
+def error_by_selected(errors: GateErrors, num_selected: int) -> Chart:
+    """The error for each number of selected candidates, with 95 % intervals."""
+    points = []
+    for k, wrong in enumerate(errors.top_k, 1):
+        low, high = proportion_interval(int(wrong.sum()), len(wrong))
+        trained = "as trained" if k == num_selected else "other"
+        points.append({"K": k, "error": 100 * float(wrong.mean()), "low": low, "high": high, "on": trained})
+    axis = {"values": [point["K"] for point in points], "format": "d", "grid": False}
+    x: Spec = {"field": "K", "type": "quantitative", "axis": axis}
+    y: Spec = {"type": "quantitative", "scale": {"zero": False}, "title": "top-1 error, %"}
+    scale = {"domain": ["as trained", "other"], "range": [PALETTE[1], PALETTE[0]]}
+    colour = {"field": "on", "type": "nominal", "scale": scale, "legend": None}
+    layers = [
+        {
+            "mark": {"type": "rule", "color": PALETTE[0]},
+            "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1, "tooltip": {"content": "data"}},
+            "encoding": {"y": {**y, "field": "error"}, "color": colour},
+        },
+    ]
+    title = f"Error if the gate selects K candidates (trained with {num_selected})"
+    return _chart(title, points, {"encoding": {"x": x}, "layer": layers})
+
+
+def entropy(predictions: Predictions, num_selected: int, most: int = 40) -> Chart:
     """The mean entropy of the gate weights by class, in ascending order. Of many classes, both ends are shown."""
-    values = study.by_class(study.entropy)
+    values = predictions.by_class(predictions.entropy)
     order = [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
     maximum = math.log2(num_selected)
     title = f"Gate entropy by class (equal weights: {maximum:.2f} bits)"
     if len(order) > most:
         title += f": the {most // 2} lowest and the {most // 2} highest"
         order = order[: most // 2] + order[-most // 2 :]
-    bars = [{"class": study.classes[i], "bits": round(float(values[i]), 4)} for i in order]
+    bars = [{"class": predictions.classes[i], "bits": round(float(values[i]), 4)} for i in order]
     return _chart(
         title,
         bars,

@@ -13,9 +13,18 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from gmsop_jax.analysis.report import charts
-from gmsop_jax.analysis.report.runs import Run, configuration_table, read_runs
-from gmsop_jax.analysis.report.study import Study, study_run
+from gmsop_jax.analysis.report import charts, findings
+from gmsop_jax.analysis.report.predictions import Predictions, predict_split
+from gmsop_jax.analysis.report.runs import Run, configuration_table, group_by_data, read_runs
+from gmsop_jax.analysis.report.significance import (
+    LEVEL,
+    class_information,
+    paired_difference,
+    permutation_test,
+    significant_pairs,
+    stands_out,
+    variance_between_classes,
+)
 from gmsop_jax.errors import CheckpointError, DataError
 
 _GALLERY = 12  # images in each gallery
@@ -37,7 +46,8 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
     Raises:
       CheckpointError: if a folder is not a working directory.
     """
-    runs = read_runs(list(workdirs))
+    groups = group_by_data(read_runs(list(workdirs)))
+    runs = [run for group in groups for run in group]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gmsop_jax.analysis.report", ""),
         autoescape=True,
@@ -50,8 +60,8 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
     return environment.get_template("page.html.jinja").render(
         title=" · ".join(run.name for run in runs),
         runs=runs,
+        groups=[{"data": group[0].data, "runs": group, "curves": charts.curves(group)} for group in groups],
         facts=_facts,
-        curves=charts.curves(runs),
         configuration=configuration_table(runs),
         sections=[_section(run, data, max_images) for run in runs],
         palette=charts.PALETTE,
@@ -63,18 +73,19 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
 
 def _facts(run: Run) -> list[str]:
     """The cells of a run in the table of results, in the order of its columns."""
-    best, result, published = run.best or {}, run.result, run.published
+    last, result, published = run.last, run.result, run.published
 
-    def number(values: dict[str, Any], name: str, form: str) -> str:
-        return format(values[name], form) if name in values else "–"
+    def number(values: dict[str, Any], name: str, form: str, unit: str = "") -> str:
+        return format(values[name], form) + unit if name in values else "–"
 
     both = (published.top1_error, published.top5_error) if published else ()
     return [
         run.network,
-        number(best, "top1_error", ".2f") + " %",
-        number(best, "top5_error", ".2f") + " %",
+        number(last, "top1_error", ".2f", " %"),
+        number(last, "top5_error", ".2f", " %"),
         " / ".join("–" if error is None else f"{error:.2f} %" for error in both) or "–",
-        number(best, "epoch", "g"),
+        number(last, "epoch", "g"),
+        f"{int(run.training_images):,}" if run.training_images else "–",
         number(result, "parameters", ","),
         number(result, "feature_dimension", ","),
         format(run.images_per_second, ",.0f") if run.images_per_second else "–",
@@ -100,69 +111,107 @@ class Card:
 
 
 def _section(run: Run, data: Path | None, max_images: int) -> dict[str, Any]:
-    """The section of one run. `study` is None if it can't be shown, and `missing` says why."""
+    """The section of one run. `predictions` is None if they can't be shown, and `missing` says why."""
     section: dict[str, Any] = {"run": run, "use": charts.candidate_use(run)}
     try:
-        study = study_run(run.workdir, data, max_images)
+        predictions = predict_split(run.workdir, data, max_images)
     except (CheckpointError, DataError) as error:
-        return section | {"study": None, "missing": str(error)}
-    gated = study.gate_weights.shape[1] > 1
+        return section | {"predictions": None, "missing": str(error)}
+    num_selected = run.config.model.num_selected
     return section | {
-        "study": study,
-        "confusion": charts.confusion(study),
-        "pairs": [_pair(study, *pair) for pair in study.worst_pairs(_PAIRS)],
-        "galleries": _galleries(study),
-        "mixture": _mixture(study, run.config.model.num_selected) if gated else {},
+        "predictions": predictions,
+        "findings": findings.describe(predictions, num_selected),
+        "confusion": charts.confusion(predictions),
+        "pairs": [_pair(predictions, *pair) for pair in significant_pairs(predictions.confusion)[:_PAIRS]],
+        "galleries": _galleries(predictions),
+        "mixture": _mixture(predictions, num_selected) if predictions.errors else {},
     }
 
 
-def _pair(study: Study, true: int, predicted: int) -> dict[str, Any]:
-    rows = np.flatnonzero((study.labels == true) & (study.predicted == predicted))
-    surest = rows[np.argsort(-study.confidence[rows], kind="stable")][:3]
+def _pair(predictions: Predictions, true: int, predicted: int) -> dict[str, Any]:
+    rows = np.flatnonzero((predictions.labels == true) & (predictions.predicted == predicted))
+    surest = rows[np.argsort(-predictions.confidence[rows], kind="stable")][:3]
     return {
-        "true": study.classes[true],
-        "predicted": study.classes[predicted],
+        "true": predictions.classes[true],
+        "predicted": predictions.classes[predicted],
         "count": len(rows),
-        "percent": 100 * len(rows) / int(study.confusion[true].sum()),
-        "cards": _cards(study, surest),
+        "percent": 100 * len(rows) / int(predictions.confusion[true].sum()),
+        "cards": _cards(predictions, surest),
     }
 
 
-def _galleries(study: Study) -> list[tuple[str, list[Card]]]:
-    right = study.labels == study.predicted
-    order = np.argsort(-study.confidence, kind="stable")
+def _galleries(predictions: Predictions) -> list[tuple[str, list[Card]]]:
+    """Galleries of images that are ranked by the probability of their prediction; empty where noise ranks them."""
+    right = predictions.labels == predictions.predicted
+    order = np.argsort(-predictions.confidence, kind="stable")
     chosen = (
         ("Most certain, and right", order[right[order]]),
         ("Most certain, and wrong", order[~right[order]]),
         ("Least certain", order[::-1]),
     )
-    return [(title, _cards(study, rows[:_GALLERY])) for title, rows in chosen]
+    return [
+        (title, _ranked(predictions, predictions.confidence, predictions.mirrored_confidence, rows, _GALLERY))
+        for title, rows in chosen
+    ]
 
 
-def _mixture(study: Study, num_selected: int) -> dict[str, Any]:
-    use = study.by_class(study.gate_weights)
+def _ranked(
+    predictions: Predictions, values: np.ndarray, mirrored: np.ndarray, rows: np.ndarray, count: int
+) -> list[Card]:
+    """The cards of the first of ranked images, or no card if they do not stand out from those that are ranked."""
+    place = np.arange(min(count, len(rows)))
+    return _cards(predictions, rows[place]) if stands_out(values[rows], mirrored[rows], place) else []
+
+
+def _mixture(predictions: Predictions, num_selected: int) -> dict[str, Any]:
+    weights, errors = predictions.gate_weights, predictions.errors
+    assert errors is not None
+    use = predictions.by_class(weights)
     # If there are many classes, show those whose use differs most from the average.
-    distance = np.nan_to_num(np.abs(use - study.gate_weights.mean(0)).sum(1), nan=-1)
+    distance = np.nan_to_num(np.abs(use - weights.mean(0)).sum(1), nan=-1)
     rows = np.sort(np.argsort(-distance, kind="stable")[:_CLASSES])
+    specialised = permutation_test(class_information, weights, predictions.labels)[2] <= LEVEL
+    uneven = permutation_test(variance_between_classes, predictions.entropy, predictions.labels)[2] <= LEVEL
+    candidates = [
+        {
+            "alone": 100 * errors.alone[i].mean(),
+            "without": paired_difference(errors.without[i], errors.gate),
+            "uses": ", ".join(f"{name} {lift:.1f}" for name, lift in used[:3]) or "–",
+        }
+        for i, used in enumerate(findings.uses(predictions))
+    ]
     return {
-        "use": [(study.classes[i], use[i].tolist()) for i in rows if not math.isnan(use[i, 0])],
+        "use": [(predictions.classes[i], use[i].tolist()) for i in rows if specialised and not math.isnan(use[i, 0])],
         "scale": float(np.nanmax(use)),
-        "share": study.selected.mean(0).tolist(),
-        "mean": study.gate_weights.mean(0).tolist(),
-        "together": charts.together(study),
-        "entropy": charts.entropy(study, num_selected),
-        "heaviest": [_cards(study, study.heaviest(i, _HEAVIEST)) for i in range(study.gate_weights.shape[1])],
+        "share": predictions.selected.mean(0).tolist(),
+        "mean": weights.mean(0).tolist(),
+        "candidates": candidates,
+        "top_k": charts.error_by_selected(errors, num_selected),
+        "together": charts.together(predictions),
+        "entropy": charts.entropy(predictions, num_selected) if uneven else None,
+        "heaviest": [_heaviest(predictions, i) for i in range(weights.shape[1])],
     }
 
 
-def _cards(study: Study, rows: Iterable[int]) -> list[Card]:
+def _heaviest(predictions: Predictions, candidate: int) -> list[Card]:
+    """The images with the largest weights for a candidate, of those that select it together with their mirror image."""
+    weights, mirrored = predictions.gate_weights[:, candidate], predictions.mirrored_weights[:, candidate]
+    order = np.argsort(-weights, kind="stable")
+    rows = order[(weights[order] > 0) & (mirrored[order] > 0)]
+    return _ranked(predictions, weights, mirrored, rows, _HEAVIEST)
+
+
+def _cards(predictions: Predictions, rows: Iterable[int]) -> list[Card]:
     cards = []
     for row in rows:
-        weights = study.gate_weights[row]
+        weights = predictions.gate_weights[row]
         used = [i for i in np.argsort(-weights, kind="stable") if weights[i] > 0]
         gate = [(int(i), float(weights[i])) for i in used] if len(weights) > 1 else []
-        label, predicted = (study.classes[int(values[row])] for values in (study.labels, study.predicted))
-        cards.append(Card(_thumbnail(study.image(row)), label, predicted, 100 * float(study.confidence[row]), gate))
+        label, predicted = (
+            predictions.classes[int(values[row])] for values in (predictions.labels, predictions.predicted)
+        )
+        percent = 100 * float(predictions.confidence[row])
+        cards.append(Card(_thumbnail(predictions.image(row)), label, predicted, percent, gate))
     return cards
 
 

@@ -51,22 +51,36 @@ _ROWS = {
 }
 
 
-def find_published(config: ConfigDict) -> Published | None:
-    """Returns the published result for the network and data set of a configuration, or None.
+_DATA = {"imagenet64": (1000, 64), "places365": (365, 100), "image-folder": (1000, 224)}  # classes, side of the images
 
-    A run on `image-folder` is compared with ImageNet-1K at 224×224 if it has 1000 classes and that image size.
+
+def find_published(
+    config: ConfigDict, num_classes: int = 0, image_size: tuple[int, int] | None = None
+) -> Published | None:
+    """Returns the published result for a network and its data set, or None.
+
+    Args:
+      config: the configuration.
+      num_classes: number of classes of the data set; 0 means that of the configuration.
+      image_size: height and width of the images; None means those of the configuration.
 
     Example:
       >>> from gmsop_jax.config import default_config
       >>> find_published(default_config()).top1_error
       38.48
+      >>> find_published(default_config(), num_classes=10) is None
+      True
     """
-    m = config.model
+    m, source = config.model, config.data.source
     mixture = m.head.startswith("gm")
-    if mixture and (m.num_candidates, m.num_selected) != (16, 8):
+    if source not in _DATA or (mixture and (m.num_candidates, m.num_selected) != (16, 8)):
         return None
-    if config.data.source == "image-folder" and (m.num_classes not in (0, 1000) or config.data.image_size != 224):
+    classes, side = _DATA[source]
+    size = image_size or (config.data.image_size,) * 2
+    if (num_classes or m.num_classes or classes) != classes or size not in ((0, 0), (side, side)):
         return None
-    size = f"{m.blocks_per_stage}×{m.width_factor}" if m.backbone == "narrow" else m.stem
+    if source == "image-folder" and size == (0, 0):  # folders hold images of any size
+        return None
+    scale = f"{m.blocks_per_stage}×{m.width_factor}" if m.backbone == "narrow" else m.stem
     projection = "" if mixture or not m.projection_widths else f" {tuple(m.projection_widths)}"
-    return _ROWS.get((config.data.source, f"{m.backbone} {size}", m.head + projection))
+    return _ROWS.get((source, f"{m.backbone} {scale}", m.head + projection))

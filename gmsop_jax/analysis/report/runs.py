@@ -8,6 +8,7 @@ from typing import Any
 from gmsop_jax import config as configs
 from gmsop_jax.analysis.report.published import Published, find_published
 from gmsop_jax.config import ConfigDict
+from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.writer import read_metrics, read_result
 
 
@@ -21,7 +22,7 @@ class Run:
       config: the resolved configuration.
       records: the records of `metrics.jsonl`.
       result: the contents of `result.json`, or {} if the run is not finished.
-      published: the published result of this network, if there is one.
+      inputs: the classes, image size and data set of the run.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Run:
     config: ConfigDict
     records: list[dict[str, Any]]
     result: dict[str, Any]
-    published: Published | None
+    inputs: Inputs
 
     @property
     def network(self) -> str:
@@ -43,10 +44,27 @@ class Run:
         return statistics.median(speeds) if speeds else None
 
     @property
-    def best(self) -> dict[str, Any] | None:
-        """The evaluation with the lowest top-1 error. If several are equal, the last of them."""
+    def last(self) -> dict[str, Any]:
+        """The last evaluation; {} if there is none."""
         evaluations = [r for r in self.records if r["kind"] == "eval" and "top1_error" in r]
-        return min(reversed(evaluations), key=lambda r: r["top1_error"], default=None)
+        return evaluations[-1] if evaluations else {}
+
+    @property
+    def published(self) -> Published | None:
+        """The published result of this network on this data set, if there is one."""
+        return find_published(self.config, len(self.inputs.classes), self.inputs.image_size)
+
+    @property
+    def data(self) -> str:
+        """The name, folder and evaluation split of the data set."""
+        split = self.config.eval.split
+        images = self.inputs.splits.get(split, "").partition(",")[0]
+        return f"{self.inputs.dataset} ({self.config.data.dir}), split {split}" + (images and f" of {images}")
+
+    @property
+    def training_images(self) -> str:
+        """The number of training images; empty if it is unknown."""
+        return self.inputs.splits.get("train", "").partition(" ")[0]
 
 
 def read_run(workdir: Path) -> Run:
@@ -56,7 +74,7 @@ def read_run(workdir: Path) -> Run:
       UserError: if the folder is not a working directory, or a file in it is damaged.
     """
     config, result = configs.read(workdir / "config.json"), read_result(workdir) or {}
-    return Run(workdir.resolve().name, workdir, config, read_metrics(workdir), result, find_published(config))
+    return Run(workdir.resolve().name, workdir, config, read_metrics(workdir), result, Inputs.load(workdir))
 
 
 def read_runs(workdirs: list[Path]) -> list[Run]:
@@ -67,6 +85,16 @@ def read_runs(workdirs: list[Path]) -> list[Run]:
         taken = any(run.name == other.name for other in runs)
         runs.append(dataclasses.replace(run, name=f"{run.name} ({number})") if taken else run)
     return runs
+
+
+def group_by_data(runs: list[Run]) -> list[list[Run]]:
+    """Groups runs that were evaluated on the same images, whose errors can be compared."""
+    groups: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        split = run.config.eval.split
+        images = run.inputs.splits.get(split) or (run.inputs.dataset, run.config.data.dir, split)
+        groups.setdefault((images, run.inputs.classes, run.inputs.image_size), []).append(run)
+    return list(groups.values())
 
 
 def configuration_table(runs: list[Run]) -> list[tuple[str, list[str], bool]]:

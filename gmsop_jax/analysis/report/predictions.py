@@ -1,36 +1,43 @@
-"""Runs a trained network on its evaluation split, and records its predictions and gate weights.
+"""The predictions and gate weights of a trained network on its evaluation split.
 
 Axes: m images, n candidates, c classes.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from gmsop_jax.analysis.report.gate_errors import GateErrors, measure_gate_errors
 from gmsop_jax.data.augment import evaluation_image
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import decode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 from gmsop_jax.inference.predict import Predictor
+from gmsop_jax.training import checkpoint
+from gmsop_jax.training.inputs import fingerprint
 
 _BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class Predictions:
     """Predictions and gate weights for the images of a split.
 
     Attributes:
       classes: class names.
       split: name of the split.
-      total: number of images in the split, of which m are studied.
+      total: number of images in the split, of which m are used.
       labels: true classes [m].
       predicted: most probable classes [m].
       confidence: their probabilities [m].
       gate_weights: gate weights [m, n].
+      mirrored_confidence: probabilities of the same classes for the mirror images [m].
+      mirrored_weights: gate weights of the mirror images [m, n].
+      errors: errors with other gate weights; None for a network without a gate.
       reader: reads the records of the split.
       positions: positions of the images in the split [m].
     """
@@ -42,6 +49,9 @@ class Study:
     predicted: np.ndarray
     confidence: np.ndarray
     gate_weights: np.ndarray
+    mirrored_confidence: np.ndarray
+    mirrored_weights: np.ndarray
+    errors: GateErrors | None
     reader: ShardReader
     positions: np.ndarray
 
@@ -76,13 +86,6 @@ class Study:
         np.add.at(counts, (self.labels, self.predicted), 1)
         return counts
 
-    def worst_pairs(self, count: int) -> list[tuple[int, int]]:
-        """The (true, predicted) pairs with the most errors, in descending order."""
-        errors = self.confusion - np.diag(np.diag(self.confusion))
-        order = np.argsort(-errors, axis=None, kind="stable")[:count]
-        pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
-        return [(int(i), int(j)) for i, j in pairs if errors[i, j]]
-
     @functools.cached_property
     def together(self) -> np.ndarray:
         """The share of the images that select i (row) that also select j (column) [n, n]; NaN if no image selects i."""
@@ -91,14 +94,9 @@ class Study:
         counts[counts == 0] = np.nan
         return (selected.T @ selected) / counts[:, None]
 
-    def heaviest(self, candidate: int, count: int) -> list[int]:
-        """The images with the largest weights for a candidate, in descending order."""
-        weights = self.gate_weights[:, candidate]
-        return [int(row) for row in np.argsort(-weights, kind="stable")[:count] if weights[row] > 0]
 
-
-def study_run(workdir: Path, data: Path | None, max_images: int) -> Study:
-    """Runs the best checkpoint on the evaluation split.
+def predict_split(workdir: Path, data: Path | None, max_images: int) -> Predictions:
+    """Runs the last checkpoint on the evaluation split.
 
     Args:
       workdir: the working directory of the run.
@@ -107,25 +105,46 @@ def study_run(workdir: Path, data: Path | None, max_images: int) -> Study:
 
     Raises:
       CheckpointError: if there is no checkpoint.
-      DataError: if the data set does not exist or has other classes.
+      DataError: if the data set does not exist or is not the one that the run was evaluated on.
     """
-    predictor = Predictor(workdir)
-    info, inputs = predictor.info, predictor.info.inputs
-    folder, split = Path(data or info.config.data.dir), info.config.eval.split
+    checkpoints, _ = checkpoint.locate(workdir)
+    step = checkpoints / str(max(checkpoint.steps_on_disk(checkpoints)))
+    predictor = Predictor(step)
+    config, inputs = predictor.info.config, predictor.info.inputs
+    folder, split = Path(data or config.data.dir), config.eval.split
     manifest = Manifest.load(folder, splits=[split])
-    if manifest.classes != inputs.classes:
-        raise DataError(f"the classes of the data set {folder} are not those that the run {workdir} was trained on")
+    expected = inputs.splits.get(split)
+    if manifest.classes != inputs.classes or expected not in (None, fingerprint(manifest)[split]):
+        raise DataError(f"the split {split!r} of {folder} is not the one that {workdir} was evaluated on; give --data")
     reader = ShardReader(folder, manifest.split(split).shards)
     positions = np.arange(len(reader))
     if len(reader) > max_images:
         positions = np.sort(np.random.default_rng(0).choice(len(reader), max_images, replace=False))
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(positions), _BATCH):
+            examples = [decode(record) for record in reader.read(positions[start : start + _BATCH])]
+            images = [evaluation_image(e["image"], inputs.image_size, config.eval.resize) for e in examples]
+            yield np.stack(images), np.array([example["label"] for example in examples])
+
     columns: list[tuple[np.ndarray, ...]] = []
-    for start in range(0, len(positions), _BATCH):
-        examples = [decode(record) for record in reader.read(positions[start : start + _BATCH])]
-        images = [evaluation_image(e["image"], inputs.image_size, info.config.eval.resize) for e in examples]
-        outputs = predictor.outputs(np.stack(images), _BATCH)
-        probabilities = outputs["probabilities"]
-        labels = np.array([example["label"] for example in examples])
-        columns.append((labels, probabilities.argmax(1), probabilities.max(1), outputs["gate_weights"]))
-    labels, predicted, confidence, weights = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return Study(manifest.classes, split, len(reader), labels, predicted, confidence, weights, reader, positions)
+    for images, labels in batches():
+        seen, mirrored = (predictor.outputs(view, _BATCH) for view in (images, images[:, :, ::-1]))
+        predicted, rows = seen["probabilities"].argmax(1), np.arange(len(labels))
+        confidence, again = (outputs["probabilities"][rows, predicted] for outputs in (seen, mirrored))
+        columns.append((labels, predicted, confidence, seen["gate_weights"], again, mirrored["gate_weights"]))
+    labels, predicted, confidence, weights, again, mirrored_weights = map(np.concatenate, zip(*columns, strict=True))
+    return Predictions(
+        classes=manifest.classes,
+        split=split,
+        total=len(reader),
+        labels=labels,
+        predicted=predicted,
+        confidence=confidence,
+        gate_weights=weights,
+        mirrored_confidence=again,
+        mirrored_weights=mirrored_weights,
+        errors=measure_gate_errors(step, batches(), weights) if weights.shape[1] > 1 else None,
+        reader=reader,
+        positions=positions,
+    )
