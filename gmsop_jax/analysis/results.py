@@ -230,6 +230,7 @@ def _reading(study: Study, methods: Sequence[MethodResults]) -> str:
         f"Compared with {study.reference} in runs with the same {_pairing(study)}, the 95 % interval of the difference"
         f" lies below 0 for {_listed(groups['better'])}, and above 0 for {_listed(groups['worse'])}.",
         f"It contains 0, or there are too few runs, for {_listed(groups['open'])}.",
+        "If no method differed from it, about one interval in twenty would still not contain 0.",
     ]
     return " ".join(sentences)
 
@@ -245,7 +246,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _provenance(study: Study, methods: Sequence[MethodResults], results: Results, config_file: str) -> list[str]:
     runs = _of(methods)
-    points = ", ".join(f"{len(points)} for {method}" for method, points in study.grids.items())
+    sizes = {len(points) for points in study.grids.values()}
     versions = sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in runs})
     hours = sum(result.get("wall_seconds", 0) for result in results) / 3600
     return [
@@ -253,7 +254,7 @@ def _provenance(study: Study, methods: Sequence[MethodResults], results: Results
         "is the mean of the errors of the classes. Values are mean ± standard deviation over runs. Differences are",
         f"paired by {_pairing(study)}, with 95 % intervals by Student's t that take the pairs as independent.",
         "Hyperparameters were chosen by the balanced error on the split `val`, with the first seed on the first data",
-        f"set. Number of points in the grid: {points}. Seconds per epoch were measured",
+        f"set, from {' or '.join(map(str, sorted(sizes)))} points for each method. Seconds per epoch were measured",
         "while other jobs ran on the machine, so they can only be compared roughly.",
         "",
         f"- Command: `python tools/sweep.py {config_file}`, then `python tools/results.py`",

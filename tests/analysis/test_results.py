@@ -7,9 +7,9 @@ import subprocess
 
 import numpy as np
 import pytest
-import results as results_tool
 from PIL import Image
 
+import results as results_tool
 from gmsop_jax.analysis import results, study
 from gmsop_jax.analysis.study import (
     Study,
