@@ -24,6 +24,7 @@ from gmsop_jax.errors import ConfigError, did_you_mean
 from gmsop_jax.models.heads import CrossCovarianceHead, GatedMixtureHead, MPNCOVHead, SecondOrderHead
 from gmsop_jax.models.network import BACKBONES, HEADS, MIXTURES
 from gmsop_jax.models.resnet import ResNet
+from gmsop_jax.ops.coefficients import MINIMAX_LOWER_ENDS
 
 if TYPE_CHECKING:
 
@@ -151,6 +152,8 @@ FIELDS = {
     "model.projection_widths": Field(SecondOrderHead.projection_widths, "heads without a mixture: channels of 1×1 convolutions before the pooling", _OPTIONAL_SIZES),
     "model.projection_batch_norm": Field(SecondOrderHead.projection_batch_norm, "apply batch norm after each of these convolutions, as iSQRT-COV does"),
     "model.num_iters": Field(SecondOrderHead.num_iters, "Newton–Schulz iterations; iSQRT-COV uses 5", _between(1, 100)),
+    "model.coefficients": Field(SecondOrderHead.coefficients, "coefficients of the iterations: `newton_schulz`, or `minimax` for a more accurate root with up to 12 iterations", _one_of("newton_schulz", "minimax")),
+    "model.pool_precision": Field("", "precision of the products in covariances and their roots; '' depends on the device, see docs/accuracy.md", _one_of("", "highest", "high", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6"), resumable=True),
     "model.power": Field(MPNCOVHead.power, "exponent α of the heads `mpncov` and `sot`", _POSITIVE),
     "model.num_heads": Field(CrossCovarianceHead.num_heads, "sot: number of cross-covariance matrices", _between(1, 2**12)),
     "model.head_width": Field(CrossCovarianceHead.head_width, "sot: side of each of these matrices", _between(1, 2**12)),
@@ -463,6 +466,11 @@ def _check_model(m: ConfigDict) -> None:
         )
     if m.head == "sot" and m.power > 1:
         raise ConfigError(f"config.model.power = {m.power} must be at most 1 for the head 'sot'; set 0.5, for example")
+    if m.coefficients == "minimax" and m.num_iters > len(MINIMAX_LOWER_ENDS):
+        raise ConfigError(
+            f"config.model.num_iters = {m.num_iters} must be at most {len(MINIMAX_LOWER_ENDS)} if"
+            " config.model.coefficients is 'minimax'"
+        )
     if m.projection_batch_norm and not m.projection_widths:
         raise ConfigError("config.model.projection_batch_norm needs config.model.projection_widths, which is ()")
     if m.backbone == "narrow":

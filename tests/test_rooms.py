@@ -44,7 +44,7 @@ ALLOWED = {
     "ops": set(),
     "models": {"ops"},
     "nnx": {"models", "ops"},
-    "config": {"models"},
+    "config": {"models", "ops"},
     "data": set(),
     "conversion": {"data", "interop.matfile"},
     "training": {"config", "data", "models", "ops"},

@@ -67,6 +67,7 @@ def _check_has_layers(m: ConfigDict) -> None:
         "projection_widths": ((),),
         "gate_noise": ("image",),
         "gate_softmax": ("selected",),
+        "coefficients": ("newton_schulz",),
         "gate_order": (0, 2 if m.head == "gmsop" else 1),
     }
     for name, values in supported.items():

@@ -51,6 +51,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "order": _one_of(1, 2),
     "gate_order": _one_of(0, 1, 2),
     "gate_noise": _one_of("image", "candidate", "fixed", "none"),
+    "coefficients": _one_of("newton_schulz", "minimax"),
     "gate_softmax": _one_of("selected", "all"),
     "gate_gradient": _one_of("straight_through", "masked"),
     "gate_init": _one_of("constant", "random"),

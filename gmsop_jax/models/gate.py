@@ -7,6 +7,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -14,11 +15,33 @@ from gmsop_jax.models.checks import CheckedModule
 from gmsop_jax.models.layers import BatchNorm, ModuleFactory, relu_convolution
 from gmsop_jax.ops import GateOutput, apply_gate, draw_gate_noise
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.coefficients import Coefficients
 from gmsop_jax.ops.covariance import Where, pool_features
 from gmsop_jax.ops.gate import BalanceOn, Gradient, Noise, Softmax
 from gmsop_jax.ops.layers import nonempty_images
 
 Init = Literal["constant", "random"]
+
+
+class PoolingFields(CheckedModule, kw_only=True):
+    """The settings of second-order pooling, which the gate and the mixtures share; see `ops.second_order_pool`.
+
+    Attributes:
+      num_iters: number of Newton–Schulz steps.
+      coefficients: coefficients of these steps, `newton_schulz` or `minimax`.
+      pool_precision: precision of the products in the covariance and its square root; None depends on the device.
+    """
+
+    num_iters: int = 3
+    coefficients: Coefficients = "newton_schulz"
+    pool_precision: PrecisionLike = None
+
+    @nn.nowrap
+    def pool_features(self, x: Float[AnyArray, "*b p c"], order: int, where: Where | None) -> Float[Array, "*b f"]:
+        """Average pooling (order 1) or square-root-normalised covariance pooling (order 2) with these settings."""
+        return pool_features(
+            x, order, self.num_iters, where=where, coefficients=self.coefficients, precision=self.pool_precision
+        )
 
 
 class GateFields(CheckedModule, kw_only=True):
@@ -44,7 +67,7 @@ def shared_fields(module: nn.Module, cls: type[nn.Module]) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names if hasattr(module, name)}
 
 
-class Gate(GateFields):
+class Gate(GateFields, PoolingFields):
     """Noisy top-K gate on pooled features (GM-SOP, eq. 3–6).
 
     h = W_gᵀf + noise,  w = softmax(h restricted to TopK(h)),  L = balance loss of w
@@ -74,7 +97,7 @@ class Gate(GateFields):
         (GM-SOP, eq. 6); `softmax`: softmax(W_gᵀf) over all n, without the noise (V-MoE's importance loss,
         which divides the variance by n: set balance_ddof=0).
       balance_ddof: the variance in the balance loss is divided by n − ddof; 0 or 1.
-      num_iters: Newton–Schulz steps of second-order pooling.
+      num_iters, coefficients, pool_precision: see `PoolingFields`.
       axis_name: pmap or shard_map axis over which the batch is split. The balance loss and the random
         draws are then those of the whole batch.
       norm: creates the trunk's batch norms.
@@ -82,7 +105,6 @@ class Gate(GateFields):
     """
 
     num_candidates: int
-    num_iters: int = 3
     axis_name: str | None = None
     norm: ModuleFactory = BatchNorm
     dtype: DTypeLike | None = None
@@ -115,7 +137,7 @@ class Gate(GateFields):
             noise_key, tie_key = jax.random.split(self.make_rng("gating"))
         for i, width in enumerate(self.gate_widths, 1):
             x = relu_convolution(self, x, width, f"conv{i}", train=train, where=where, batch_norm=True)
-        features = pool_features(x, self.gate_order or 2, self.num_iters, where=where)
+        features = self.pool_features(x, self.gate_order or 2, where)
         learned = self.gate_noise in ("image", "candidate")
         return apply_gate(
             features,

@@ -16,11 +16,12 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax.models.checks import CheckedModule
-from gmsop_jax.models.gate import GateFields, shared_fields
+from gmsop_jax.models.gate import GateFields, PoolingFields, shared_fields
 from gmsop_jax.models.layers import (
     BatchNorm,
     Classifier,
@@ -43,6 +44,7 @@ from gmsop_jax.ops import (
     triangle_vector,
 )
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.coefficients import Coefficients
 from gmsop_jax.ops.covariance import Where
 from gmsop_jax.ops.dispatch import Dispatch
 from gmsop_jax.ops.layers import nonempty_images
@@ -69,6 +71,8 @@ class _PoolingHead(CheckedModule):
       projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
       norm: creates these batch norms.
       dtype: dtype of projection and classifier; None infers it from features and parameters.
+      pool_precision: precision of the matrix products in the pooling; None depends on the device, see
+        `ops.matrix_precision`.
     """
 
     num_classes: int
@@ -76,6 +80,7 @@ class _PoolingHead(CheckedModule):
     projection_batch_norm: bool = False
     norm: ModuleFactory = BatchNorm
     dtype: DTypeLike | None = None
+    pool_precision: PrecisionLike = None
 
     def _pool(self, x: Float[AnyArray, "b p c"], where: Where | None, train: bool) -> Float[Array, "b f"]:
         raise NotImplementedError
@@ -117,7 +122,7 @@ class CovarianceHead(_PoolingHead):
     """
 
     def _pool(self, x, where, train):
-        return triangle_vector(covariance_pool(x, where=where))
+        return triangle_vector(covariance_pool(x, where=where, precision=self.pool_precision))
 
 
 class SecondOrderHead(_PoolingHead):
@@ -132,7 +137,10 @@ class SecondOrderHead(_PoolingHead):
       projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
       norm: creates these batch norms.
       dtype: dtype of projection and classifier; None infers it from features and parameters.
+      pool_precision: precision of the matrix products in the pooling; None depends on the device, see
+        `ops.matrix_precision`.
       num_iters: number of Newton–Schulz iterations; 3 in GM-SOP, 5 in iSQRT-COV.
+      coefficients: coefficients of the iteration, `newton_schulz` or `minimax`; see `ops.newton_schulz_sqrt`.
 
     Example:
       >>> import jax
@@ -145,9 +153,12 @@ class SecondOrderHead(_PoolingHead):
     """
 
     num_iters: int = 3
+    coefficients: Coefficients = "newton_schulz"
 
     def _pool(self, x, where, train):
-        return second_order_pool(x, self.num_iters, where=where)
+        return second_order_pool(
+            x, self.num_iters, where=where, coefficients=self.coefficients, precision=self.pool_precision
+        )
 
 
 class MPNCOVHead(_PoolingHead):
@@ -162,7 +173,8 @@ class MPNCOVHead(_PoolingHead):
     power: float = 0.5
 
     def _pool(self, x, where, train):
-        return triangle_vector(matrix_power(covariance_pool(x, where=where), self.power))
+        sigma = covariance_pool(x, where=where, precision=self.pool_precision)
+        return triangle_vector(matrix_power(sigma, self.power, precision=self.pool_precision))
 
 
 class CrossCovarianceHead(_PoolingHead):
@@ -187,7 +199,9 @@ class CrossCovarianceHead(_PoolingHead):
         width = 2 * self.num_heads * self.head_width
         x = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=he_normal, name="queries_keys")(x)
         start = self.param("start", start_init, (self.head_width,))
-        return multi_head_cross_covariance_pool(x, start, self.num_heads, self.power, where=where)
+        return multi_head_cross_covariance_pool(
+            x, start, self.num_heads, self.power, where=where, precision=self.pool_precision
+        )
 
 
 start_init = nn.initializers.normal(1.0)  # of the power iteration, as the authors initialise it
@@ -213,7 +227,7 @@ class DropCovHead(_PoolingHead):
 
     def _pool(self, x, where, train):
         kernel = self.param("attention", attention_init, (3,))
-        sigma = covariance_pool(x, where=where)
+        sigma = covariance_pool(x, where=where, precision=self.pool_precision)
         if train and not self.is_initializing():
             attention = channel_attention(average_pool(x, where=where), kernel)
             key, images = self.make_rng("dropout"), nonempty_images(where)
@@ -227,14 +241,13 @@ def attention_init(key: Array, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-class _MixtureHead(CheckedModule):
+class _MixtureHead(PoolingFields):
     """Mixture → batch norm → dropout → classifier."""
 
     num_classes: int
     num_candidates: int = 16
     candidate_widths: Sequence[int] = (256, 128)
     order: int = 2
-    num_iters: int = 3
     dropout_rate: float = 0.2
     axis_name: str | None = None
     norm: ModuleFactory = BatchNorm
@@ -254,7 +267,7 @@ class MixtureHead(_MixtureHead):
 
     Attributes:
       num_classes: number of classes.
-      num_candidates, candidate_widths, order, num_iters, combine: see `Mixture`.
+      num_candidates, candidate_widths, order, num_iters, coefficients, pool_precision, combine: see `Mixture`.
       dropout_rate: probability with which a feature is set to 0 in training; 0 turns dropout off.
       axis_name: pmap or shard_map axis over which the batch is split; see `Dropout`.
       norm: creates the batch norm.

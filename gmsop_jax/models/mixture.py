@@ -8,19 +8,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from gmsop_jax.models.checks import CheckedModule
-from gmsop_jax.models.gate import Gate, GateFields, shared_fields
+from gmsop_jax.models.gate import Gate, GateFields, PoolingFields, shared_fields
 from gmsop_jax.models.layers import BatchNorm, ModuleFactory
 from gmsop_jax.ops import apply_all_candidates, apply_candidates, flatten_positions, mix_candidates
 from gmsop_jax.ops.arrays import AnyArray
-from gmsop_jax.ops.covariance import pool_features
 from gmsop_jax.ops.dispatch import Dispatch
 
 # N(0, 2/fan_in) for each candidate
 candidate_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", batch_axis=(0,))
 
 
-class _Bank(CheckedModule):
+class _Bank(PoolingFields):
     """The candidates and their weights, which all images share.
 
     Candidate Mᵢ (called a component module in the paper, and an expert in the mixture-of-experts literature) is
@@ -31,7 +29,6 @@ class _Bank(CheckedModule):
     num_candidates: int = 16
     candidate_widths: Sequence[int] = (256, 128)
     order: int = 2
-    num_iters: int = 3
     dtype: DTypeLike | None = None
 
     def _kernels(self, x: Array) -> list[Array]:
@@ -44,7 +41,7 @@ class _Bank(CheckedModule):
         return [kernel.astype(dtype) for kernel in kernels]
 
     def _pool(self, x: Array, where: Array | None = None) -> Array:
-        return pool_features(x, self.order, self.num_iters, where=where)
+        return self.pool_features(x, self.order, where)
 
 
 class Mixture(_Bank):
@@ -56,7 +53,7 @@ class Mixture(_Bank):
       num_candidates: n, the size of the bank; each image runs through all of them.
       candidate_widths: widths of each candidate's convolutions; the last is the width d that is pooled.
       order: order of the candidates' pooling, 1 or 2.
-      num_iters: Newton–Schulz steps.
+      num_iters, coefficients, pool_precision: see `PoolingFields`.
       dtype: dtype of the convolutions; pooling and result are at least float32.
       combine: `average`, or `concatenate` for n times as many features.
     """
@@ -84,7 +81,7 @@ class GatedMixture(_Bank, GateFields):
       num_candidates: n, the size of the bank.
       candidate_widths: widths of each candidate's convolutions; the last is the width d that is pooled.
       order: order of the candidates' pooling, 1 or 2; also that of the gate, unless `gate_order` is set.
-      num_iters: Newton–Schulz steps.
+      num_iters, coefficients, pool_precision: see `PoolingFields`.
       dtype: dtype of the convolutions; pooling, gate weights and result are at least float32.
       num_selected, gate_widths, gate_order, gate_noise, gate_softmax, gate_gradient, gate_init,
         balance_on, balance_ddof, axis_name, norm: see `Gate`.

@@ -29,7 +29,9 @@ _Fields = dict[str, Any]
 _HEADS: dict[str, Callable[[Any, _Fields, _Fields, _Fields], nn.Module]] = {
     "gap": lambda m, plain, mixture, gated: GAPHead(**plain),
     "sop": lambda m, plain, mixture, gated: CovarianceHead(**plain),
-    "srsop": lambda m, plain, mixture, gated: SecondOrderHead(**plain, num_iters=m.num_iters),
+    "srsop": lambda m, plain, mixture, gated: SecondOrderHead(
+        **plain, num_iters=m.num_iters, coefficients=m.coefficients
+    ),
     "mpncov": lambda m, plain, mixture, gated: MPNCOVHead(**plain, power=m.power),
     "dropcov": lambda m, plain, mixture, gated: DropCovHead(**plain, axis_name=mixture["axis_name"]),
     "sot": lambda m, plain, mixture, gated: CrossCovarianceHead(
@@ -133,7 +135,7 @@ def _create_backbone(m: Any, shared: _Fields) -> nn.Module:
 
 
 def _create_head(m: Any, shared: _Fields, axis_name: str | None) -> nn.Module:
-    shared = {**shared, "num_classes": m.num_classes}
+    shared = {**shared, "num_classes": m.num_classes, "pool_precision": m.pool_precision or None}
     plain = {
         **shared,
         "projection_widths": tuple(m.projection_widths),
@@ -144,6 +146,7 @@ def _create_head(m: Any, shared: _Fields, axis_name: str | None) -> nn.Module:
         "num_candidates": m.num_candidates,
         "candidate_widths": tuple(m.candidate_widths),
         "num_iters": m.num_iters,
+        "coefficients": m.coefficients,
         "dropout_rate": m.dropout_rate,
         "axis_name": axis_name,
     }

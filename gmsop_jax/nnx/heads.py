@@ -108,7 +108,7 @@ class CovarianceHead(_PoolingHead):
     linen = models.CovarianceHead
 
     def _pool(self, x, where, train):
-        return triangle_vector(covariance_pool(x, where=where))
+        return triangle_vector(covariance_pool(x, where=where, precision=self.config.pool_precision))
 
 
 class SecondOrderHead(_PoolingHead):
@@ -126,7 +126,10 @@ class SecondOrderHead(_PoolingHead):
     linen = models.SecondOrderHead
 
     def _pool(self, x, where, train):
-        return second_order_pool(x, self.config.num_iters, where=where)
+        config = self.config
+        return second_order_pool(
+            x, config.num_iters, where=where, coefficients=config.coefficients, precision=config.pool_precision
+        )
 
 
 class MPNCOVHead(_PoolingHead):
@@ -135,7 +138,9 @@ class MPNCOVHead(_PoolingHead):
     linen = models.MPNCOVHead
 
     def _pool(self, x, where, train):
-        return triangle_vector(matrix_power(covariance_pool(x, where=where), self.config.power))
+        power, precision = self.config.power, self.config.pool_precision
+        sigma = covariance_pool(x, where=where, precision=precision)
+        return triangle_vector(matrix_power(sigma, power, precision=precision))
 
 
 class CrossCovarianceHead(_PoolingHead):
@@ -158,7 +163,12 @@ class CrossCovarianceHead(_PoolingHead):
     def _pool(self, x, where, train):
         config = self.config
         return multi_head_cross_covariance_pool(
-            self.queries_keys(jnp.asarray(x)), self.start[...], config.num_heads, config.power, where=where
+            self.queries_keys(jnp.asarray(x)),
+            self.start[...],
+            config.num_heads,
+            config.power,
+            where=where,
+            precision=config.pool_precision,
         )
 
 
@@ -176,7 +186,7 @@ class DropCovHead(_PoolingHead):
         self.rngs = rngs["dropout"].fork()
 
     def _pool(self, x, where, train):
-        sigma = covariance_pool(x, where=where)
+        sigma = covariance_pool(x, where=where, precision=self.config.pool_precision)
         if train:
             attention = channel_attention(average_pool(x, where=where), self.attention[...])
             images, axis_name = nonempty_images(where), self.config.axis_name

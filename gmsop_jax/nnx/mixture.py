@@ -22,7 +22,7 @@ from gmsop_jax.ops import (
     mix_candidates,
 )
 from gmsop_jax.ops.arrays import AnyArray
-from gmsop_jax.ops.covariance import Where, pool_features
+from gmsop_jax.ops.covariance import Where
 from gmsop_jax.ops.layers import nonempty_images
 
 
@@ -57,7 +57,7 @@ class Gate(ReluConvolutions):
         config = self.config
         noise_key, tie_key = jax.random.split(self.rngs()) if train else (None, None)
         x = self._apply_convolutions("conv", x, config.gate_widths, train, where)
-        features = pool_features(x, config.gate_order or 2, config.num_iters, where=where)
+        features = config.pool_features(x, config.gate_order or 2, where)
         noise = draw_gate_noise(
             config.gate_noise,
             (features.shape[0], config.num_candidates),
@@ -99,7 +99,7 @@ class _Bank(nnx.Module):
         return [kernel.astype(dtype) for kernel in kernels]
 
     def _pool(self, x: Array, where: Array | None = None) -> Array:
-        return pool_features(x, self.config.order, self.config.num_iters, where=where)
+        return self.config.pool_features(x, self.config.order, where)
 
 
 class Mixture(_Bank):

@@ -23,6 +23,7 @@ from gmsop_jax.ops.gate import (
 from gmsop_jax.ops.layers import batch_norm, dropout, flatten_positions, linear_logits
 from gmsop_jax.ops.matrix_power import matrix_power
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_inverse_sqrt, newton_schulz_sqrt
+from gmsop_jax.ops.precision import matrix_precision
 from gmsop_jax.ops.random import draw_rows
 from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
@@ -45,6 +46,7 @@ __all__ = [
     "flatten_positions",
     "linear_logits",
     "matrix_power",
+    "matrix_precision",
     "mix_candidates",
     "multi_head_cross_covariance_pool",
     "newton_schulz_inverse_sqrt",

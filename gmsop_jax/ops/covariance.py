@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import PrecisionLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.coefficients import Coefficients
 from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
+from gmsop_jax.ops.precision import matrix_precision
 from gmsop_jax.ops.triangle import triangle_vector
-
-_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 Where = Bool[AnyArray, "*b p"] | Int[AnyArray, "*b p"] | Float[AnyArray, "*b p"]
 
@@ -47,7 +48,12 @@ def average_pool(x: Float[AnyArray, "*b p c"], *, where: Where | None = None) ->
 
 
 def covariance_pool(
-    x: Float[AnyArray, "*b p c"], *, where: Where | None = None, centered: bool = True, forward_mode: bool = False
+    x: Float[AnyArray, "*b p c"],
+    *,
+    where: Where | None = None,
+    centered: bool = True,
+    forward_mode: bool = False,
+    precision: PrecisionLike = None,
 ) -> Float[Array, "*b c c"]:
     """Covariance of the features over positions.
 
@@ -63,12 +69,14 @@ def covariance_pool(
       centered: whether the mean is subtracted. If not, the result is the second moment (1/p) Σ xₚ xₚᵀ.
       forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, and the backward pass takes
         two matrix products instead of one.
+      precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: symmetric positive semi-definite matrices, float32 or float64. If all weights are 0, the matrix is zero,
       with zero gradient.
 
     Raises:
-      ValueError: if x has no position or fewer than two axes, or `where` does not have one entry for each position.
+      ValueError: if x has no position or fewer than two axes, if `where` does not have one entry for each position,
+        or if the precision is not one for matrices of this dtype.
       TypeError: if x is not floating-point, or `where` is complex.
 
     Example:
@@ -82,8 +90,9 @@ def covariance_pool(
         raise ValueError(f"covariance_pool needs [..., p, c] with p ≥ 1 positions, got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"covariance_pool needs floating features, got {x.dtype}")
+    precision = matrix_precision(precision, jnp.promote_types(x.dtype, jnp.float32))
     covariance = _weighted_covariance if forward_mode else _covariance
-    return covariance(x, None if where is None else position_weights(x, where), centered)
+    return covariance(x, None if where is None else position_weights(x, where), centered, precision)
 
 
 def second_order_pool(
@@ -92,7 +101,9 @@ def second_order_pool(
     *,
     where: Where | None = None,
     centered: bool = True,
+    coefficients: Coefficients = "newton_schulz",
     forward_mode: bool = False,
+    precision: PrecisionLike = None,
 ) -> Float[Array, "*b t"]:
     """Square-root-normalised covariance pooling (SR-SOP, iSQRT-COV): t = c(c + 1)/2 entries.
 
@@ -102,8 +113,10 @@ def second_order_pool(
       x: features of p positions.
       num_iters: number n of Newton–Schulz iterations.
       where, centered: see `covariance_pool`.
+      coefficients: see `newton_schulz_sqrt`.
       forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, but the backward pass stores
         every iterate.
+      precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: vectors in the order of `numpy.triu_indices`, float32 or float64.
 
@@ -115,15 +128,25 @@ def second_order_pool(
       >>> second_order_pool(x).shape
       (2, 36)
     """
-    sigma = covariance_pool(x, where=where, centered=centered, forward_mode=forward_mode)
-    root = newton_schulz_sqrt(sigma, num_iters, forward_mode=forward_mode)
+    sigma = covariance_pool(x, where=where, centered=centered, forward_mode=forward_mode, precision=precision)
+    root = newton_schulz_sqrt(
+        sigma, num_iters, coefficients=coefficients, forward_mode=forward_mode, precision=precision
+    )
     return root[(..., *np.triu_indices(root.shape[-1]))] if forward_mode else triangle_vector(root)
 
 
 def pool_features(
-    x: Float[AnyArray, "*b p c"], order: int, num_iters: int = 3, *, where: Where | None = None
+    x: Float[AnyArray, "*b p c"],
+    order: int,
+    num_iters: int = 3,
+    *,
+    where: Where | None = None,
+    coefficients: Coefficients = "newton_schulz",
+    precision: PrecisionLike = None,
 ) -> Float[Array, "*b f"]:
     """Average pooling (order 1) or square-root-normalised covariance pooling (order 2).
+
+    The other arguments are those of `second_order_pool`.
 
     Raises:
       ValueError: if the order is neither 1 nor 2.
@@ -131,7 +154,7 @@ def pool_features(
     if order == 1:
         return average_pool(x, where=where)
     if order == 2:
-        return second_order_pool(x, num_iters, where=where)
+        return second_order_pool(x, num_iters, where=where, coefficients=coefficients, precision=precision)
     raise ValueError(f"order must be 1 (average) or 2 (covariance), got {order}")
 
 
@@ -177,18 +200,18 @@ def _total(weights: Array) -> Array:
     return jnp.where(total == 0, 1, total)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _covariance(x: Array, weights: Array | None, centered: bool) -> Any:
-    return _weighted_covariance(x, weights, centered)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _covariance(x: Array, weights: Array | None, centered: bool, precision: PrecisionLike) -> Any:
+    return _weighted_covariance(x, weights, centered, precision)
 
 
-def _weighted_covariance(x: Array, weights: Array | None, centered: bool) -> Array:
+def _weighted_covariance(x: Array, weights: Array | None, centered: bool, precision: PrecisionLike) -> Array:
     rows = _rows(x, weights, centered)
     if weights is None:
-        return _product("...pc,...pd->...cd", rows, rows) / x.shape[-2]
+        return jnp.einsum("...pc,...pd->...cd", rows, rows, precision=precision) / x.shape[-2]
     roots = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights)))
     rows = roots[..., None] * rows  # on both sides, for a result that is exactly symmetric
-    return _product("...pc,...pd->...cd", rows, rows) / _total(weights)
+    return jnp.einsum("...pc,...pd->...cd", rows, rows, precision=precision) / _total(weights)
 
 
 def _rows(x: Array, weights: Array | None, centered: bool) -> Array:
@@ -200,15 +223,15 @@ def _rows(x: Array, weights: Array | None, centered: bool) -> Array:
     return clear_masked(x - _weighted_mean(x, weights), weights) if centered else x
 
 
-def _covariance_forward(x, weights, centered):
-    return _covariance(x, weights, centered), (x, weights)
+def _covariance_forward(x, weights, centered, precision):
+    return _covariance(x, weights, centered, precision), (x, weights)
 
 
-def _covariance_backward(centered, residuals, g):
+def _covariance_backward(centered, precision, residuals, g):
     # One product, where automatic differentiation makes two. The weighted rows sum to 0, so the mean needs no gradient.
     x, weights = residuals
     rows = _rows(x, weights, centered)
-    slopes = _product("...pc,...cd->...pd", rows, g + jnp.swapaxes(g, -1, -2))
+    slopes = jnp.einsum("...pc,...cd->...pd", rows, g + jnp.swapaxes(g, -1, -2), precision=precision)
     if weights is None:
         return (slopes / x.shape[-2]).astype(x.dtype), None
     dx = weights[..., None] * slopes / _total(weights)

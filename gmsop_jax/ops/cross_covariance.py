@@ -3,17 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import PrecisionLike
 from jaxtyping import Array, Float
 
 from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.covariance import Where, average_pool, clear_masked, position_weights
+from gmsop_jax.ops.precision import matrix_precision
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _EPSILON = 1e-5  # added to the divisor, as in the authors' code
 
 
 def cross_covariance_pool(
-    queries: Float[AnyArray, "*b p r"], keys: Float[AnyArray, "*b p r"], *, where: Where | None = None
+    queries: Float[AnyArray, "*b p r"],
+    keys: Float[AnyArray, "*b p r"],
+    *,
+    where: Where | None = None,
+    precision: PrecisionLike = None,
 ) -> Float[Array, "*b r r"]:
     """Cross-covariance of two sets of features over positions.
 
@@ -22,11 +28,13 @@ def cross_covariance_pool(
     Args:
       queries, keys: features of p positions. Half precision is converted to float32.
       where: a mask or weights of the positions; see `covariance_pool`.
+      precision: precision of the matrix product; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: matrices, float32 or float64.
 
     Raises:
-      ValueError: if there is no position, or queries and keys differ in shape.
+      ValueError: if there is no position, if queries and keys differ in shape, or if the precision is not one for
+        matrices of this dtype.
     """
     if np.ndim(queries) < 2 or np.shape(queries)[-2] == 0 or np.shape(queries) != np.shape(keys):
         raise ValueError(
@@ -42,7 +50,8 @@ def cross_covariance_pool(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         shares = weights / jnp.where(total == 0, 1, total)
     queries, keys = (x - average_pool(x, where=where)[..., None, :] for x in (queries, keys))
-    return jnp.einsum("...pr,...ps->...rs", shares[..., None] * queries, keys, precision=_HIGHEST)
+    precision = matrix_precision(precision, queries.dtype)
+    return jnp.einsum("...pr,...ps->...rs", shares[..., None] * queries, keys, precision=precision)
 
 
 def multi_head_cross_covariance_pool(
@@ -52,6 +61,7 @@ def multi_head_cross_covariance_pool(
     alpha: float = 0.5,
     *,
     where: Where | None = None,
+    precision: PrecisionLike = None,
 ) -> Float[Array, "b f"]:
     """Normalised cross-covariances of the queries and keys of several heads: f = num_heads · r².
 
@@ -63,6 +73,7 @@ def multi_head_cross_covariance_pool(
       num_heads: number of heads.
       alpha: see `normalize_singular_value`.
       where: a mask or weights of the positions, [b, p]; see `covariance_pool`.
+      precision: see `cross_covariance_pool`.
 
     Returns: the matrices of all heads, row by row, as one vector for each image; float32 or float64.
 
@@ -79,7 +90,7 @@ def multi_head_cross_covariance_pool(
     queries, keys = jnp.moveaxis(x.reshape(b, p, 2, num_heads, width), 1, -2).swapaxes(0, 1)
     if where is not None:
         where = jnp.broadcast_to(jnp.asarray(where)[:, None], queries.shape[:-1])
-    c = cross_covariance_pool(queries, keys, where=where)
+    c = cross_covariance_pool(queries, keys, where=where, precision=precision)
     return normalize_singular_value(c, start, alpha).reshape(b, -1)
 
 

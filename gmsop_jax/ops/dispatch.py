@@ -41,7 +41,8 @@ def apply_candidates(
       x: features of p positions.
       kernels: the weights of all candidates, layer by layer, from c to d channels.
       indices: the selected candidates, from 0 to n − 1.
-      pool: pools one or more tiles, [*, p, d] → [*, f]. If there is a mask, it also receives `where`, weights [*, p].
+      pool: pools one or more tiles, [*, p, d] → [*, f], such as `functools.partial(second_order_pool, precision=…)`. If
+        there is a mask, it also receives `where`, weights [*, p].
       dispatch: `gather` copies the weights for each pair and computes all pairs as batched products. `group` arranges
         the pairs by candidate in blocks of b·k / 8n pairs and copies the weights for each block, so that it needs much
         less memory; empty places in the blocks make the products larger by 1/8. `loop` computes one pair after the

@@ -5,14 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jaxtyping import Array, Float
 
 from gmsop_jax.ops.arrays import AnyArray
+from gmsop_jax.ops.precision import matrix_precision
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 
-
-def matrix_power(sigma: Float[AnyArray, "*b d d"], alpha: float = 0.5) -> Float[Array, "*b d d"]:
+def matrix_power(
+    sigma: Float[AnyArray, "*b d d"], alpha: float = 0.5, *, precision: PrecisionLike = None
+) -> Float[Array, "*b d d"]:
     """Powers Σ^α of symmetric positive semi-definite matrices.
 
     Σ = U diag(λ) Uᵀ,  Σ^α = U diag(λ^α) Uᵀ   (MPN-COV, eq. 5)
@@ -26,11 +28,13 @@ def matrix_power(sigma: Float[AnyArray, "*b d d"], alpha: float = 0.5) -> Float[
     Args:
       sigma: symmetric PSD matrices, float32 or float64; only the symmetric part counts.
       alpha: α > 0; MPN-COV uses ½.
+      precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: Σ^α, same shape and dtype. A zero matrix gives zero, with zero gradient.
 
     Raises:
-      ValueError: if alpha is not positive or the last two axes differ.
+      ValueError: if alpha is not positive, if the last two axes differ, or if the precision is not one for matrices of
+        this dtype.
       TypeError: for half precision and integers.
 
     Example:
@@ -45,25 +49,27 @@ def matrix_power(sigma: Float[AnyArray, "*b d d"], alpha: float = 0.5) -> Float[
         raise ValueError(f"sigma must be square matrices [..., d, d], got shape {sigma.shape}")
     if sigma.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"matrix_power needs float32 or float64, got {sigma.dtype}; convert with sigma.astype")
-    return _power(sigma, alpha)
+    return _power(sigma, alpha, matrix_precision(precision, sigma.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _power(sigma: Array, alpha: float) -> Any:
-    return _forward(sigma, alpha)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _power(sigma: Array, alpha: float, precision: PrecisionLike) -> Any:
+    return _forward(sigma, alpha, precision)[0]
 
 
-def _forward(sigma, alpha):
+def _forward(sigma, alpha, precision):
     values, vectors = jnp.linalg.eigh(sigma)
     largest = values[..., -1:]
     values = jnp.where(values > jnp.spacing(largest), values, 0)
-    return _product(vectors * jnp.power(values, alpha)[..., None, :], vectors.mT), (values, vectors)
+    powers = jnp.power(values, alpha)[..., None, :]
+    return jnp.matmul(vectors * powers, vectors.mT, precision=precision), (values, vectors)
 
 
-def _backward(alpha, residuals, g):
+def _backward(alpha, precision, residuals, g):
     values, vectors = residuals
-    inside = _product(vectors.mT, (g + g.mT) / 2, vectors)
-    return (_product(vectors, _divided_differences(values, alpha) * inside, vectors.mT),)
+    product = functools.partial(jnp.matmul, precision=precision)
+    inside = product(product(vectors.mT, (g + g.mT) / 2), vectors)
+    return (product(product(vectors, _divided_differences(values, alpha) * inside), vectors.mT),)
 
 
 def _divided_differences(values: Array, alpha: float) -> Array:
@@ -76,10 +82,6 @@ def _divided_differences(values: Array, alpha: float) -> Array:
     near = jnp.where(jnp.abs(t) > 0, t, 1)
     ratio = jnp.where(jnp.isinf(t), 1, jnp.where(jnp.abs(t) > 0, jnp.expm1(alpha * near) / jnp.expm1(near), alpha))
     return jnp.where(large > 0, jnp.power(safe, alpha - 1) * ratio, 0)
-
-
-def _product(*factors: Any) -> Array:
-    return functools.reduce(functools.partial(jnp.matmul, precision=_HIGHEST), factors)
 
 
 _power.defvjp(_forward, _backward)

@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jaxtyping import Array, Float
 
 from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.coefficients import Coefficients, Steps, iteration_steps, two_step_factors
-
-_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # TF32 would lose the iteration's digits
+from gmsop_jax.ops.precision import matrix_precision
 
 
 def newton_schulz_sqrt(
@@ -19,6 +19,7 @@ def newton_schulz_sqrt(
     *,
     coefficients: Coefficients = "newton_schulz",
     forward_mode: bool = False,
+    precision: PrecisionLike = None,
 ) -> Float[Array, "*b d d"]:
     """Square roots of symmetric positive semi-definite matrices by coupled Newton–Schulz iteration.
 
@@ -52,16 +53,18 @@ def newton_schulz_sqrt(
       sigma: symmetric PSD matrices, float32 or float64.
       num_iters: number of steps n ≥ 1; GM-SOP uses 3, iSQRT-COV 5.
       coefficients: `newton_schulz`, or `minimax` for n ≤ 12. A more accurate root does not always make a more
-        accurate classifier (Song et al., ICCV 2021).
+        accurate classifier (Song et al., ICCV 2021). In float32, more than 5 minimax steps lose accuracy for singular
+        matrices (docs/accuracy.md).
       forward_mode: by default, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are not supported, because the function
         defines its own backward pass. If True, JAX differentiates the iteration automatically, which supports
         them. Reverse mode then stores the iterates. Values are the same.
+      precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: Y with Y @ Y ≈ sigma, same shape and dtype. A zero matrix gives zero, with zero gradient.
 
     Raises:
       ValueError: if num_iters < 1, if the last two axes differ, or if `coefficients` is unknown or not available for
-        that many steps.
+        that many steps, or if the precision is not one for matrices of this dtype.
       TypeError: if num_iters is not an int; and for matrices of integers or of half precision, which is not accurate
         enough for the iteration.
 
@@ -72,7 +75,8 @@ def newton_schulz_sqrt(
     """
     sigma = _checked(sigma, "newton_schulz_sqrt")
     steps = iteration_steps(num_iters, coefficients)
-    return (_evaluate if forward_mode else _with_lean_backward)(sigma, steps, False)
+    evaluate = _evaluate if forward_mode else _with_lean_backward
+    return evaluate(sigma, steps, False, matrix_precision(precision, sigma.dtype))
 
 
 def newton_schulz_inverse_sqrt(
@@ -81,6 +85,7 @@ def newton_schulz_inverse_sqrt(
     *,
     coefficients: Coefficients = "newton_schulz",
     forward_mode: bool = False,
+    precision: PrecisionLike = None,
 ) -> Float[Array, "*b d d"]:
     """Inverse square roots of symmetric positive definite matrices, the second result of the same iteration.
 
@@ -92,7 +97,7 @@ def newton_schulz_inverse_sqrt(
 
     Args:
       sigma: symmetric PSD matrices, float32 or float64.
-      num_iters, coefficients, forward_mode: see `newton_schulz_sqrt`. With `minimax` and n = 1, 3 and 5, the
+      num_iters, coefficients, forward_mode, precision: see `newton_schulz_sqrt`. With `minimax` and n = 1, 3 and 5, the
         relative error is at most 11.5 %, 2.9 % and 0.58 % if λ is above 0.2, 0.021 and 0.0013, and the values in
         place of 1/√λ are at most 2.3, 9.5 and 47.
 
@@ -107,7 +112,8 @@ def newton_schulz_inverse_sqrt(
     """
     sigma = _checked(sigma, "newton_schulz_inverse_sqrt")
     steps = iteration_steps(num_iters, coefficients)
-    return (_evaluate if forward_mode else _with_lean_backward)(sigma, steps, True)
+    evaluate = _evaluate if forward_mode else _with_lean_backward
+    return evaluate(sigma, steps, True, matrix_precision(precision, sigma.dtype))
 
 
 def _checked(sigma: Any, caller: str) -> Array:
@@ -122,11 +128,11 @@ def _checked(sigma: Any, caller: str) -> Array:
     return sigma
 
 
-def _evaluate(sigma: Array, steps: Steps, inverse: bool) -> Array:
+def _evaluate(sigma: Array, steps: Steps, inverse: bool, precision: PrecisionLike) -> Array:
     """√t·Yₙ(Σ/t), or Zₙ(Σ/t)/√t for the inverse, where t = tr Σ."""
     a, trace, safe_trace = _normalize(sigma)
     root = jnp.sqrt(safe_trace)
-    return jnp.where(trace == 0, 0, 1 / root if inverse else root) * _polynomial(a, steps, inverse)
+    return jnp.where(trace == 0, 0, 1 / root if inverse else root) * _polynomial(a, steps, inverse, precision)
 
 
 def _normalize(sigma: Array) -> tuple[Array, Array, Array]:
@@ -136,42 +142,43 @@ def _normalize(sigma: Array) -> tuple[Array, Array, Array]:
     return sigma / safe_trace, trace, safe_trace
 
 
-def _polynomial(a: Array, steps: Steps, inverse: bool) -> Array:
+def _polynomial(a: Array, steps: Steps, inverse: bool, precision: PrecisionLike) -> Array:
     """Yₙ, or Zₙ for the inverse, as a polynomial of the trace-normalised matrix."""
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    product = functools.partial(jnp.matmul, precision=precision)
 
     def times(x: Array, y: Array) -> Array:
-        return y if x is eye else _product(x, y)
+        return y if x is eye else product(x, y)
 
     w = a  # Z Y
     result = eye if inverse else w
     for i in range(1, len(steps), 2):
         (p1, q1), (p2, q2), gain = two_step_factors(steps[i - 1], steps[i])
-        square = _product(w, w)
-        q = _product(square + p1 * w + q1 * eye, gain * (square + p2 * w + q2 * eye))
-        wq = _product(w, q)
+        square = product(w, w)
+        q = product(square + p1 * w + q1 * eye, gain * (square + p2 * w + q2 * eye))
+        wq = product(w, q)
         result = wq if result is w else times(result, q)
         if i < len(steps) - 1:
-            w = _product(wq, q)
+            w = product(wq, q)
     if len(steps) % 2:
         scale, b = steps[-1]
         result = scale * result - b * times(result, w)
     return result
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _with_lean_backward(sigma: Array, steps: Steps, inverse: bool) -> Any:
-    return _evaluate(sigma, steps, inverse)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _with_lean_backward(sigma: Array, steps: Steps, inverse: bool, precision: PrecisionLike) -> Any:
+    return _evaluate(sigma, steps, inverse, precision)
 
 
-def _forward(sigma, steps, inverse):
-    return _with_lean_backward(sigma, steps, inverse), sigma
+def _forward(sigma, steps, inverse, precision):
+    return _with_lean_backward(sigma, steps, inverse, precision), sigma
 
 
-def _backward(steps, inverse, sigma, g):
+def _backward(steps, inverse, precision, sigma, g):
     """The adjoint of the derivative at a symmetric Σ, applied to the cotangent g."""
     a, trace, safe_trace = _normalize(sigma)
-    y, da = jax.jvp(lambda a: _polynomial(a, steps, inverse), (a,), (g,))
+    y, da = jax.jvp(lambda a: _polynomial(a, steps, inverse, precision), (a,), (g,))
 
     def scale(x: Array) -> Array:  # x·t^(s − 1)
         return x / (safe_trace * jnp.sqrt(safe_trace)) if inverse else x / jnp.sqrt(safe_trace)

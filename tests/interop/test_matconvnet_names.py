@@ -217,7 +217,12 @@ def test_variables_of_another_model_are_refused(small_model):
 
 @pytest.mark.parametrize(
     ("head", "field", "value"),
-    [("gmsop", "gate_noise", "none"), ("gmgap", "gate_order", 2), ("gap", "projection_widths", (7,))],
+    [
+        ("gmsop", "gate_noise", "none"),
+        ("srsop", "coefficients", "minimax"),
+        ("gmgap", "gate_order", 2),
+        ("gap", "projection_widths", (7,)),
+    ],
 )
 def test_what_the_authors_code_has_no_layer_for_is_refused(small_model, head, field, value):
     shared, variables = small_model(head)

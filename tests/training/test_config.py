@@ -133,6 +133,11 @@ def test_override_refuses(assignment, message):
         ("model.num_selected=17", r"num_selected \(K = 17\) exceeds config.model.num_candidates \(N = 16\)"),
         ("model.num_selected=0", "config.model.num_selected must be between 1 and .*, got 0"),
         ("model.num_iters=0", "config.model.num_iters must be between 1 and 100, got 0"),
+        ("model.coefficients=chebyshev", r"must be one of \('newton_schulz', 'minimax'\), got 'chebyshev'"),
+        (
+            "model.pool_precision=TF32_TF32_F32",
+            r"must be one of \('', 'highest', .*'BF16_BF16_F32_X6'\), got 'TF32_TF32_F32'",
+        ),
         ("model.head=gmspo", r"config.model.head must be one of .* got 'gmspo'; did you mean 'gmsop'\?"),
         ("model.gate_gradient=soft", "config.model.gate_gradient must be one of"),
         ("compute_dtype=float16", "compute_dtype must be one of .* got 'float16'"),
@@ -344,6 +349,7 @@ def test_differences_name_what_changes_the_computation():
         (("model.projection_widths=(256,)",), "projection_widths = .* applies to heads without a mixture"),
         (("model.head=gap", "model.projection_batch_norm=true"), "projection_batch_norm needs .*projection_widths"),
         (("model.backbone=resnet50", "model.stage_strides=(1, 2, 2)"), "stage_strides needs four entries for resnet50"),
+        (("model.coefficients=minimax", "model.num_iters=13"), "num_iters = 13 must be at most 12 if .*'minimax'"),
         (("model.head=sot", "model.power=1.5"), "power = 1.5 must be at most 1 for the head 'sot'"),
         (("train.optimizer=adamw", "train.nesterov=true"), "nesterov applies to 'sgd'"),
         (

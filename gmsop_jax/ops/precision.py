@@ -1,0 +1,52 @@
+"""The precision of the matrix products in second-order pooling, with a default for each kind of device."""
+
+import jax
+import jax.numpy as jnp
+from jax.lax import DotAlgorithmPreset, Precision, PrecisionLike
+from jax.typing import DTypeLike
+
+# Compute capabilities of A100, H100 and H200, B200, and B300: six products in bfloat16 are faster than one in float32.
+_FAST_BFLOAT16 = ("8.0", "9.0", "10.0", "10.3")
+
+
+def matrix_precision(precision: PrecisionLike, dtype: DTypeLike) -> PrecisionLike:
+    """The precision of the matrix products in covariances and their square roots.
+
+    The default keeps the root and its gradient within 1e-5 of float64 (docs/accuracy.md) and depends on the first
+    device of the default backend: `BF16_BF16_F32_X6` on NVIDIA's A100, H100, H200, B200 and B300, whose tensor cores
+    compute it faster than float32, and `highest` elsewhere, which is float32 on CPUs and GPUs, and six products in
+    bfloat16 on TPUs. `jax_default_matmul_precision` has no effect, because most of its values are not accurate enough.
+
+    Args:
+      precision: what JAX's products accept, such as `'highest'`, or a `jax.lax.DotAlgorithmPreset` or its name; None
+        means the default. JAX refuses the TF32 presets on a CPU, and computes the bfloat16 ones in float32 there.
+      dtype: dtype of the matrices, float32 or float64. The default for float64 is `highest`.
+
+    Returns: `precision`, or the default.
+
+    Raises:
+      ValueError: if the precision is a preset that does not accumulate in the dtype of the matrices. JAX itself refuses
+        unknown precisions, and presets that the device does not have.
+
+    Example:
+      >>> matrix_precision("BF16_BF16_F32_X6", jnp.float32)
+      DotAlgorithmPreset.BF16_BF16_F32_X6
+    """
+    if precision is None:
+        fast = jnp.dtype(dtype) == jnp.float32 and _compute_capability() in _FAST_BFLOAT16
+        return DotAlgorithmPreset.BF16_BF16_F32_X6 if fast else Precision.HIGHEST
+    if isinstance(precision, str) and precision in DotAlgorithmPreset.__members__:
+        precision = DotAlgorithmPreset[precision]
+    if isinstance(precision, DotAlgorithmPreset):
+        accumulated = precision.accumulation_type
+        if accumulated is not None and jnp.dtype(accumulated) != jnp.dtype(dtype):
+            raise ValueError(
+                f"precision={precision.name!r} does not accumulate in {jnp.dtype(dtype)}, the dtype of the matrices;"
+                " use 'highest' or another preset"
+            )
+    return precision
+
+
+def _compute_capability() -> str | None:
+    """The compute capability of the first device, such as '9.0', if it is a GPU."""
+    return getattr(jax.devices()[0], "compute_capability", None)
