@@ -35,9 +35,9 @@ from gmsop_jax.training.step import normalize
 ROOT = pathlib.Path(__file__).parents[1]
 MATRICES = 2  # of each kind
 SIDES = 64, 256
-EXPONENTS = 1, 3, 5  # condition numbers: 10, 1000, 100,000
+CONDITIONS = {"κ = 10": 10.0, "κ = 1000": 1e3, "κ = 10⁵": 1e5}  # condition numbers
 ITERATIONS = range(1, 13)
-TABULATED = 3, 5, 8, 12
+TABULATED = 3, 5, 12
 QUANTITIES = "root", "gradient"
 COEFFICIENTS: tuple[Coefficients, ...] = "newton_schulz", "minimax"
 STYLES = {"newton_schulz": "-", "minimax": "--"}
@@ -233,7 +233,7 @@ def measure(samples: Samples) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarr
 
 def synthetic_samples() -> Samples:
     """The synthetic matrices by their names and sides."""
-    return {(f"κ = 10^{exponent}", d): synthetic(d, 10.0**exponent) for d in SIDES for exponent in EXPONENTS}
+    return {(name, d): synthetic(d, condition) for d in SIDES for name, condition in CONDITIONS.items()}
 
 
 def draw_iterations(of_iteration: dict[Key, np.ndarray]) -> Figure:
@@ -246,7 +246,7 @@ def draw_iterations(of_iteration: dict[Key, np.ndarray]) -> Figure:
             if np.all(np.isfinite(errors[:, row])):
                 label = name if coefficients == COEFFICIENTS[0] else None
                 axes[row, SIDES.index(d)].plot(
-                    ITERATIONS, errors[:, row], STYLES[coefficients], color=color, marker=".", label=label
+                    ITERATIONS, errors[:, row], STYLES[coefficients], color=color, label=label
                 )
             axes[row, 0].set_ylabel(f"relative error of the {quantity}")
     for column, d in enumerate(SIDES):
@@ -269,9 +269,7 @@ def draw_precisions(of_rounding: dict[Key, np.ndarray], d: int) -> Figure:
                 errors = of_rounding[name, d, coefficients][:, i]
                 label = precision if coefficients == COEFFICIENTS[0] else None
                 for row in range(2):
-                    axes[row, column].plot(
-                        ITERATIONS, errors[:, row], STYLES[coefficients], color=f"C{i}", marker=".", label=label
-                    )
+                    axes[row, column].plot(ITERATIONS, errors[:, row], STYLES[coefficients], color=f"C{i}", label=label)
         for row in range(2):
             axes[row, column].axhline(GOAL, color="black", linewidth=0.8)
     for row, quantity in enumerate(QUANTITIES):
@@ -289,7 +287,7 @@ def finish(figure: Figure, axes: np.ndarray, limits: tuple[float, float]) -> Non
     for coefficients in COEFFICIENTS:
         handles += axes[0, 0].plot([], [], STYLES[coefficients], color="gray")
         labels.append(coefficients)
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
 def rounding_table(of_rounding: dict[Key, np.ndarray]) -> str:

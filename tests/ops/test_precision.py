@@ -87,18 +87,18 @@ def test_the_tool_computes_what_the_library_computes(x64, coefficients, n):
 
 @pytest.mark.parametrize("coefficients", tool.COEFFICIENTS)
 def test_published_errors_of_precisions(coefficients):
-    key = ("κ = 10^3", 64, coefficients)
+    key = ("κ = 1000", 64, coefficients)
     rows = [numbers(row) for row in PAGE.splitlines() if row.startswith(f"| {key[0]} | 64 | {coefficients} | 5 |")]
     assert len(rows) == 1
     np.testing.assert_allclose(tool.rounding_errors(tool.synthetic(64, 1e3), coefficients, 5), rows[0], rtol=0.3)
 
 
 def test_published_errors_of_the_iteration():
-    row = re.findall(r"\| κ = 10\^3 \| 64 \| minimax \| root \|(.*)\|", PAGE)[0]
+    row = re.findall(r"\| κ = 1000 \| 64 \| minimax \| root \|(.*)\|", PAGE)[0]
     published = [float(cell) for cell in row.split("|")]
     sigma = tool.synthetic(64, 1e3).astype(np.float64)
     found = [tool.iteration_errors(sigma, "minimax", n)[0] for n in (1, 3, 8)]
-    np.testing.assert_allclose(found, [published[n - 1] for n in (1, 3, 8)], rtol=0.02)
+    np.testing.assert_allclose(found, [published[n - 1] for n in (1, 3, 8)], rtol=0.05)
 
 
 def test_default_of_accelerators_is_the_cheapest_that_reaches_the_goal():
@@ -109,6 +109,12 @@ def test_default_of_accelerators_is_the_cheapest_that_reaches_the_goal():
     errors = dict(zip(tool.PRECISIONS, worst, strict=True))
     assert errors["BF16_BF16_F32_X6"] < tool.GOAL
     assert min(errors["BF16_BF16_F32_X3"], errors["TF32_TF32_F32"], errors["BF16_BF16_F32"]) > tool.GOAL
+
+
+def test_example_of_the_page_runs():
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", PAGE, re.S)[0], names)
+    assert names["root"].shape == names["closer"].shape == (2, 16, 16)
 
 
 def numbers(row: str) -> list[list[float]]:
