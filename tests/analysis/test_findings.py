@@ -59,7 +59,7 @@ def test_a_gate_that_knows_the_class():
     assert "Candidate 1 is used most for cat (2.0 times the average)." in text
     assert "Candidate 2 is used most for dog (2.0 times the average)." in text
     assert "For 1 candidate, no class stands out." in text
-    assert "changes the error by +0.0 to +45.0 points. The change is larger than chance for candidate 1." in text
+    assert "changes the error by +0.0 to +45.0 points. The change is significant for candidate 1." in text
 
 
 def test_a_gate_that_ignores_the_image():
@@ -67,9 +67,9 @@ def test_a_gate_that_ignores_the_image():
     weights = rng.permuted(np.tile([0.5, 0.5, 0, 0], (M, 1)), axis=1)
     text = " ".join(describe(_predictions(weights), 2))
     assert "A gate that ignores the class would give as much by chance" in text
-    assert "No candidate is used more for any class" in text
-    assert "so on these images the choice of the gate has no measurable effect" in text
-    assert "None of them differs from that of K = 2 by more than chance" in text
+    assert "No candidate is used significantly more for one class" in text
+    assert "so these images do not show that the choice of the gate matters" in text
+    assert "None of them differs significantly from that of K = 2" in text
     assert "no single candidate is indispensable" in text
 
 
@@ -78,9 +78,9 @@ def test_errors_with_replaced_weights_are_compared_on_the_same_images():
     top_k = np.stack([always, np.arange(M) < 40, np.arange(M) < 42])
     text = " ".join(describe(_predictions(np.full((M, 3), 1 / 3), shuffled=always, top_k=top_k), 2))
     assert "and 100.0 % (+90.0 ± 2.9 points) with the weights that the gate gives to another image" in text
-    assert "The difference is larger than chance for another image's weights." in text
+    assert "The difference is significant for another image's weights." in text
     assert "K = 1, …, 3 candidates, the errors are 100.0, 10.0, 10.5 %." in text
-    assert "The error for K = 1 differs from that for K = 2 by more than chance." in text
+    assert "The error for K = 1 differs significantly from that for K = 2." in text
 
 
 def test_paired_difference():

@@ -26,13 +26,18 @@ def test_there_are_three():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_notebook_is_valid_and_kept_without_outputs(name):
+def test_notebook_is_valid_and_kept_with_outputs(name):
     notebook = nbformat.read(FOLDER / name, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert code[0].source.startswith("# Install the package on Colab")
     assert 'if "google.colab" in sys.modules:' in code[0].source
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert "error" not in {output.output_type for output in outputs}
+    assert any("image/png" in output.get("data", {}) for cell in code[-2:] for output in cell.outputs)
+    assert re.search(r"\d.*\.$", outputs[-1].text.rstrip(), re.DOTALL), "ends with a sentence about its figures"
+    assert (FOLDER / name).stat().st_size < 300_000
 
 
 @pytest.mark.parametrize("repository", ["", "https://example.org/gmsop_jax.git"])

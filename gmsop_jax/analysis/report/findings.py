@@ -99,7 +99,7 @@ def _uses(predictions: Predictions) -> str:
             sentences.append(f"Candidate {i} is used most for {names}.")
     unspecific = predictions.gate_weights.shape[1] - len(sentences)
     if not sentences:
-        return "No candidate is used more for any class than for the others beyond chance."
+        return "No candidate is used significantly more for one class than for the others."
     if unspecific:
         sentences.append(f"For {_count(unspecific, 'candidate')}, no class stands out.")
     return " ".join(sentences)
@@ -117,9 +117,9 @@ def _controls(errors: GateErrors) -> str:
     }
     sure = [name for name, wrong in replaced.items() if differs(wrong, errors.gate, len(replaced))]
     verdict = (
-        f"The difference is larger than chance for {_join(sure)}."
+        f"The difference is significant for {_join(sure)}."
         if sure
-        else "No difference is larger than chance, so on these images the choice of the gate has no measurable effect."
+        else "No difference is significant, so these images do not show that the choice of the gate matters."
     )
     return (
         f"With the weights of the gate, the error is {100 * errors.gate.mean():.1f} %. It is {compare(errors.equal)} if"
@@ -134,8 +134,8 @@ def _number_selected(errors: GateErrors, num_selected: int) -> str:
     text = f"If the gate selects K = 1, …, {len(errors.top_k)} candidates, the errors are {values} %."
     sure = [k for k, wrong in enumerate(errors.top_k, 1) if differs(wrong, errors.gate, len(errors.top_k) - 1)]
     if not sure:
-        return f"{text} None of them differs from that of K = {num_selected} by more than chance."
-    return f"{text} The error for K = {_join(sure)} differs from that for K = {num_selected} by more than chance."
+        return f"{text} None of them differs significantly from that of K = {num_selected}."
+    return f"{text} The error for K = {_join(sure)} differs significantly from that for K = {num_selected}."
 
 
 def _candidates(errors: GateErrors) -> str:
@@ -147,8 +147,8 @@ def _candidates(errors: GateErrors) -> str:
         f" candidate changes the error by {_signed(min(changes))} to {_signed(max(changes))} points."
     )
     if not sure:
-        return f"{text} No change is larger than chance, so no single candidate is indispensable."
-    return f"{text} The change is larger than chance for {_join([f'candidate {i}' for i in sure])}."
+        return f"{text} No change is significant, so no single candidate is indispensable."
+    return f"{text} The change is significant for {_join([f'candidate {i}' for i in sure])}."
 
 
 def _change(wrong: np.ndarray, reference: np.ndarray) -> str:
