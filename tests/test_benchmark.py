@@ -3,9 +3,15 @@ import runpy
 import sys
 from pathlib import Path
 
+import bench_accelerator
 import bench_timing
+import benchmark
+import numpy as np
 import pytest
+from bench_roots import METHODS, case_name, covariances, root_case, root_table
 from bench_timing import Case
+
+from gmsop_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,3 +45,92 @@ def test_tool_at_toy_size(tmp_path, monkeypatch, capsys):
     assert [row["name"] for row in rows[3:]] == ["pooling 1 × (256 × 128)", "pooling 1 × (256 × 128), plain JAX"]
     assert all(row["ms"] > 0 for row in rows)
     assert "plain JAX" in capsys.readouterr().out
+
+
+def test_the_table_of_roots():
+    def row(method, gradient: bool, ms: float):
+        name = case_name(method.name, 8, gradient=gradient)
+        return {"name": name, "ms": ms, "quartiles_ms": [ms - 1, ms + 1]}
+
+    ours, *_, eigh, _, sqrtm = METHODS
+    rows = [row(ours, False, 2.0), row(ours, True, 4.0), row(eigh, False, 5.0), row(eigh, True, 6.0)]
+    assert root_table([*rows, row(sqrtm, False, 30.0)]).splitlines() == [
+        "| method | d = 8, root | with gradient |",
+        "|---|---|---|",
+        f"| {ours.name} | 2 (1–3), 1× | 4 (3–5), 1× |",
+        f"| {eigh.name} | 5 (4–6), 2.5× | 6 (5–7), 1.5× |",
+        f"| {sqrtm.name} | 30 (29–31), 15× | – |",
+    ]
+
+
+def test_roots_that_are_exact_equal_each_other():
+    sigma = covariances(4, 2)
+    exact = [method.root(sigma) for method in METHODS if method.name.startswith(("matrix_power", "jnp", "jax"))]
+    assert len(exact) == 3
+    for root in exact:
+        np.testing.assert_allclose(root @ root, sigma, rtol=1e-4, atol=1e-5)
+    value, (gradient,) = root_case(METHODS[0], 4, 2, gradient=True).run()
+    assert value.shape == gradient.shape == (2, 4, 4)
+
+
+QUICK = ("device", "ceilings", "layers", "gradients")
+
+
+@pytest.fixture
+def quick_parts(monkeypatch):
+    """Some parts, and a part whose rows fail until it is repaired."""
+    broken = [True]
+
+    def part(toy):
+        def row():
+            if broken[0]:
+                raise RuntimeError("out of\nmemory")
+            return {"ms": 2.0, "gflop": 1.0, "peer": "theirs"}
+
+        yield "fails", row
+        yield "theirs", lambda: {"ms": 3.0}
+
+    parts = {name: bench_accelerator.PARTS[name] for name in QUICK}
+    monkeypatch.setattr(bench_accelerator, "PARTS", {**parts, "broken": part})
+    return broken
+
+
+def test_accelerator_continues_and_repeats_what_failed(quick_parts, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    first = bench_accelerator.measure_all(out, toy=True, isolated=False)
+    assert first["broken"] == {"fails": {"error": "RuntimeError: out of memory"}, "theirs": {"ms": 3.0}}
+    assert json.loads(out.read_text()) == first
+    assert first["layers"]["cov_s_4x4_c4"]["relative error"] < 1e-5
+    quick_parts[0] = False
+    capsys.readouterr()
+    second = bench_accelerator.measure_all(out, toy=True, isolated=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["device", "broken"]  # only what was missing
+    assert second["ceilings"] == first["ceilings"]
+    text = bench_accelerator.table(second)
+    assert "| fails | 2 | 1 | " in text
+    assert " | 1.5 |" in text  # times faster than PyTorch
+
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- accelerator: tools/benchmark.py -->\nold\n<!-- end of accelerator -->\nb\n")
+    benchmark.write_section(page, "accelerator", text)
+    assert page.read_text().startswith("a\n<!-- accelerator: tools/benchmark.py -->\n\ndevice ")
+    assert page.read_text().endswith("|\n\n<!-- end of accelerator -->\nb\n")
+    assert "old" not in page.read_text()
+    with pytest.raises(UserError, match=r"page\.md has no lines '<!-- roots: "):
+        benchmark.write_section(page, "roots", text)
+
+
+def test_accelerator_refuses_another_device_and_stops_in_time(quick_parts, tmp_path):
+    out = tmp_path / "out.json"
+    out.write_text(json.dumps({"device": {"device": {"device": "8 × TPU"}}}))
+    with pytest.raises(UserError, match=r"out\.json holds measurements of another device"):
+        bench_accelerator.measure_all(out, toy=True, isolated=False)
+    assert not any(bench_accelerator.measure_all(tmp_path / "none", toy=True, isolated=False, seconds=-1).values())
+
+
+@pytest.mark.slow
+def test_every_part_runs_in_a_process_of_its_own(tmp_path):
+    results = bench_accelerator.measure_all(tmp_path / "out.json", toy=True)
+    assert list(results) == list(bench_accelerator.PARTS)
+    assert not [row for rows in results.values() for row in rows.values() if "error" in row]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_timing import Case, compiled, normal, torch_device, with_gradient
+from bench_timing import Case, Program, normal, torch_device, with_gradient
 
 from gmsop_jax import ops
 from gmsop_jax.ops.dispatch import Dispatch
@@ -33,8 +33,8 @@ def pooling_cases(peer: str | None, batch: int = 64) -> list[Case]:
     flops, bytes_ = batch * pooling_flops(POSITIONS, WIDTH), 3 * x.nbytes + 2 * cotangent.nbytes
     name = f"pooling {batch} × ({POSITIONS} × {WIDTH})"
     programs: dict[str, Callable[[], Any]] = {
-        name: compiled(with_gradient(ops.second_order_pool), (x,), cotangent),
-        f"{name}, plain JAX": compiled(with_gradient(_plain_pool), (x,), cotangent),
+        name: Program(with_gradient(ops.second_order_pool), (x,), cotangent),
+        f"{name}, plain JAX": Program(with_gradient(_plain_pool), (x,), cotangent),
     }
     if peer:
         programs[f"{name}, PyTorch"] = _torch_pooling(x, cotangent)
@@ -73,11 +73,12 @@ def _torch_pooling(x: jax.Array, cotangent: jax.Array) -> Callable[[], None]:
 def mixture_cases(batch: int) -> list[Case]:
     """K = 8 of N candidates with each dispatch, against computing all 16 candidates."""
     dispatches: tuple[Dispatch, ...] = ("gather", "loop")
-    selected = [_selected_candidates(batch, n, 8, dispatch) for n in (16, 128) for dispatch in dispatches]
+    selected = [selected_case(batch, n, 8, dispatch) for n in (16, 128) for dispatch in dispatches]
     return [*selected, _all_candidates(batch, 16)]
 
 
-def _selected_candidates(batch: int, n: int, k: int, dispatch: Dispatch) -> Case:
+def selected_case(batch: int, n: int, k: int, dispatch: Dispatch) -> Case:
+    """Forward and backward pass of k candidates of n for each image, drawn at random."""
     random = np.random.default_rng(0)
     indices = jnp.asarray(np.stack([random.permutation(n)[:k] for _ in range(batch)]), jnp.int32)
 
@@ -103,5 +104,5 @@ def _mixture_case(name: str, run: Callable[..., jax.Array], batch: int, n: int, 
     x, cotangent = jax.nn.relu(normal(batch, POSITIONS, WIDTH)), normal(batch, k, TRIANGLE)
     flops = batch * k * (3 * PROJECTION_FLOPS + pooling_flops(POSITIONS, WIDTH))
     bytes_ = 3 * x.nbytes + 2 * cotangent.nbytes + 3 * sum(kernel.nbytes for kernel in kernels)
-    program = compiled(with_gradient(run), (x, kernels), cotangent)
+    program = Program(with_gradient(run), (x, kernels), cotangent)
     return Case(name, program, flops, bytes_, "" if name == _DENSE else _DENSE)

@@ -7,17 +7,19 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_ops import POSITIONS, PROJECTION_FLOPS, TRIANGLE, WIDTH, pooling_flops
-from bench_timing import Case, torch_device
+from bench_timing import Case, Program, torch_device
+from jax.sharding import Mesh
 
-from gmsop_jax.config import default_config
+from gmsop_jax.config import ConfigDict, default_config
 from gmsop_jax.models import create_model
 from gmsop_jax.training.optimizer import create_optimizer
-from gmsop_jax.training.parallel import compiler_options
+from gmsop_jax.training.parallel import AXIS, compile_train_step, replicate
 from gmsop_jax.training.step import create_state, make_train_step
 
 _CLASSES = 1000
@@ -28,13 +30,13 @@ def step_cases(peer: str | None, batch: int, compute_dtype: str) -> list[Case]:
     flops = batch * step_flops()
     name, wide = (f"step, batch {batch}, N = {n}, K = 8" for n in (16, 128))
     cases = [
-        Case(name, jax_step(16, batch, compute_dtype), flops, versus="step, PyTorch" if peer else ""),
-        Case(wide, jax_step(128, batch, compute_dtype), flops, versus=name),
+        Case(name, gmsop_step(16, batch, compute_dtype), flops, versus="step, PyTorch" if peer else ""),
+        Case(wide, gmsop_step(128, batch, compute_dtype), flops, versus=name),
     ]
     if peer:
         cases.append(Case("step, PyTorch", torch_step(batch), flops))
         if torch_device() == "cuda":
-            cases.append(Case("step, torch.compile", torch_step(batch, compiled=True), flops))
+            cases.append(Case("step, torch.compile", torch_step(batch, "inductor"), flops))
     return cases
 
 
@@ -53,38 +55,58 @@ def step_flops() -> float:
     return 3 * products + pooled * pooling_flops(POSITIONS, WIDTH)
 
 
-def _images(batch: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (batch, 64, 64, 3), np.uint8)
+def _images(batch: int, side: int = 64) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
 
 
-def jax_step(num_candidates: int, batch: int, compute_dtype: str = "") -> Callable[[], None]:
-    """Returns a function that takes one training step and waits for its result."""
+class JaxStep:
+    """A training step on one batch of random images. A call takes the step and waits for its result.
+
+    Args:
+      config: a configuration, whose model has a number of classes.
+      batch: number of images.
+      mesh: the devices to split the batch over; by default one device, without a mesh.
+    """
+
+    def __init__(self, config: ConfigDict, batch: int, mesh: Mesh | None = None):
+        side = config.data.image_size or 64
+        axis_name = AXIS if mesh else None
+        model = create_model(config.model, axis_name=axis_name)
+        optimizer = create_optimizer(config.train, lambda _: 0.1, config.model.pixel_scale)
+        init = create_model(config.model).init
+        self.state = create_state(jax.jit(init)(jax.random.key(0), jnp.zeros((1, side, side, 3))), optimizer)
+        self.batch: Any = {"image": _images(batch, side), "label": np.arange(batch, dtype=np.int32) % 10}
+        mean_rgb, ddof = (120.0, 120.0, 120.0), config.model.balance_ddof
+        step = make_train_step(
+            model, optimizer, config.train, seed=0, mean_rgb=mean_rgb, balance_ddof=ddof, axis_name=axis_name
+        )
+        if mesh:
+            self.program, place = compile_train_step(step, mesh, "jit")
+            self.state, self.batch = replicate(self.state, mesh), place(self.batch)
+        else:
+            self.program = Program(step, self.state, self.batch, donate=(0,))
+
+    def __call__(self) -> None:
+        """Takes one step."""
+        self.state, metrics = self.program(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+
+
+def gmsop_step(num_candidates: int, batch: int, compute_dtype: str = "") -> JaxStep:
+    """The step of ResNet-18 GM-SOP."""
     config = default_config()
     config.compute_dtype = compute_dtype
     config.model.num_classes, config.model.num_candidates = _CLASSES, num_candidates
-    model = create_model(config.model)
-    optimizer = create_optimizer(config.train, lambda _: 0.1, config.model.pixel_scale)
-    state = create_state(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3))), optimizer)
-    examples = {"image": _images(batch), "label": np.arange(batch, dtype=np.int32)}
-    mean_rgb, ddof = (120.0, 120.0, 120.0), config.model.balance_ddof
-    step = make_train_step(model, optimizer, config.train, seed=0, mean_rgb=mean_rgb, balance_ddof=ddof)
-    program = jax.jit(step, donate_argnums=0, compiler_options=compiler_options()).lower(state, examples).compile()
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = program(state, examples)
-        jax.block_until_ready((state, metrics))
-
-    return run
+    return JaxStep(config, batch)
 
 
-def torch_step(batch: int, compiled: bool = False) -> Callable[[], None]:
-    """The same in PyTorch, with 16 candidates."""
+def torch_step(batch: int, backend: str = "") -> Callable[[], None]:
+    """The same in PyTorch, with 16 candidates; `backend` is that of torch.compile, "" means eager."""
     import torch
     import torch_peer
 
     device = torch_device()
-    trainer = torch_peer.Trainer(16, device, compiled)
+    trainer = torch_peer.Trainer(16, device, backend)
     pixels = torch.tensor(_images(batch)).permute(0, 3, 1, 2).float() - 120
     pixels = pixels.to(device, memory_format=torch.channels_last)
     labels = torch.arange(batch, device=device)
@@ -116,7 +138,7 @@ def _print_peak_memory(kind: str, batch: int) -> None:
         torch.ones(1).sum()
     jnp.ones(1).block_until_ready()
     before = _resident("VmRSS")
-    step = torch_step(batch) if kind == "torch" else jax_step(16, batch)
+    step = torch_step(batch) if kind == "torch" else gmsop_step(16, batch)
     step()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # return the memory that compilation needed

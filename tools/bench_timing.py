@@ -41,10 +41,23 @@ class Case:
         return float(np.median(self.seconds))
 
 
-def compiled(function: Callable, *arguments: Any) -> Callable[[], Any]:
-    """Compiles a function for these arguments. Returns a function that runs it and waits for the result."""
-    program = jax.jit(function, compiler_options=compiler_options()).lower(*arguments).compile()
-    return lambda: jax.block_until_ready(program(*arguments))
+class Program:
+    """A function that is compiled for its arguments. A call runs it and waits for the result."""
+
+    def __init__(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()):
+        jitted = jax.jit(function, donate_argnums=donate, compiler_options=compiler_options())
+        self._program, self._arguments = jitted.lower(*arguments).compile(), arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs it with the arguments that it was compiled for, or with others of the same shapes."""
+        return jax.block_until_ready(self._program(*(arguments or self._arguments)))
+
+    @property
+    def peak_mb(self) -> float:
+        """The memory in MB that XLA plans for arguments, results and everything in between."""
+        plan: Any = self._program.memory_analysis()
+        sizes = plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.temp_size_in_bytes
+        return (sum(sizes) - plan.alias_size_in_bytes) / 1e6
 
 
 def with_gradient(function: Callable) -> Callable:
@@ -71,9 +84,9 @@ def ceilings(width: int = 128) -> list[Case]:
     """What the machine can do at best: a large matrix product, a batch of small ones, and a copy."""
     large, batch, memory = normal(2048, 2048), normal(256, width, width), normal(1 << 24)
     return [
-        Case(f"{CEILING}2048² product", compiled(jnp.matmul, large, large), 2 * 2048**3),
-        Case(f"{CEILING}256 × {width}² products", compiled(jnp.matmul, batch, batch), 256 * 2 * width**3),
-        Case(f"{CEILING}copy", compiled(jnp.negative, memory), 0, 2 * memory.nbytes),
+        Case(f"{CEILING}2048² product", Program(jnp.matmul, large, large), 2 * 2048**3),
+        Case(f"{CEILING}256 × {width}² products", Program(jnp.matmul, batch, batch), 256 * 2 * width**3),
+        Case(f"{CEILING}copy", Program(jnp.negative, memory), 0, 2 * memory.nbytes),
     ]
 
 

@@ -1,10 +1,14 @@
 """Compares the pooling, the mixture, the training step and the data pipeline with what the machine can do.
 
-    python tools/benchmark.py {ops,mixture,step,pipeline,all} [--peer torch] [--json FILE]
+    python tools/benchmark.py {ops,roots,mixture,step,pipeline,all} [--peer torch] [--json FILE]
+    python tools/benchmark.py accelerator --out FILE [--docs docs/performance.md]
 
 All cases of a table are run in turn, in one process. The table shows the median time and the quartiles. Operations (a
 multiply-add counts as two) and bytes are those that the work needs, not those that the code performs. The share is the
 time that the work would take at the measured ceilings, the fastest matrix product and a copy, divided by its time.
+
+`roots` compares the square root with those of other libraries that are installed. `accelerator` measures correctness,
+speed and memory on a GPU or TPU in at most 8 minutes; run it again to continue, or to repeat what failed.
 """
 
 import argparse
@@ -18,28 +22,35 @@ from typing import Any
 import bench_data
 import jax
 from bench_ops import mixture_cases, pooling_cases
+from bench_roots import root_cases, root_table
 from bench_step import peak_memory, step_cases
 from bench_timing import ceilings, measure, report, torch_device
 
 from gmsop_jax.conversion.convert import convert
-from gmsop_jax.errors import ArgumentParser, run_command
+from gmsop_jax.errors import ArgumentParser, UserError, run_command
 from gmsop_jax.files import write_json
 
-_KINDS = ("ops", "mixture", "step", "pipeline")
+_KINDS = ("ops", "roots", "mixture", "step", "pipeline")
 
 
 def main() -> None:
     """Parses the command line and prints the tables."""
     parser = ArgumentParser(description="Measures speed, and compares it with the machine's ceilings and with PyTorch.")
-    parser.add_argument("what", choices=(*_KINDS, "all"))
+    parser.add_argument("what", choices=(*_KINDS, "all", "accelerator"))
     parser.add_argument("--peer", choices=("torch",), help="compare with PyTorch (pip install '.[bench]')")
     parser.add_argument("--batch", type=int, default=16, help="images in a batch of the mixture and of the step")
     parser.add_argument("--pool-batch", type=int, default=64, help="images in a batch of the pooling (default: 64)")
     parser.add_argument("--images", type=int, default=20_000, help="images that the pipeline reads (default: 20000)")
     parser.add_argument("--repeats", type=int, default=10, help="number of measurements of each case (default: 10)")
     parser.add_argument("--compute-dtype", default="", choices=("", "bfloat16"), help="dtype of the convolutions")
-    parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write the results to this file")
+    parser.add_argument("--json", "--out", metavar="FILE", type=pathlib.Path, help="write the results to this file")
+    parser.add_argument(
+        "--docs", metavar="PAGE", type=pathlib.Path, help="put the table of `roots` or `accelerator` there"
+    )
+    parser.add_argument("--toy", action="store_true", help="accelerator: tiny sizes, to try the tool on a CPU")
     options = parser.parse_args()
+    if options.what == "accelerator":
+        return measure_accelerator(options)
     print(f"{device()}, jax {jax.__version__}, Python {platform.python_version()}")
     results: dict[str, Any] = {}
     for kind in _KINDS if options.what == "all" else (options.what,):
@@ -47,6 +58,34 @@ def main() -> None:
         results[kind] = run(kind, options)
     if options.json:
         write_json(options.json, results)
+    if options.docs and "roots" in results:
+        write_section(options.docs, "roots", root_table(results["roots"]))
+
+
+def measure_accelerator(options: argparse.Namespace) -> None:
+    """Measures what the file does not hold yet, and writes the table."""
+    from bench_accelerator import measure_all, table
+
+    if options.json is None:
+        raise UserError("accelerator needs --out FILE, where it writes each result and continues in a later call")
+    text = table(measure_all(options.json, toy=options.toy, isolated=not options.toy))
+    print(f"\n{text}")
+    if options.docs:
+        write_section(options.docs, "accelerator", text)
+
+
+def write_section(page: pathlib.Path, name: str, text: str) -> None:
+    """Replaces the text between the marks of a section of a Markdown page.
+
+    Raises:
+      UserError: if the page has no such marks.
+    """
+    start, end = f"<!-- {name}: tools/benchmark.py -->\n", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text("utf-8").partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"{page} has no lines {start.strip()!r} and {end!r}; add them where the table belongs")
+    page.write_text(f"{before}{start}\n{text.strip()}\n\n{end}{after}", "utf-8")
 
 
 def device() -> str:
@@ -65,6 +104,8 @@ def run(kind: str, options: argparse.Namespace) -> Any:
         return measure_pipeline(options.images)
     if kind == "ops":
         cases = pooling_cases(options.peer, options.pool_batch)
+    elif kind == "roots":
+        cases = [case for width in (64, 128, 256) for case in root_cases(width, options.batch)]
     elif kind == "mixture":
         cases = mixture_cases(options.batch)
     else:

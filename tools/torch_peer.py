@@ -12,18 +12,67 @@ from torch.nn import functional
 def second_order_pool(x: Tensor, num_iters: int = 3) -> Tensor:
     """[b, p, c] → [b, c(c + 1)/2], by the iteration as the paper writes it."""
     centred = x - x.mean(1, keepdim=True)
-    sigma = centred.transpose(1, 2) @ centred / x.shape[1]
+    root = newton_schulz_sqrt(centred.transpose(1, 2) @ centred / x.shape[1], num_iters)
+    rows, columns = torch.triu_indices(x.shape[2], x.shape[2], device=x.device)
+    return root[:, rows, columns]
+
+
+def newton_schulz_sqrt(sigma: Tensor, num_iters: int = 3) -> Tensor:
+    """Square roots of [b, d, d] by the coupled iteration, without the products that do not reach the result."""
     width = sigma.shape[-1]
-    eye = torch.eye(width, device=x.device, dtype=x.dtype)
-    trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    eye = torch.eye(width, device=sigma.device, dtype=sigma.dtype)
+    trace = _trace(sigma)
     y, z = sigma / trace, eye.expand_as(sigma)
     for i in range(num_iters):
         t = 1.5 * eye - 0.5 * (z @ y if i else y)
         y = y @ t
         if i < num_iters - 1:
             z = t @ z if i else t
-    rows, columns = torch.triu_indices(width, width, device=x.device)
-    return (trace.sqrt() * y)[:, rows, columns]
+    return trace.sqrt() * y
+
+
+class ISqrtCov(torch.autograd.Function):
+    """`newton_schulz_sqrt`, for two or more iterations, with the backward pass of iSQRT-COV's authors.
+
+    It uses the stored iterates. With T = 3I − YZ at each step, ∂Y ← ½(∂Y·T − Z·∂Z·Z − Z·Y·∂Y) and
+    ∂Z ← ½(T·∂Z − Y·∂Y·Y − ∂Z·Z·Y); at the end, the normalisation by the trace (Li et al. 2018, eq. 8–11).
+    """
+
+    @staticmethod
+    def forward(ctx, sigma: Tensor, num_iters: int) -> Tensor:
+        """Computes the roots and stores every iterate."""
+        trace = _trace(sigma)
+        a = sigma / trace
+        thrice = 3 * torch.eye(sigma.shape[-1], device=sigma.device, dtype=sigma.dtype)
+        t = 0.5 * (thrice - a)
+        iterates = [(a @ t, t)]
+        for _ in range(num_iters - 2):
+            y, z = iterates[-1]
+            t = 0.5 * (thrice - z @ y)
+            iterates.append((y @ t, t @ z))
+        y, z = iterates[-1]
+        last = 0.5 * (y @ (thrice - z @ y))
+        ctx.save_for_backward(sigma, trace, a, thrice, last, *(matrix for pair in iterates for matrix in pair))
+        return trace.sqrt() * last
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        """Goes back through the iterates."""
+        sigma, trace, a, thrice, last, *matrices = ctx.saved_tensors
+        *iterates, (y, z) = zip(matrices[::2], matrices[1::2], strict=True)
+        dy = trace.sqrt() * gradient
+        dy, dz = 0.5 * (dy @ (thrice - y @ z) - z @ y @ dy), -0.5 * (y @ dy @ y)
+        for y, z in reversed(iterates):
+            t, zy = thrice - y @ z, z @ y
+            dy, dz = 0.5 * (dy @ t - z @ dz @ z - zy @ dy), 0.5 * (t @ dz - y @ dy @ y - dz @ zy)
+        da = 0.5 * (dy @ (thrice - a) - a @ dy - dz)
+        through_trace = (gradient * last).sum((1, 2), keepdim=True) / (2 * trace.sqrt())
+        through_a = (da * sigma).sum((1, 2), keepdim=True) / trace**2
+        return da / trace + (through_trace - through_a) * thrice / 3, None
+
+
+def _trace(sigma: Tensor) -> Tensor:
+    return sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
 
 
 def synchronize(device: str) -> None:
@@ -103,13 +152,13 @@ def _pool(x: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Network, optimiser and a training step on one batch."""
+    """Network, optimiser and a training step on one batch. `backend` is that of torch.compile; "" means eager."""
 
-    def __init__(self, num_candidates: int, device: str, compiled: bool = False):
+    def __init__(self, num_candidates: int, device: str, backend: str = ""):
         self.device = device
         model = nn.Sequential(resnet18(), Head(num_candidates)).to(device)
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.model = torch.compile(model) if compiled else model
+        self.model = torch.compile(model, backend=backend) if backend else model
         self.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
