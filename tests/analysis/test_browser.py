@@ -62,11 +62,13 @@ def test_page_fits_and_has_no_console_message(browser, address, width, scheme):
 
 def test_tables_sort(browser, address):
     _open(browser, address)
-    column = "return [...document.querySelectorAll('.heat tbody tr')].map(r => parseFloat(r.cells[2].textContent))"
+    column = (
+        "return [...document.querySelectorAll('.candidates tbody tr')].map(r => parseFloat(r.cells[2].textContent))"
+    )
     before = browser.execute_script(column)
-    browser.execute_script("document.querySelectorAll('.heat thead th')[2].click()")
+    browser.execute_script("document.querySelectorAll('.candidates thead th')[2].click()")
     assert browser.execute_script(column) == sorted(before, reverse=True)
-    browser.execute_script("document.querySelectorAll('.heat thead th')[2].click()")
+    browser.execute_script("document.querySelectorAll('.candidates thead th')[2].click()")
     assert browser.execute_script(column) == sorted(before)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from typing import Any, cast
 
 import jax
@@ -142,6 +143,16 @@ def test_errors_with_other_weights_agree_with_the_network(predicted, trained_run
         info.config.model.num_selected = k
         logits, _ = jax.jit(create_model(info.config.model).apply)(variables, images)
         np.testing.assert_array_equal(errors.top_k[k - 1][:50], logits.argmax(1) != predicted.labels[:50])
+
+
+def test_errors_with_other_weights_of_a_run_with_mirror_images(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["eval"]["flip_average"] = True
+    (run / "config.json").write_text(json.dumps(config))
+    mirrored = predict_split(run, None, 64)
+    assert mirrored.errors is not None
+    np.testing.assert_array_equal(mirrored.errors.gate, mirrored.labels != mirrored.predicted)
 
 
 def test_a_sample_of_a_large_split(predicted, trained_run):
