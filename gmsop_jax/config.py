@@ -558,6 +558,8 @@ def from_json(text: str, place: str = "the stored configuration") -> ConfigDict:
             )
         section, leaf = _locate(config, name)
         try:
+            if value is None:
+                raise TypeError  # ml_collections accepts it for every field
             section[leaf] = _REMOVED_VALUES.get((name, value), value) if isinstance(value, str) else as_tuples(value)
         except TypeError as error:
             raise ConfigError(f"{place} has config.{name} = {value!r}, of the wrong type") from error

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import itertools
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -113,7 +115,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     stopped_by: list[int] = []
     output = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     try:
-        with _raising_on_signals(stopped_by):
+        with _raising_on_signals(stopped_by), _escaping(output):
             status = command() or 0
             output.flush()
             return status
@@ -128,6 +130,20 @@ def run_command(command: Callable[[], int | None]) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return status
+
+
+@contextlib.contextmanager
+def _escaping(output: TextIO) -> Iterator[None]:
+    """Prints what the output can't encode as escapes, such as "±" in ASCII, or the name of a file that is not UTF-8."""
+    if not isinstance(output, io.TextIOWrapper):  # as in a notebook
+        yield
+        return
+    errors = output.errors
+    output.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        output.reconfigure(errors=errors)
 
 
 _STATUS = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGHUP: os.EX_TEMPFAIL}

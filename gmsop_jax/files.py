@@ -40,15 +40,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file atomically; text is encoded as UTF-8."""
+    """Writes a file atomically; text is encoded as UTF-8, with escapes (valid in JSON) for names that are not UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def write_output(path: Path, content: str) -> None:
     """Writes a file that a user named: atomically, or into what a link such as `/dev/stdout`, or a pipe, leads to."""
     if path.is_symlink() or path.is_fifo() or path.is_char_device():
-        path.write_text(content, "utf-8")
+        path.write_text(content, "utf-8", "backslashreplace")
     else:
         write_atomic(path, content)
 

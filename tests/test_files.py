@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -9,7 +10,16 @@ import time
 import pytest
 
 from gmsop_jax.errors import FileAccessError
-from gmsop_jax.files import FileLock, LockHeldError, find_damage, replacing, sha256, write_atomic, write_checksums
+from gmsop_jax.files import (
+    FileLock,
+    LockHeldError,
+    find_damage,
+    replacing,
+    sha256,
+    write_atomic,
+    write_checksums,
+    write_json,
+)
 
 
 def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
@@ -22,6 +32,13 @@ def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeyp
     monkeypatch.undo()
     write_atomic(file, b"new")
     assert file.read_text() == "new"
+
+
+def test_names_that_are_not_utf8_survive_in_json(tmp_path):
+    value = {"dir": os.fsdecode(b"caf\xe9"), "width": "≥ ½"}
+    write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text("utf-8")) == value
+    assert "≥ ½" in (tmp_path / "x.json").read_text("utf-8")
 
 
 def test_interrupted_write_leaves_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """The command line: flags, exit statuses, and what a user sees of a mistake or a signal."""
 
 import errno
+import io
 import os
 import pwd
 import re
@@ -43,6 +44,16 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 )
 def test_a_mistyped_flag_suggests_the_right_one(capsys, flag, meant):
     assert f"did you mean {meant}?" in error(capsys, *flag.split())
+
+
+def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
+    """The name of a file that is not UTF-8, or a terminal without UTF-8, is no reason for a traceback."""
+    for encoding, printed in (("utf-8", "caf\\udce9 ± 1".encode()), ("ascii", b"caf\\udce9 \\xb1 1")):
+        output = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding))
+        assert run_command(lambda: print(os.fsdecode(b"caf\xe9 "), "± 1", sep="")) == 0
+        assert output.getvalue() == printed + b"\n"
+        assert sys.stdout.errors == "strict"
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda file: file.stem)

@@ -55,7 +55,7 @@ def contact_sheet(
       split: the split to show.
       output: the image file to write; its ending determines the format.
       rows: largest number of classes to show; they are spread evenly over all classes.
-      columns: number of images per class.
+      columns: largest number of images per class.
       tile: side of an image on the sheet, in pixels.
     Raises: DataError if the data set is damaged, or the sheet can't be written.
     """
@@ -65,6 +65,7 @@ def contact_sheet(
     count = min(rows, manifest.num_classes)
     labels = np.unique(np.linspace(0, manifest.num_classes - 1, count).round().astype(int)).tolist()
     found = _first_images(manifest, directory, split, labels, columns)
+    columns = max(1, *map(len, found.values()))
     sheet = Image.new("RGB", (_MARGIN + columns * tile, len(labels) * tile), "white")
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(labels):

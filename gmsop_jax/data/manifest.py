@@ -267,8 +267,18 @@ def _check(manifest: Manifest) -> None:
     for file in files:
         if not _is_plain_name(file):
             raise DataError(f"it names a shard outside its folder: {file[:200]!r}; don't trust this data set")
+    _check_provenance(manifest.provenance)
     for name, split in manifest.splits.items():
         _check_split(name, split, manifest.num_classes)
+
+
+def _check_provenance(provenance: Mapping[str, Any]) -> None:
+    for file in provenance.get("files", []):
+        if not isinstance(file["name"], str) or type(file["bytes"]) is not int:
+            raise DataError(f"it names an input file without its size: {str(file)[:200]}")
+        file["sha256"]  # may be null
+    if not isinstance(provenance.get("unreadable", []), list):
+        raise DataError("its list of unreadable images is not a list")
 
 
 def _is_plain_name(file: str) -> bool:

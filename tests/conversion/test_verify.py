@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from batches import eval_batches
+from PIL import Image
 
+from gmsop_jax.conversion.inspect import contact_sheet
 from gmsop_jax.conversion.verify import verify
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import encode
@@ -102,3 +104,9 @@ def test_reading_stops_at_a_label_out_of_range(copy: Path):
     rewrite(copy, changed)
     with pytest.raises(DataError, match="a record has label 12; labels of 10 classes"):
         list(eval_batches(copy, "train", batch_size=1000))
+
+
+def test_a_sheet_is_no_wider_than_its_images(fashion: Path, tmp_path: Path):
+    contact_sheet(fashion, "val", tmp_path / "sheet.png", rows=1, columns=10**12, tile=2)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (110 + 100 * 2, 2)

@@ -93,6 +93,9 @@ def test_other_schema(copy: Path):
         {"splits": {"train": {}}},
         {"splits": 3},
         {"provenance": None},
+        {"provenance": {"files": 3}},
+        {"provenance": {"files": [{"name": "x", "bytes": None, "sha256": None}]}},
+        {"provenance": {"unreadable": True}},
         {"classes": 7},
     ],
 )

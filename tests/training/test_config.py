@@ -279,7 +279,21 @@ def test_json_round_trip():
     validate(again)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"seed": "many"}', '{"train": {"batch_size": [1]}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        '"x"',
+        "[" * 5000,
+        '{"seed": null}',
+        '{"seed": "many"}',
+        '{"train": {"batch_size": [1]}}',
+    ],
+)
 def test_damaged_json_is_refused(text):
     with pytest.raises(ConfigError, match="stored config"):
         from_json(text)
