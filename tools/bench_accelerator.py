@@ -513,7 +513,7 @@ def _training(toy: bool) -> Rows:
 
     def full_width() -> Row:
         config = _step_config("imagenet64_gmsop", {}, toy)
-        config.train.batch_size = 4 if toy else 256
+        config.train.batch_size, config.model.num_classes = 4 if toy else 256, 0  # the classes of the data
         with tempfile.TemporaryDirectory() as folder:
             bench_data.make(pathlib.Path(folder, "source"), 20 if toy else 20_000)
             config.data.update(dir=f"{folder}/data", image_size=0)
