@@ -260,7 +260,7 @@ def draw_precisions(of_rounding: dict[Key, np.ndarray], d: int) -> Figure:
     """The errors of each precision by the number of iterations: root and gradient for each kind of matrix."""
     names = list(dict.fromkeys(key[0] for key in of_rounding))
     figure = Figure(figsize=(13, 6.4), layout="constrained")
-    axes = figure.subplots(2, len(names), sharex=True, sharey=True)
+    axes = figure.subplots(2, len(names), sharex=True, sharey=True, squeeze=False)
     for column, name in enumerate(names):
         axes[0, column].set_title(name)
         axes[1, column].set_xlabel("iterations n")
