@@ -101,13 +101,7 @@ def assert_close(got, expected, tolerance):
 
 @every_head
 @pytest.mark.parametrize(
-    ("dtype", "with_nnx"),
-    [
-        pytest.param(np.float64, False, id="float64 linen"),
-        pytest.param(np.float32, True, id="float32 nnx"),
-        pytest.param(np.float64, True, id="float64 nnx", marks=pytest.mark.slow),  # equal by tests/nnx
-        pytest.param(np.float32, False, id="float32 linen", marks=pytest.mark.slow),
-    ],
+    ("dtype", "with_nnx"), [(np.float64, False), (np.float32, True)], ids=["float64 linen", "float32 nnx"]
 )
 def test_masked_equals_shortened(head, dtype, with_nnx):
     """The masked batch also contains a fourth image without any position, which changes nothing."""
