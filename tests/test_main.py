@@ -56,6 +56,12 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
         assert sys.stdout.errors == "strict"
 
 
+def test_a_summary_without_standard_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)  # as after 2>&-
+    assert main(["summary", "quickstart"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda file: file.stem)
 def test_a_mistyped_flag_of_a_tool_suggests_the_right_one(tool, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [tool.name, "--hepl"])

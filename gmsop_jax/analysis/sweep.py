@@ -8,13 +8,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gmsop_jax import config as configs
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.training.writer import read_result
 
 # Exit statuses of a run that was stopped and can be resumed; negative if it was stopped before it handled signals.
-_INTERRUPTED = (130, 75, -signal.SIGINT, -signal.SIGTERM)
+_INTERRUPTED = (130, 75, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,20 +130,23 @@ def run(jobs: Sequence[SweepRun], say: Callable[[str], None] = _say) -> list[Swe
 def _status(command: Sequence[str]) -> int:
     """Executes a command and returns its exit status. If the sweep is stopped, the run has time to save its state.
 
-    The terminal sends Ctrl-C to the run as well, so this process only waits for it. SIGTERM is passed on.
+    The terminal sends Ctrl-C to the run as well, so this process only waits for it. SIGTERM and SIGHUP are passed on.
+    A signal that was already ignored, such as SIGHUP under nohup, is still ignored.
 
     Raises:
-      KeyboardInterrupt: after Ctrl-C or SIGTERM.
+      KeyboardInterrupt: after one of these signals.
     """
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before: dict[int, Any] = {
+        number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers
+    }
     forwarded = False
     try:
         process = subprocess.Popen(command)
         while process.poll() is None:
-            if signal.SIGTERM in caught and not forwarded:
-                process.terminate()
+            if not forwarded and (others := [number for number in caught if number != signal.SIGINT]):
+                process.send_signal(others[0])
                 forwarded = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
@@ -150,6 +154,8 @@ def _status(command: Sequence[str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if caught:
+        if callable(handler := before[caught[0]]):
+            handler(caught[0], None)  # raises too, and notes the signal for the exit status
         raise KeyboardInterrupt
     return process.returncode
 

@@ -145,11 +145,11 @@ def run_summary(arguments: Sequence[str]) -> None:
 
 def summarize_all(paths: Sequence[str]) -> list[summary.Row]:
     """Summarizes configurations, with a progress line on a terminal."""
-    rows = []
+    rows, terminal = [], sys.stderr is not None and sys.stderr.isatty()
     for i, path in enumerate(paths, 1):
-        if sys.stderr.isatty():
+        if terminal:
             print(f"\r{i}/{len(paths)}", end="", file=sys.stderr, flush=True)
         rows.append(summary.summarize(path))
-    if sys.stderr.isatty():
+    if terminal:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # clears the line
     return rows

@@ -36,10 +36,10 @@ class Interrupted(UserError):
 class SignalCatcher:
     """Context that catches Ctrl-C, SIGTERM (a preemption notice) and SIGHUP, so that a run can save its state.
 
-    A second signal raises KeyboardInterrupt. In a run of several processes, a signal to any of them stops all
-    processes after the same step: JAX's coordination service handles SIGTERM, and the other signals are passed on
-    to it as SIGTERM. A signal that was already ignored, such as SIGHUP under nohup, is still ignored. Outside the main
-    thread, where Python allows no signal handlers, no signal is caught.
+    A second signal, except SIGHUP, raises KeyboardInterrupt. In a run of several processes, a signal to any of them
+    stops all processes after the same step: JAX's coordination service handles SIGTERM, and the other signals are
+    passed on to it as SIGTERM. A signal that was already ignored, such as SIGHUP under nohup, is still ignored. Outside
+    the main thread, where Python allows no signal handlers, no signal is caught.
     """
 
     def __init__(self):
@@ -66,6 +66,8 @@ class SignalCatcher:
 
     def _handle(self, signum, frame):
         if self._caught is not None:
+            if signum == signal.SIGHUP:
+                return  # a closed terminal sends it to a sweep too, which passes it on
             raise KeyboardInterrupt
         self._caught = signum
         if self._several:

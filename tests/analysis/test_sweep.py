@@ -106,14 +106,15 @@ def test_a_run_that_was_stopped_stops_the_sweep(tmp_path):
         )
 
 
-def test_sigterm_is_handed_on_and_the_run_may_save(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_the_run_may_save(tmp_path, number):
     run = f"""
 import pathlib, signal, sys, time
 def save(*_):
     time.sleep(0.5)
     pathlib.Path({str(tmp_path / "saved")!r}).touch()
     sys.exit(75)
-signal.signal(signal.SIGTERM, save)
+signal.signal({int(number)}, save)
 pathlib.Path({str(tmp_path / "started")!r}).touch()
 time.sleep(60)
 """
@@ -122,14 +123,18 @@ time.sleep(60)
     def stop():
         while not (tmp_path / "started").exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
+    noted: list[int] = []
+    before = signal.signal(number, lambda number, _: noted.append(number))
     thread = threading.Thread(target=stop)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         sweep.run([job], lambda _: None)
     thread.join()
+    signal.signal(number, before)
     assert (tmp_path / "saved").exists()
+    assert noted == [number]  # for the exit status
 
 
 def test_table_by_hand(tmp_path):
