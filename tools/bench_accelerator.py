@@ -393,7 +393,7 @@ def _time_pooling(precision: str | None, batch: int) -> Row:
     )
     row = _time(program, gflop=gflop, peer="pooling, PyTorch, highest precision")
     few = np.asarray(x[:2]), np.asarray(cotangent[:2])
-    found = with_gradient(pool)((few[0],), few[1])
+    found = with_gradient(pool)((x[:2],), cotangent[:2])
     with jax.enable_x64(True):
         x, cotangent = (jnp.asarray(array, jnp.float64) for array in few)
         expected = jax.device_get(with_gradient(ops.second_order_pool)((x,), cotangent))
