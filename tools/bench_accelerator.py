@@ -415,8 +415,8 @@ def _mixture(toy: bool) -> Rows:
     """The 8 selected candidates of N, forward and backward, with each dispatch."""
     for n in (4, 8) if toy else (16, 128):
         for dispatch in _DISPATCHES:
-            name, arguments = f"mixture, N = {n}, {dispatch}", (1 if toy else 256, n, 2 if toy else 8, dispatch)
-            yield name, lambda args=arguments: _time_case(selected_case(*args))
+            case = functools.partial(selected_case, 1 if toy else 256, n, 2 if toy else 8, dispatch)
+            yield f"mixture, N = {n}, {dispatch}", lambda case=case: _time_case(case())
 
 
 def _steps(toy: bool) -> Rows:
