@@ -120,7 +120,8 @@ def build(output: pathlib.Path) -> None:
       DocsError: at a dead link, a field without description, or a warning of pdoc's.
     """
     others = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-    check_links([ROOT / "README.md", *others])
+    results = sorted((ROOT / "docs" / "results").glob("*.md"))
+    check_links([ROOT / "README.md", *others, *results])
     os.environ.setdefault("PDOC_ALLOW_EXEC", "1")  # importing h5py asks the system what it is
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -131,15 +132,17 @@ def build(output: pathlib.Path) -> None:
             pdoc.pdoc("gmsop_jax", output_directory=output / "api")
         except (UserWarning, RuntimeWarning) as warning:
             raise DocsError(f"the API reference: {warning}") from warning
-    pages = {"index": ROOT / "README.md", **{page.stem: page for page in others}}
+    pages = {"index": ROOT / "README.md"}
+    pages |= {page.stem: page for page in others}
+    pages |= {"results" if page.stem == "README" else page.stem: page for page in results}
     links = [f'<a href="{name}.html">{_title(page)}</a>' for name, page in pages.items()]
     navigation = " · ".join([*links, '<a href="api/gmsop_jax.html">API</a>'])
     for name, page in pages.items():
         body = to_html(page.read_text("utf-8"))
-        body = re.sub(r'(href|src)="(?:docs/)?([\w-]+)\.(md|svg)"', _address, body)
+        body = re.sub(r'(href|src)="(\.\./|docs/)?(results/)?([\w-]+)\.(md|svg)', _address, body)
         text = _PAGE.format(title=html.escape(_title(page)), navigation=navigation, body=body)
         (output / f"{name}.html").write_text(text, "utf-8")
-    for picture in (ROOT / "docs").glob("*.svg"):
+    for picture in (ROOT / "docs").rglob("*.svg"):
         (output / picture.name).write_bytes(picture.read_bytes())
 
 
@@ -148,8 +151,10 @@ def _title(page: pathlib.Path) -> str:
 
 
 def _address(match: re.Match[str]) -> str:
-    attribute, name, ending = match.groups()
-    return f'{attribute}="{name}.{"html" if ending == "md" else ending}"'
+    attribute, above, folder, name, ending = match.groups()
+    if name == "README":
+        name = "results" if folder else "index" if above == "../" else name
+    return f'{attribute}="{name}.{"html" if ending == "md" else ending}'
 
 
 def main() -> None:

@@ -40,6 +40,8 @@ def test_a_field_without_description_is_an_error(monkeypatch):
 def test_site_builds_without_warnings(tmp_path):
     make_docs["build"](tmp_path)
     assert "Newton–Schulz" in (tmp_path / "api" / "gmsop_jax" / "ops.html").read_text("utf-8")
+    assert 'href="results.html"' in (tmp_path / "index.html").read_text("utf-8")
+    assert 'href="index.html"' in (tmp_path / "own-model.html").read_text("utf-8")
     for page in tmp_path.glob("*.html"):
         for target in re.findall(r'(?:href|src)="([\w/.-]+\.(?:html|svg))"', page.read_text("utf-8")):
             assert (tmp_path / target).exists(), (page.name, target)

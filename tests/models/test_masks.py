@@ -106,8 +106,9 @@ def assert_close(got, expected, tolerance):
 def test_masked_equals_shortened(head, dtype, with_nnx):
     """The masked batch also contains a fourth image without any position, which changes nothing."""
     # Training normalises by the moments of three images, which can enlarge the rounding of float32 a hundred times,
-    # with or without a mask. In float32, this test therefore evaluates.
-    form, train, tolerance = ((9,), True, 1e-12) if dtype == np.float64 else ((3, 3), False, 1e-6)
+    # with or without a mask. In float32, this test therefore evaluates. The gradient of a square root by three
+    # iterations is rounded in 15 products, so that it has twice the tolerance.
+    form, train, tolerance = ((9,), True, 1e-12) if dtype == np.float64 else ((3, 3), False, 2e-6)
     with jax.enable_x64(dtype == np.float64):
         x, mask = np.zeros((4, 9, 6), dtype), np.zeros((4, 9), bool)
         x[:3], mask[:3] = tokens(dtype), MASK
