@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, also in the processes that tests start
 
 
 @pytest.fixture(autouse=True, scope="session")

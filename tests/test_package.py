@@ -34,7 +34,8 @@ def distributions(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributions")
     run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder, folder=ROOT)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # lacking before Python 3.11.4
+        archive.extractall(folder / "unpacked")
     [source] = (folder / "unpacked").iterdir()
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, folder=source)
     return folder

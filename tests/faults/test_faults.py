@@ -123,7 +123,8 @@ def test_half_written_checkpoint_is_cleaned_up(finished, config, tmp_path):
 def test_a_run_of_an_older_version_is_resumed_and_evaluated(config, tmp_path, capsys):
     """One epoch by the version that stored no copy of the configuration, and named no data or order of images."""
     with tarfile.open(Path(__file__).parent / "old_run.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # lacking before Python 3.11.4
+        archive.extractall(tmp_path)
     workdir, data = tmp_path / "run", config.data.dir
     assert main(["--mode", "evaluate", "--checkpoint", str(workdir), f"--config.data.dir={data}"]) == 0
     (stored,) = (record for record in read_metrics(workdir) if record["kind"] == "eval")

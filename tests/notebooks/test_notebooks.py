@@ -100,7 +100,8 @@ def test_quickstart(tmp_path):
 def test_second_order_head(tmp_path):
     text = _execute("second_order_head.ipynb", tmp_path)
     lines = [line for line in text.splitlines() if "test errors" in line]
-    average, wide, second_order, mixture = ([float(e) for e in re.findall(r"\d+\.\d(?=,| %)", line)] for line in lines)
+    errors = [re.findall(r"\d+\.\d", line.partition("test errors")[2]) for line in lines]
+    average, wide, second_order, mixture = (list(map(float, found)) for found in errors)
     assert max(second_order + mixture) < min(average + wide)
     assert text.splitlines()[-1].startswith("With 120 steps for each head and 3 seeds, second-order pooling")
 

@@ -1,0 +1,42 @@
+"""The networks in pretrained/."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from batches import eval_batches
+
+import gmsop_jax
+from gmsop_jax.conversion.convert import convert
+from gmsop_jax.training.step import normalize
+
+PRETRAINED = pathlib.Path(__file__).parents[2] / "pretrained"
+FOLDERS = sorted(path.parent for path in PRETRAINED.glob("*/config.json"))
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("data") / "fashion"
+    convert("fashion-mnist", None, folder, progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_trained_networks_classify(folder: pathlib.Path, fashion: pathlib.Path):
+    model, variables, info = gmsop_jax.load(folder)
+    apply = jax.jit(model.apply)
+    wrong = count = 0
+    for batch in eval_batches(fashion, "val", batch_size=250):
+        logits, _ = apply(variables, normalize(jnp.asarray(batch["image"]), info.inputs.mean_rgb))
+        wrong += int(np.sum(np.asarray(logits.argmax(-1) != batch["label"])[batch["mask"]]))
+        count += int(batch["mask"].sum())
+    assert 100 * wrong / count < 11  # 8.3 % on all test images; these are a sample of a thousand or fewer
+
+
+def test_networks_are_small_and_listed():
+    assert FOLDERS
+    listed = (PRETRAINED / "README.md").read_text()
+    assert all(f"`{folder.name}`" in listed for folder in FOLDERS)
+    assert sum(file.stat().st_size for file in PRETRAINED.rglob("*")) < 15e6
