@@ -274,9 +274,8 @@ def _check(manifest: Manifest) -> None:
 
 def _check_provenance(provenance: Mapping[str, Any]) -> None:
     for file in provenance.get("files", []):
-        if not isinstance(file["name"], str) or type(file["bytes"]) is not int:
-            raise DataError(f"it names an input file without its size: {str(file)[:200]}")
-        file["sha256"]  # may be null
+        if not isinstance(file["name"], str) or type(file["bytes"]) is not int or "sha256" not in file:
+            raise DataError(f"it names an input file without its size or checksum: {str(file)[:200]}")
     if not isinstance(provenance.get("unreadable", []), list):
         raise DataError("its list of unreadable images is not a list")
 

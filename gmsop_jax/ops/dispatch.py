@@ -169,10 +169,11 @@ _BLOCKS_PER_CANDIDATE = 8  # more blocks need more copies of weights, and fewer 
 
 
 def _block_size(num_pairs: int, n: int) -> int:
+    """The number of pairs in a block; 0 if there are fewer pairs than blocks."""
     return num_pairs // (_BLOCKS_PER_CANDIDATE * n)
 
 
-def _group(indices: Array, n: int) -> _Groups:
+def _arrange(indices: Array, n: int) -> _Groups:
     """Arranges the pairs by candidate; the blocks of a candidate are adjacent, and only its last one is not full."""
     flat = indices.ravel()
     size = max(1, _block_size(flat.size, n))
@@ -193,7 +194,7 @@ def _group(indices: Array, n: int) -> _Groups:
 
 
 def _grouped(x: Array, where: Array | None, kernels: Sequence[Array], indices: Array, pool: Pool) -> Array:
-    groups = _group(indices, kernels[0].shape[0])
+    groups = _arrange(indices, kernels[0].shape[0])
     num_blocks = groups.candidate.size
     y = _to_slots(x, groups).reshape(num_blocks, -1, x.shape[-1])
     for kernel in kernels:

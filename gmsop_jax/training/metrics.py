@@ -143,6 +143,6 @@ class MetricsBuffer:
         return images / seconds
 
     def summarize(self) -> dict[str, Any]:
-        """Ratios over the drained steps, which are then dropped; {} if there are none."""
+        """Returns ratios over the drained steps and resets them; returns an empty dict if no step was drained."""
         total, self.total = self.total, {}
         return summarize([total]) if total else {}

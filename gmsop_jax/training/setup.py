@@ -81,7 +81,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """
     manifest = Manifest.load(config.data.dir, splits=None if config.data.on_corrupt == "stop" else ())
     config = resolve(config, manifest)
-    manifest.split(config.eval.split)  # raises if there is none
+    manifest.split(config.eval.split)  # raises if the split does not exist
     num_images = manifest.split("train").num_images
     steps_per_epoch = pipeline.steps_per_epoch(num_images, config.train.batch_size, config.train.drop_last)
     mesh = parallel.create_mesh()

@@ -45,7 +45,7 @@ class Run:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last evaluation; {} if there is none."""
+        """The metrics of the last evaluation, or an empty dict before the first one."""
         evaluations = [r for r in self.records if r["kind"] == "eval" and "top1_error" in r]
         return evaluations[-1] if evaluations else {}
 
