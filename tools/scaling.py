@@ -28,7 +28,7 @@ def cases() -> dict[str, tuple[ConfigDict, int]]:
 def _model(file: Path, num_classes: int) -> ConfigDict:
     model = configs.load(file).model
     model.num_classes = num_classes
-    model.dispatch = "gather"  # the choice on accelerators
+    model.dispatch = "gather"  # the choice on accelerators for small batches
     return model
 
 
