@@ -128,6 +128,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         message, status = _explain(error, stopped_by)
         if not message:
             raise
+        if stopped_by:
+            _cancel_timers()
         print(f"error: {message}", file=sys.stderr)
         return status
 
@@ -169,17 +171,27 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
 
     A signal that was ignored before, as SIGHUP is under nohup, is still ignored. Outside the main thread, Python allows
     no signal handlers. While a module is being imported, a signal is postponed, because an exception can crash the
-    initialization of a C extension.
+    initialization of a C extension. The signal is repeated if Python ignored the exception, as it does in destructors
+    and in callbacks of the garbage collector, of which JAX has one.
     """
+
+    def repeat(signum: int) -> None:
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signum))
+        timer.daemon = True
+        timer.start()
 
     def stop(signum, frame):
         if _is_importing(frame):
-            timer = threading.Timer(0.05, os.kill, (os.getpid(), signum))
-            timer.daemon = True
-            timer.start()
-            return
-        caught.append(signum)
-        raise KeyboardInterrupt
+            repeat(signum)
+        else:
+            caught.append(signum)
+            raise KeyboardInterrupt
+
+    def repeat_ignored(unraisable):
+        if caught and isinstance(unraisable.exc_value, KeyboardInterrupt):
+            repeat(caught.pop())
+        else:
+            unraisable_hook(unraisable)
 
     usual = (signal.SIG_DFL, signal.default_int_handler)
     before = {signum: handler for signum in _STATUS if (handler := signal.getsignal(signum)) in usual}
@@ -187,11 +199,20 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
         before = {}
     for signum in before:
         signal.signal(signum, stop)
+    unraisable_hook, sys.unraisablehook = sys.unraisablehook, repeat_ignored
     try:
         yield
     finally:
+        sys.unraisablehook = unraisable_hook
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _cancel_timers() -> None:
+    """Cancels timers of interrupted code, such as JAX's of 60 s, for which Python would wait before it exits."""
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
 
 
 def _is_importing(frame: types.FrameType | None) -> bool:

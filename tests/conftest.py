@@ -9,7 +9,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, also in the processes that tests start
+# Under nohup or in the background of a script, these signals are ignored, also in the processes that tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

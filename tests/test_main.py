@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -169,6 +170,33 @@ def test_an_ignored_signal_stays_ignored():
         assert run_command(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_not_lost_where_python_ignores_exceptions(capsys):
+    class Stops:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def command():
+        Stops()  # is deleted at once
+        time.sleep(10)
+
+    assert run_command(command) == 75
+    assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
+
+
+def test_a_stopped_command_leaves_no_timer(capsys):
+    timer = threading.Timer(60, print)
+
+    def command():
+        timer.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    assert run_command(command) == 75
+    timer.join(5)
+    assert not timer.is_alive()
 
 
 @pytest.mark.parametrize("delay", [0.3, 0.9])
