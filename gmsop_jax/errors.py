@@ -112,10 +112,9 @@ def run_command(command: Callable[[], int | None]) -> int:
     Returns: the exit status: what `command` returns, or 0; 2 for a UserError or if the system refuses a file; 130 after
       Ctrl-C; 75 ("start me again") after SIGTERM or SIGHUP.
     """
-    stopped_by: list[int] = []
     output = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     try:
-        with _raising_on_signals(stopped_by), _escaping(output):
+        with _raising_on_signals(_stopped_by), _escaping(output):
             status = command() or 0
             output.flush()
             return status
@@ -125,13 +124,15 @@ def run_command(command: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        message, status = _explain(error, stopped_by)
+        message, status = _explain(error, _stopped_by)
         if not message:
             raise
-        if stopped_by:
+        if _stopped_by:
             _cancel_timers()
         print(f"error: {message}", file=sys.stderr)
         return status
+    finally:
+        _stopped_by.clear()
 
 
 @contextlib.contextmanager
@@ -146,6 +147,15 @@ def _escaping(output: TextIO) -> Iterator[None]:
         yield
     finally:
         output.reconfigure(errors=errors)
+
+
+_stopped_by: list[int] = []  # the signals that stopped the running command
+
+
+def raise_if_stopped() -> None:
+    """Raises KeyboardInterrupt if a signal has stopped the command, but a library suppressed the exception."""
+    if _stopped_by:
+        raise KeyboardInterrupt
 
 
 _STATUS = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGHUP: os.EX_TEMPFAIL}
@@ -188,7 +198,8 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
             raise KeyboardInterrupt
 
     def repeat_ignored(unraisable):
-        if caught and isinstance(unraisable.exc_value, KeyboardInterrupt):
+        lost = caught and isinstance(unraisable.exc_value, KeyboardInterrupt)
+        if lost and signal.getsignal(caught[-1]) is stop:  # the command is still running
             repeat(caught.pop())
         else:
             unraisable_hook(unraisable)
@@ -203,7 +214,8 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = unraisable_hook
+        if sys.unraisablehook is repeat_ignored:  # or another hook was put on top, which stays
+            sys.unraisablehook = unraisable_hook
         for signum, handler in before.items():
             signal.signal(signum, handler)
 

@@ -1,5 +1,6 @@
 """The command line: flags, exit statuses, and what a user sees of a mistake or a signal."""
 
+import contextlib
 import errno
 import io
 import os
@@ -18,6 +19,7 @@ import pytest
 
 from gmsop_jax.errors import ArgumentParser, UserError, run_command
 from gmsop_jax.main import COMMANDS, MODES, main
+from gmsop_jax.training.interrupt import SignalCatcher
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -184,6 +186,20 @@ def test_a_signal_is_not_lost_where_python_ignores_exceptions(capsys):
 
     assert run_command(command) == 75
     assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
+
+
+def test_a_suppressed_signal_stops_a_run_before_its_first_step(capsys):
+    def command():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        with SignalCatcher():
+            pytest.fail("the run started")
+
+    assert run_command(command) == 75
+    assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
+    with SignalCatcher():  # the next run starts
+        pass
 
 
 def test_a_stopped_command_leaves_no_timer(capsys):

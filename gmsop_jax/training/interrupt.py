@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import jax
 from jax.experimental import multihost_utils
 
-from gmsop_jax.errors import UserError
+from gmsop_jax.errors import UserError, raise_if_stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 RESTART_STATUS = os.EX_TEMPFAIL  # 75: exit status after SIGTERM and SIGHUP, after which schedulers restart a job
@@ -49,6 +49,7 @@ class SignalCatcher:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
+            raise_if_stopped()
             for signum in _SIGNALS[: 2 if self._several else 3]:
                 if signal.getsignal(signum) != signal.SIG_IGN:
                     self._old[signum] = signal.signal(signum, self._handle)
