@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -344,8 +345,10 @@ def _silence_orbax() -> None:
     """Silences the messages of Orbax, except for the exceptions that it raises.
 
     Otherwise it logs every step, and errors a second time. When a save fails, the other writes in flight finish
-    after their event loop is closed, and each would print a traceback from a thread of TensorStore or of asyncio.
+    after their event loop is closed, or never start, and each would print a traceback or a warning from a thread of
+    TensorStore or of asyncio.
     """
+    warnings.filterwarnings("ignore", message="coroutine '.*serialize.*' was never awaited", category=RuntimeWarning)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     report = sys.unraisablehook
