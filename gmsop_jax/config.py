@@ -21,6 +21,7 @@ import ml_collections
 from flax.traverse_util import unflatten_dict
 
 from gmsop_jax.errors import ConfigError, did_you_mean
+from gmsop_jax.files import read_bytes
 from gmsop_jax.models.heads import CrossCovarianceHead, GatedMixtureHead, MPNCOVHead, SecondOrderHead
 from gmsop_jax.models.network import BACKBONES, HEADS, MIXTURES
 from gmsop_jax.models.resnet import ResNet
@@ -573,7 +574,7 @@ def read(file: pathlib.Path) -> ConfigDict:
       ConfigError: if the file can't be read, and as `from_json`.
     """
     try:
-        text = file.read_text("utf-8")
+        text = read_bytes(file).decode()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} can't be read ({error}); it should be in the working directory of a run") from error
     return from_json(text, str(file))

@@ -4,9 +4,12 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import socket
+import stat
+import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,6 +21,19 @@ from gmsop_jax.errors import FileAccessError, UserError
 CHECKSUMS = "checksums.json"
 _MAX_CHECKSUMS_BYTES = 2**24  # some 100,000 entries
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Opens a regular file for reading. OSError for anything else: opening a named pipe could wait forever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    return open(path, "rb")
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Returns the contents of a regular file; OSError as `open_file` raises it."""
+    with open_file(path) as file:
+        return file.read()
 
 
 @contextlib.contextmanager
@@ -46,8 +62,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_output(path: Path, content: str) -> None:
-    """Writes a file that a user named: atomically, or into what a link such as `/dev/stdout`, or a pipe, leads to."""
-    if path.is_symlink() or path.is_fifo() or path.is_char_device():
+    """Writes a file that a user named: atomically, or into what a link or a pipe leads to.
+
+    `/dev/stdout` is not opened again: that would empty a file to which the output is appended.
+    """
+    if path == Path("/dev/stdout"):
+        sys.stdout.write(content)
+    elif path.is_symlink() or path.is_fifo() or path.is_char_device():
         path.write_text(content, "utf-8", "backslashreplace")
     else:
         write_atomic(path, content)
@@ -71,7 +92,7 @@ def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str
       FileAccessError: if the file can't be read.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_bytes(path))
         if not isinstance(value, dict):
             raise ValueError(f"it contains {json.dumps(value)[:40]} instead of an object")
         for name, kind in fields.items():
@@ -89,7 +110,7 @@ def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str
 def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file in hexadecimal; FileAccessError if it can't be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FileAccessError.from_os_error(path, error) from error
@@ -120,7 +141,7 @@ def find_damage(folder: Path, below: str = "") -> str | None:
     try:
         if file.stat().st_size > _MAX_CHECKSUMS_BYTES:
             return f"{CHECKSUMS} is damaged"
-        sums = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(file.read_bytes()).items()}
+        sums = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(read_bytes(file)).items()}
         sums = {name: value for name, value in sums.items() if name.startswith(below)}
         for name, (size, digest) in sums.items():
             path = folder / name

@@ -14,6 +14,8 @@ from gmsop_jax.files import (
     FileLock,
     LockHeldError,
     find_damage,
+    open_file,
+    read_bytes,
     replacing,
     sha256,
     write_atomic,
@@ -32,6 +34,26 @@ def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeyp
     monkeypatch.undo()
     write_atomic(file, b"new")
     assert file.read_text() == "new"
+
+
+def test_anything_but_a_regular_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="it is not a regular file"):
+        open_file(tmp_path / "fifo")
+    with pytest.raises(OSError, match="it is not a regular file"):
+        read_bytes("/dev/zero")
+    with pytest.raises(OSError, match="it is not a regular file"):
+        read_bytes(tmp_path)
+    (tmp_path / "file").write_bytes(b"content")
+    assert read_bytes(tmp_path / "file") == b"content"
+
+
+def test_output_is_appended_to_what_standard_output_is_appended_to(tmp_path):
+    (tmp_path / "log").write_text("old\n")
+    code = "import pathlib; from gmsop_jax.files import write_output; write_output(pathlib.Path('/dev/stdout'), 'new')"
+    with (tmp_path / "log").open("a") as file:
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=file)
+    assert (tmp_path / "log").read_text() == "old\nnew"
 
 
 def test_names_that_are_not_utf8_survive_in_json(tmp_path):

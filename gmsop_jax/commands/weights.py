@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from gmsop_jax.errors import ArgumentParser
+from gmsop_jax.files import open_file
 from gmsop_jax.inference.export import export_onnx, export_safetensors, export_stablehlo
 from gmsop_jax.interop.matconvnet_run import ImportedRun, import_checkpoint
 from gmsop_jax.interop.torch_run import ImportedWeights, import_weights
@@ -106,7 +107,7 @@ def _is_matlab(file: str) -> bool:
     """Returns whether a file is a MATLAB file, according to its ending or, failing that, its first bytes."""
     if file.lower().endswith(".mat") or not os.path.isfile(file):
         return file.lower().endswith(".mat")
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         return stream.read(6) == b"MATLAB"
 
 
@@ -123,7 +124,7 @@ def _report_torch(run: ImportedWeights, file: str, output: str) -> None:
 
 
 def _origin(file: str) -> str:
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         digest = hashlib.file_digest(stream, "md5").hexdigest()
     if digest in RELEASED:
         return f"the released {RELEASED[digest]} (md5 {digest})"

@@ -25,7 +25,7 @@ from gmsop_jax.conversion.shards import ShardTask, Statistics, shard_tasks
 from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR, Manifest, Shard, Split
 from gmsop_jax.data.records import Codec
 from gmsop_jax.errors import DataError
-from gmsop_jax.files import FileLock, LockHeldError, replacing, sha256, write_json
+from gmsop_jax.files import FileLock, LockHeldError, read_bytes, replacing, sha256, write_json
 
 SHEET_NAME = "contact_sheet.png"  # the file that `gmsop inspect` adds to a data set
 _LOG = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def write_state(output: Path, name: str, value: Any) -> None:
 def read_state(output: Path, name: str) -> Any:
     """Returns what `write_state` stored, or None if the file is missing or damaged."""
     try:
-        stored = json.loads((output / JOB_DIR / f"{name}.json").read_text("utf-8"))
+        stored = json.loads(read_bytes(output / JOB_DIR / f"{name}.json"))
         return stored["value"] if stored["sha256"] == _digest(stored["value"]) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None

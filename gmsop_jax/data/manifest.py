@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gmsop_jax.errors import DataError, FileAccessError
-from gmsop_jax.files import sha256, write_json
+from gmsop_jax.files import open_file, sha256, write_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "dataset.json"
@@ -171,7 +171,7 @@ def shard_size(directory: Path, shard: Shard) -> int:
 def _read(path: Path) -> Any:
     file = path / FILE_NAME
     try:
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             text = opened.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise DataError(f"no data set at {path.absolute()}: {_what_is_there(path)}") from None

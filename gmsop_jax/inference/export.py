@@ -18,7 +18,7 @@ import numpy as np
 import gmsop_jax
 from gmsop_jax import config as configs
 from gmsop_jax.errors import UserError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.files import read_bytes, write_atomic
 from gmsop_jax.inference.model_card import model_card
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.models import Network, count_parameters, create_model
@@ -80,7 +80,7 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
     artefact = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(_any_images(info))
     description = _describe(info, variables) | {"platforms": list(PLATFORMS)}
     files = _write(output, {STABLEHLO_FILE: artefact.serialize(), JSON_FILE: _json(description)})
-    restored: Any = jax.export.deserialize(bytearray(files[0].read_bytes()))
+    restored: Any = jax.export.deserialize(bytearray(read_bytes(files[0])))
     return Exported(files, _compare(_run(model, variables, info), restored.call, info))
 
 

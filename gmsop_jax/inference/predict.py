@@ -19,6 +19,7 @@ from gmsop_jax.conversion.sources import UnreadableImage
 from gmsop_jax.conversion.sources.images import IMAGE_SUFFIXES, decode_image
 from gmsop_jax.data.augment import evaluation_image, middle
 from gmsop_jax.errors import DataError, FileAccessError
+from gmsop_jax.files import read_bytes
 from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.training import parallel, restore
 from gmsop_jax.training.step import normalize
@@ -101,7 +102,7 @@ def read_image(
       UnreadableImage: if the file is missing, is not a regular file, or is not an image.
     """
     try:
-        data = _read_bytes(pathlib.Path(file))
+        data = read_bytes(file)
     except OSError as error:
         raise UnreadableImage(error.strerror or str(error)) from error
     image = decode_image(data, str(file))
@@ -159,17 +160,10 @@ def _walk(folder: pathlib.Path) -> Iterator[str]:
 
 def _read_list(path: pathlib.Path) -> list[str]:
     try:
-        lines = _read_bytes(path).decode("utf-8").splitlines()
+        lines = read_bytes(path).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"the list {path} can't be read ({error}); write one path per line, in UTF-8") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def _read_bytes(path: pathlib.Path) -> bytes:
-    """Reads a regular file. Opening anything else, such as a named pipe, could wait forever."""
-    if path.exists() and not path.is_file():
-        raise OSError("not a regular file")
-    return path.read_bytes()
 
 
 class Predictor:

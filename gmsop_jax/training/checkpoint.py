@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.files import find_damage, write_checksums
+from gmsop_jax.files import find_damage, read_bytes, write_checksums
 from gmsop_jax.training.processes import first_process_does
 from gmsop_jax.training.step import TrainState
 
@@ -85,6 +85,7 @@ class Checkpoints:
         self._files = {} if read_only else _read_files(path.parent)
         if not read_only:
             first_process_does(self._clean_up)
+        self._refuse_special_files()
         _silence_orbax()
         options = ocp.CheckpointManagerOptions(
             best_fn=_error,  # without this function, Orbax writes no metrics
@@ -132,6 +133,13 @@ class Checkpoints:
                 target.parent.mkdir(exist_ok=True)
                 self._folder_of(step).rename(target)
             self.set_aside.append(f"{line}; moved to {target}")
+
+    def _refuse_special_files(self) -> None:
+        """Raises CheckpointError for a named pipe, for example, because Orbax would wait for it forever."""
+        for step in steps_on_disk(self.directory):
+            for file in self._folder_of(step).rglob("*"):
+                if file.exists() and not (file.is_file() or file.is_dir()):
+                    raise CheckpointError(f"{file} is not a regular file; copy the checkpoint back, or delete it")
 
     def _delete_discarded(self) -> None:
         with self._write_failure_as_error():
@@ -434,7 +442,7 @@ def read_file(workdir: pathlib.Path, name: str) -> str:
     """
     file = workdir / name
     try:
-        text = file.read_text("utf-8") if file.exists() else read_copy(workdir, name)
+        text = read_bytes(file).decode() if file.exists() else read_copy(workdir, name)
         if text is None:
             raise FileNotFoundError(f"{file} is missing, and no checkpoint contains a copy")
         json.loads(text)
@@ -454,10 +462,10 @@ def read_copy(workdir: pathlib.Path, name: str) -> str | None:
         folder = workdir / DIRECTORY / str(step)
         file = folder / "files" / "metadata"
         if file.exists() and find_damage(folder, below="files") is None:
-            return json.loads(file.read_bytes()).get(name)
+            return json.loads(read_bytes(file)).get(name)
     return None
 
 
 def _read_files(workdir: pathlib.Path) -> dict[str, str]:
-    files = [workdir / name for name in WORKDIR_FILES]
-    return {file.name: file.read_text("utf-8") for file in files if file.exists()}
+    paths = [workdir / name for name in WORKDIR_FILES]
+    return {file.name: read_bytes(file).decode() for file in paths if file.exists()}

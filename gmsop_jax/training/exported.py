@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.files import read_bytes
 from gmsop_jax.training.inputs import Inputs
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
@@ -87,7 +88,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
     if not file.exists() and (folder / _OLD_DESCRIPTION).exists():
         file = folder / _OLD_DESCRIPTION
     try:
-        description = json.loads(file.read_text("utf-8"))
+        description = json.loads(read_bytes(file))
         if "config" not in description:
             model = description["model"]
             description["config"] = {"model": model, "compute_dtype": model["compute_dtype"]}

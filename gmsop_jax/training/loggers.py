@@ -23,7 +23,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 
 from gmsop_jax.config import LOG_BACKENDS, ConfigDict
 from gmsop_jax.errors import ConfigError, UserError
-from gmsop_jax.files import write_atomic
+from gmsop_jax.files import read_bytes, write_atomic
 
 Values = Mapping[str, float | Sequence[float]]
 
@@ -188,7 +188,7 @@ def _run_id(workdir: pathlib.Path) -> str:
     file = workdir / "run_id"
     if not file.exists():
         write_atomic(file, secrets.token_hex(4))
-    return file.read_text("utf-8")
+    return read_bytes(file).decode()
 
 
 def _numbered(values: Values) -> dict[str, float]:

@@ -13,7 +13,7 @@ from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import manifest
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.files import FileLock, LockHeldError, write_atomic
+from gmsop_jax.files import FileLock, LockHeldError, read_bytes, write_atomic
 from gmsop_jax.training.checkpoint import DIRECTORY, latest_saved, read_copy, steps_on_disk
 from gmsop_jax.training.processes import check_same, first_process_does
 
@@ -146,7 +146,7 @@ class Workdir:
                     " Copy it back, or name another --workdir"
                 )
             write_atomic(file, copy or configs.to_json(self._config) + "\n")
-        for place, read in ((str(file), lambda: file.read_text("utf-8")), ("the last checkpoint", lambda: copy)):
+        for place, read in ((str(file), lambda: read_bytes(file).decode()), ("the last checkpoint", lambda: copy)):
             try:
                 if (text := read()) is None:
                     continue

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from gmsop_jax.files import read_object, write_atomic
+from gmsop_jax.files import read_bytes, read_object, write_atomic
 from gmsop_jax.training.loggers import Logger, close_all
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
@@ -22,7 +22,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the records of `metrics.jsonl`, without damaged lines, such as a last one that a kill cut off."""
     file = workdir / METRICS
     records = []
-    for line in file.read_bytes().splitlines() if file.exists() else []:
+    for line in read_bytes(file).splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if _is_record(record):

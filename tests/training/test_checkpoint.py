@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.training.checkpoint import Checkpoints, Progress, locate, read_config
+from gmsop_jax.training.checkpoint import Checkpoints, Progress, locate, read_config, read_file
 from gmsop_jax.training.step import TrainState
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -249,6 +250,22 @@ def test_unverifiable_checkpoint_is_refused(saved, tmp_path):
         pytest.raises(CheckpointError, match=r"30 is damaged \(checksums.json is missing"),
     ):
         checkpoints.restore(state(), 30)
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "metrics/metrics", "params/_METADATA"])
+def test_a_pipe_in_a_checkpoint_is_refused_and_not_waited_for(saved, tmp_path, name):
+    folder = shutil.copytree(saved / "checkpoints", tmp_path / "c")
+    (folder / "30" / name).unlink()
+    os.mkfifo(folder / "30" / name)
+    with pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
+        Checkpoints(folder, read_only=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+def test_a_pipe_in_a_working_directory_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} can't be read .*it is not a regular file"):
+        read_file(tmp_path, name)
 
 
 # ---- files of the working directory

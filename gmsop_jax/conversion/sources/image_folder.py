@@ -15,6 +15,7 @@ from gmsop_jax.conversion.sources.table import ImageTable
 from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.resize import Method, resize
 from gmsop_jax.errors import ConfigError, DataError, FileAccessError
+from gmsop_jax.files import read_bytes
 
 OPTIONS = frozenset({"size", "resize", "val_fraction"})
 _LOG = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ MAX_FOLDERS = 200_000  # ImageNet-21k has 21,841; links can form a graph with en
 def read_image_file(path: Path) -> bytes:
     """Reads a file; FileAccessError if that fails, which does not mean that the image is damaged."""
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise FileAccessError.from_os_error(path, error) from error
 

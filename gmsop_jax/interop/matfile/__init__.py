@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.files import replacing
+from gmsop_jax.files import open_file, replacing
 from gmsop_jax.interop.matfile import hdf5, v7
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -39,7 +39,7 @@ def is_hdf5(path: pathlib.Path) -> bool:
     """Returns whether a MATLAB file has version 7.3; raises CheckpointError for any other file."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(520)
     if _HDF5_SIGNATURE in (head[:8], head[512:520]):
         return True

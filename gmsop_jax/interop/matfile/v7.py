@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gmsop_jax.files import read_bytes
 from gmsop_jax.interop.matfile.budget import Budget
 
 _HEAD_BYTES = 2**12  # of a compressed variable: enough for its name
@@ -33,7 +34,7 @@ def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
     Raises:
       Exception: ValueError or another exception, if the file is damaged.
     """
-    content = memoryview(path.read_bytes())
+    content = memoryview(read_bytes(path))
     budget = Budget(len(content))
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
     if order is None:
