@@ -26,7 +26,7 @@ _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a regular file for reading. OSError for anything else: opening a named pipe could wait forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return open(path, "rb")
 
 

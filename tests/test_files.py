@@ -38,11 +38,11 @@ def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeyp
 
 def test_anything_but_a_regular_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(OSError, match="it is not a regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         open_file(tmp_path / "fifo")
-    with pytest.raises(OSError, match="it is not a regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         read_bytes("/dev/zero")
-    with pytest.raises(OSError, match="it is not a regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         read_bytes(tmp_path)
     (tmp_path / "file").write_bytes(b"content")
     assert read_bytes(tmp_path / "file") == b"content"
