@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 from flax.traverse_util import unflatten_dict
 
-from gmsop_jax.errors import ConfigError, did_you_mean
+from gmsop_jax.errors import ConfigError, did_you_mean, reason
 from gmsop_jax.files import read_bytes
 from gmsop_jax.models.heads import CrossCovarianceHead, GatedMixtureHead, MPNCOVHead, SecondOrderHead
 from gmsop_jax.models.network import BACKBONES, HEADS, MIXTURES
@@ -576,7 +576,9 @@ def read(file: pathlib.Path) -> ConfigDict:
     try:
         text = read_bytes(file).decode()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} can't be read ({error}); it should be in the working directory of a run") from error
+        raise ConfigError(
+            f"{file} can't be read ({reason(error)}); it should be in the working directory of a run"
+        ) from error
     return from_json(text, str(file))
 
 

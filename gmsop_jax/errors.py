@@ -52,8 +52,12 @@ class FileAccessError(UserError):
             errno.ENFILE: "; the machine's limit of open files is reached",
             errno.EACCES: "; check the permissions of the file and of the folders above it",
         }
-        reason = error.strerror or str(error)
-        return cls(f"{os.fspath(path)} can't be read: {reason}{remedy.get(error.errno or 0, '')}")
+        return cls(f"{os.fspath(path)} can't be read: {reason(error)}{remedy.get(error.errno or 0, '')}")
+
+
+def reason(error: Exception) -> str:
+    """Returns the system's reason for an OSError, and the message of any other error."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 1, quote: bool = False, otherwise: str = "") -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 import gmsop_jax
 from gmsop_jax import config as configs
-from gmsop_jax.errors import UserError
+from gmsop_jax.errors import UserError, reason
 from gmsop_jax.files import read_bytes, write_atomic
 from gmsop_jax.inference.model_card import model_card
 from gmsop_jax.inference.predict import make_predict_step
@@ -192,7 +192,7 @@ def _write(output: str | os.PathLike[str], contents: Mapping[str, bytes | bytear
         for name, data in contents.items():
             write_atomic(folder / name, bytes(data))
     except OSError as error:
-        raise ExportError(f"can't write to {folder} ({error.strerror or error}); name another --output") from error
+        raise ExportError(f"can't write to {folder} ({reason(error)}); name another --output") from error
     return tuple(folder / name for name in contents)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, UInt8
 from gmsop_jax.conversion.sources import UnreadableImage
 from gmsop_jax.conversion.sources.images import IMAGE_SUFFIXES, decode_image
 from gmsop_jax.data.augment import evaluation_image, middle
-from gmsop_jax.errors import DataError, FileAccessError
+from gmsop_jax.errors import DataError, FileAccessError, reason
 from gmsop_jax.files import read_bytes
 from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.training import parallel, restore
@@ -104,7 +104,7 @@ def read_image(
     try:
         data = read_bytes(file)
     except OSError as error:
-        raise UnreadableImage(error.strerror or str(error)) from error
+        raise UnreadableImage(reason(error)) from error
     image = decode_image(data, str(file))
     height, width = image.shape[:2]
     if not shorter_side:
@@ -162,7 +162,9 @@ def _read_list(path: pathlib.Path) -> list[str]:
     try:
         lines = read_bytes(path).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f"the list {path} can't be read ({error}); write one path per line, in UTF-8") from error
+        raise DataError(
+            f"the list {path} can't be read ({reason(error)}); write one path per line, in UTF-8"
+        ) from error
     return [line.strip() for line in lines if line.strip()]
 
 

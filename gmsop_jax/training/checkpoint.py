@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from gmsop_jax.errors import CheckpointError
+from gmsop_jax.errors import CheckpointError, reason
 from gmsop_jax.files import find_damage, read_bytes, write_checksums
 from gmsop_jax.training.processes import first_process_does
 from gmsop_jax.training.step import TrainState
@@ -448,7 +448,7 @@ def read_file(workdir: pathlib.Path, name: str) -> str:
         json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} can't be read ({error}). Copy it back; if you delete it, the copy in the last checkpoint is used"
+            f"{file} can't be read ({reason(error)}). Copy it back; if you delete it, the copy in the last checkpoint is used"
         ) from error
     return text
 

@@ -12,7 +12,7 @@ import gmsop_jax
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import manifest
-from gmsop_jax.errors import CheckpointError
+from gmsop_jax.errors import CheckpointError, reason
 from gmsop_jax.files import FileLock, LockHeldError, read_bytes, write_atomic
 from gmsop_jax.training.checkpoint import DIRECTORY, latest_saved, read_copy, steps_on_disk
 from gmsop_jax.training.processes import check_same, first_process_does
@@ -99,7 +99,7 @@ class Workdir:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(self._explain(error.strerror or str(error))) from error
+            raise CheckpointError(self._explain(reason(error))) from error
 
     def check(self) -> None:
         """Raises CheckpointError if the folder is no longer the one that was locked."""
