@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 from gmsop_jax.analysis.report import build_report
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.main import main
+from gmsop_jax.training.inputs import Inputs
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -56,7 +58,7 @@ def test_page_is_well_formed_and_loads_nothing(page):
 def test_page_says_the_essentials_without_scripts(page, trained_run):
     text = _Outline(page).text
     result = json.loads((trained_run / "result.json").read_text())
-    assert f"{result['top1_error']:.2f} %" in text
+    assert f"{result['last_top1_error']:.2f} %" in text
     assert "GM-SOP-4-2 on 1 block × (8, 12)" in text
     for title in ("The network misclassifies", "The gate selects 2 of 4 candidates", "With the weights of the gate",
                   "If the gate selects K = 1, …, 4 candidates", "A single candidate alone", "Cross entropy",
@@ -89,12 +91,23 @@ def test_several_runs_are_compared(trained_run, tmp_path):
     config["train"]["momentum"] = 0.5
     (other / "config.json").write_text(json.dumps(config))
     (other / "result.json").unlink()
-    page = build_report([trained_run, other])
+    page = build_report([trained_run, other, trained_run])  # one of them is given twice
     text = _Outline(page).text
-    assert "What run learned" in text
-    assert "What run (2) learned" in text
+    for run in (trained_run, other):
+        assert f"What {run.parent.name}/run learned" in text
     assert "unfinished" in text
     assert re.findall(r"<tr class=differs><th>(.*?)</th>", page) == ["train.momentum"]
+
+
+def test_many_runs_are_named_and_have_a_legend_of_several_rows(trained_run, tmp_path):
+    names = [f"heads-{head}/seed{seed}" for head in ("gap", "sop", "gmsop") for seed in (0, 1)]
+    page = build_report([shutil.copytree(trained_run, tmp_path / name) for name in names], data=tmp_path)
+    assert "<h1>6 runs</h1>" in page
+    assert [name for name in names if f"<tr><th>{name}</th>" in page] == names
+    [loss] = [
+        text for text in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S) if "nats" in text
+    ]
+    assert json.loads(loss)["encoding"]["color"]["legend"]["columns"] == 3
 
 
 def test_runs_on_different_data_are_kept_apart(trained_run, tmp_path):
@@ -128,6 +141,31 @@ def test_the_error_is_that_of_the_last_evaluation(trained_run, tmp_path):
         )
     page = build_report([run], data=tmp_path)
     assert re.search(r"<dt>top-1 error</dt><dd>99\.50 %</dd>", page)
+
+
+def test_values_that_say_nothing_are_left_out(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+
+    def titles() -> list[str]:
+        return re.findall(r"<dt>(.*?)</dt>", build_report([run], data=tmp_path))
+
+    assert titles()[:3] == ["network", "top-1 error", "top-5 error"]
+    assert "published" not in titles()
+    inputs = Inputs.load(run)
+    dataclasses.replace(inputs, classes=inputs.classes[:5]).save(run)
+    assert titles()[:3] == ["network", "top-1 error", "epoch"]
+
+
+def test_candidates_without_images_have_nothing_to_unfold(page):
+    assert not re.search(r'<div class="cards">\s*</div>\s*</details>', page)
+    assert len(re.findall(r"</i> candidate \d", page)) == 4
+
+
+def test_the_axes_of_epochs_have_whole_numbers(page):
+    specs = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)]
+    axes = [spec["encoding"]["x"]["axis"] for spec in specs if spec["encoding"]["x"]["field"] == "epoch"]
+    assert len(axes) == 6
+    assert all(axis["tickMinStep"] == 1 for axis in axes)
 
 
 def test_without_data_or_checkpoint_the_curves_remain(trained_run, tmp_path):

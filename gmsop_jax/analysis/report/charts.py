@@ -22,6 +22,7 @@ PALETTE = (
     "#a0cbe8", "#ffbe7d", "#ff9d9a", "#86bcb6", "#8cd17d", "#b6992d", "#d4a6c8", "#d37295", "#d7b5a6", "#499894",
 )  # fmt: skip
 _POINTS = 400  # per line; more can't be distinguished
+_WIDTH = 520  # pixels of a chart, where the page does not adapt it
 _VERSION = "v6.1"
 
 # Text and rules use the text colour of the page, so that they suit its light and its dark scheme.
@@ -33,7 +34,10 @@ _CONFIG: Spec = {
         "labelColor": "currentColor", "titleColor": "currentColor", "domainColor": "currentColor",
         "tickColor": "currentColor", "gridColor": "currentColor", "gridOpacity": 0.15, "titleFontWeight": "normal",
     },
-    "legend": {"labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal"},
+    "legend": {
+        "labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal", "labelLimit": 400,
+        "layout": {"top": {"direction": "vertical", "anchor": "start"}},
+    },
     "title": {"color": "currentColor", "anchor": "start", "fontSize": 13},
     "range": {"category": list(PALETTE)},
 }  # fmt: skip
@@ -63,7 +67,7 @@ def _chart(title: str, values: list[Spec], spec: Spec) -> Chart:
         "autosize": {"type": "fit-x", "contains": "padding"},
         **spec,
     }
-    svg = vl_convert.vegalite_to_svg({**whole, "width": 520}, vl_version=_VERSION)
+    svg = vl_convert.vegalite_to_svg({**whole, "width": _WIDTH}, vl_version=_VERSION)
     return Chart(title, svg, {**whole, "width": "container"})
 
 
@@ -106,22 +110,26 @@ def _points(run: Run, name: str, positive: bool) -> list[Spec]:
 
 def _line_chart(title: str, points: list[Spec], y: Spec, colour: Spec) -> Chart:
     """A value over the epochs, with one line per colour. A click on the legend highlights one of them."""
+    min_step = int(max(point["epoch"] for point in points) >= 2)
     encoding: Spec = {
-        "x": {"field": "epoch", "type": "quantitative"},
+        "x": {"field": "epoch", "type": "quantitative", "axis": {"format": "~g", "tickMinStep": min_step}},
         "y": {"type": "quantitative", **y},
         "tooltip": [{"field": name} for name in points[0] if name != y["field"]]
         + [{"field": y["field"], "type": "quantitative", "format": ".4g"}],
     }
     spec: Spec = {"mark": {"type": "line", "point": {"size": 14, "filled": True}}, "encoding": encoding}
     top = {"orient": "top"}
-    if len({point[colour["field"]] for point in points}) > 1:
-        encoding["color"] = {"type": "nominal", "legend": top, **colour}
+    names = {str(point[colour["field"]]) for point in points}
+    if len(names) > 1:
+        columns = max(1, _WIDTH // (6 * max(map(len, names)) + 35))
+        encoding["color"] = {"type": "nominal", "sort": None, "legend": {**top, "columns": columns}, **colour}
         encoding["opacity"] = {"condition": {"param": "shown", "value": 1}, "value": 0.1}
         selection = {"type": "point", "fields": [colour["field"]]}
         spec["params"] = [{"name": "shown", "select": selection, "bind": "legend"}]
     if colour["field"] == "run" and len({point["on"] for point in points}) > 1:
         dash = {"domain": ["training", "evaluation"], "range": [[1, 0], [4, 3]]}
-        encoding["strokeDash"] = {"field": "on", "scale": dash, "title": None, "legend": top}
+        legend = {**top, "symbolType": "stroke"}
+        encoding["strokeDash"] = {"field": "on", "scale": dash, "title": None, "legend": legend}
     return _chart(title, points, spec)
 
 
@@ -196,7 +204,7 @@ def error_by_selected(errors: GateErrors, num_selected: int) -> Chart:
         trained = "as trained" if k == num_selected else "other"
         points.append({"K": k, "error": 100 * float(wrong.mean()), "low": low, "high": high, "on": trained})
     axis = {"values": [point["K"] for point in points], "format": "d", "grid": False}
-    x: Spec = {"field": "K", "type": "quantitative", "axis": axis}
+    x: Spec = {"field": "K", "type": "quantitative", "axis": axis, "scale": {"domain": [0.5, len(points) + 0.5]}}
     y: Spec = {"type": "quantitative", "scale": {"zero": False}, "title": "top-1 error, %"}
     scale = {"domain": ["as trained", "other"], "range": [PALETTE[1], PALETTE[0]]}
     colour = {"field": "on", "type": "nominal", "scale": scale, "legend": None}

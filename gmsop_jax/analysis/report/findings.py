@@ -107,7 +107,7 @@ def _uses(predictions: Predictions) -> str:
 
 def _controls(errors: GateErrors) -> str:
     def compare(wrong: np.ndarray) -> str:
-        return f"{100 * wrong.mean():.1f} % ({_change(wrong, errors.gate)})"
+        return f"{100 * wrong.mean():.1f} % ({change(wrong, errors.gate)} points)"
 
     replaced = {
         "equal weights": errors.equal,
@@ -151,9 +151,10 @@ def _candidates(errors: GateErrors) -> str:
     return f"{text} The change is significant for {_join([f'candidate {i}' for i in sure])}."
 
 
-def _change(wrong: np.ndarray, reference: np.ndarray) -> str:
+def change(wrong: np.ndarray, reference: np.ndarray) -> str:
+    """Returns the change of the error in points, with its 95 % interval, such as "+1.7 ± 3.2"."""
     mean, half = paired_difference(wrong, reference)
-    return f"{_signed(mean)} ± {half:.1f} points"
+    return f"{_signed(mean)} ± {half:.1f}"
 
 
 def _signed(points: float) -> str:

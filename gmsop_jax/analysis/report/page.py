@@ -19,7 +19,6 @@ from gmsop_jax.analysis.report.runs import Run, configuration_table, group_by_da
 from gmsop_jax.analysis.report.significance import (
     LEVEL,
     class_information,
-    paired_difference,
     permutation_test,
     significant_pairs,
     stands_out,
@@ -31,6 +30,8 @@ _GALLERY = 12  # images in each gallery
 _HEAVIEST = 8  # images for each candidate
 _PAIRS = 10  # confused pairs of classes
 _CLASSES = 60  # rows of the table of classes and candidates
+_MISSING = "–"  # a value that a run does not have
+_NAMED = 3  # runs that the title names
 _THUMBNAIL = 96  # largest side in pixels
 
 
@@ -46,7 +47,7 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
     Raises:
       CheckpointError: if a folder is not a working directory.
     """
-    groups = group_by_data(read_runs(list(workdirs)))
+    groups = group_by_data(read_runs(workdirs))
     runs = [run for group in groups for run in group]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gmsop_jax.analysis.report", ""),
@@ -58,10 +59,12 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
     environment.filters["json"] = _safe_json
     folder = Path(__file__).parent
     return environment.get_template("page.html.jinja").render(
-        title=" · ".join(run.name for run in runs),
+        title=" · ".join(run.name for run in runs) if len(runs) <= _NAMED else f"{len(runs)} runs",
         runs=runs,
-        groups=[{"data": group[0].data, "runs": group, "curves": charts.curves(group)} for group in groups],
-        facts=_facts,
+        groups=[
+            {"data": group[0].data, "runs": group, "facts": _facts(group), "curves": charts.curves(group)}
+            for group in groups
+        ],
         configuration=configuration_table(runs),
         sections=[_section(run, data, max_images) for run in runs],
         palette=charts.PALETTE,
@@ -71,27 +74,34 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
     )
 
 
-def _facts(run: Run) -> list[str]:
-    """The cells of a run in the table of results, in the order of its columns."""
+def _facts(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The columns of the table of results: a cell for each run. Columns without any value are left out."""
+    rows = [_facts_of(run) for run in runs]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: cells for name, cells in columns.items() if set(cells) != {_MISSING}}
+
+
+def _facts_of(run: Run) -> dict[str, str]:
     last, result, published = run.last, run.result, run.published
 
     def number(values: dict[str, Any], name: str, form: str, unit: str = "") -> str:
-        return format(values[name], form) + unit if name in values else "–"
+        return format(values[name], form) + unit if name in values else _MISSING
 
     both = (published.top1_error, published.top5_error) if published else ()
-    return [
-        run.network,
-        number(last, "top1_error", ".2f", " %"),
-        number(last, "top5_error", ".2f", " %"),
-        " / ".join("–" if error is None else f"{error:.2f} %" for error in both) or "–",
-        number(last, "epoch", "g"),
-        f"{int(run.training_images):,}" if run.training_images else "–",
-        number(result, "parameters", ","),
-        number(result, "feature_dimension", ","),
-        format(run.images_per_second, ",.0f") if run.images_per_second else "–",
-        number(result, "wall_seconds", ",.0f"),
-        result.get("device", "unfinished"),
-    ]
+    top5_says_something = len(run.inputs.classes) > 5
+    return {
+        "network": run.network,
+        "top-1 error": number(last, "top1_error", ".2f", " %"),
+        "top-5 error": number(last, "top5_error", ".2f", " %") if top5_says_something else _MISSING,
+        "published": " / ".join(_MISSING if error is None else f"{error:.2f} %" for error in both) or _MISSING,
+        "epoch": number(last, "epoch", "g"),
+        "training images": f"{int(run.training_images):,}" if run.training_images else _MISSING,
+        "parameters": number(result, "parameters", ","),
+        "dimension": number(result, "feature_dimension", ","),
+        "images/s": format(run.images_per_second, ",.0f") if run.images_per_second else _MISSING,
+        "seconds": number(result, "wall_seconds", ",.0f"),
+        "device": result.get("device", "unfinished"),
+    }
 
 
 def _safe_json(value: Any) -> str:
@@ -175,7 +185,7 @@ def _mixture(predictions: Predictions, num_selected: int) -> dict[str, Any]:
     candidates = [
         {
             "alone": 100 * errors.alone[i].mean(),
-            "without": paired_difference(errors.without[i], errors.gate),
+            "without": findings.change(errors.without[i], errors.gate),
             "uses": ", ".join(f"{name} {lift:.1f}" for name, lift in used[:3]) or "–",
         }
         for i, used in enumerate(findings.uses(predictions))

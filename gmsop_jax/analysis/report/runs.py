@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class Run:
     """The files of a run.
 
     Attributes:
-      name: name of the folder, made unique by `read_runs`.
+      name: name of the folder, or a longer end of its path that tells it apart from other runs.
       workdir: the folder.
       config: the resolved configuration.
       records: the records of `metrics.jsonl`.
@@ -77,14 +78,25 @@ def read_run(workdir: Path) -> Run:
     return Run(workdir.resolve().name, workdir, config, read_metrics(workdir), result, Inputs.load(workdir))
 
 
-def read_runs(workdirs: list[Path]) -> list[Run]:
-    """Reads several working directories. A number is added to a name that is already taken."""
-    runs: list[Run] = []
-    for number, workdir in enumerate(workdirs, 1):
-        run = read_run(workdir)
-        taken = any(run.name == other.name for other in runs)
-        runs.append(dataclasses.replace(run, name=f"{run.name} ({number})") if taken else run)
-    return runs
+def read_runs(workdirs: Sequence[Path]) -> list[Run]:
+    """Reads several working directories, with names that differ. A directory that is given twice is read once."""
+    folders = list({workdir.resolve(): workdir for workdir in workdirs}.values())
+    names = distinct_names(folders)
+    return [dataclasses.replace(read_run(folder), name=name) for folder, name in zip(folders, names, strict=True)]
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Returns the shortest ends of the folders' paths that differ, all with the same number of parts.
+
+    Example:
+      >>> distinct_names([Path("sweep/gap/seed0"), Path("sweep/gmsop/seed0")])
+      ['gap/seed0', 'gmsop/seed0']
+    """
+    names, depth = [folder.resolve().name for folder in folders], 1
+    while len(set(names)) < len(names):
+        depth += 1
+        names = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+    return names
 
 
 def group_by_data(runs: list[Run]) -> list[list[Run]]:

@@ -14,7 +14,7 @@ for (const chart of document.querySelectorAll(".chart")) {
 
 function sortBy(table, column, direction) {
   const value = (row) => row.cells[column].textContent.trim();
-  const number = (text) => parseFloat(text.replaceAll(",", ""));
+  const number = (text) => parseFloat(text.replaceAll(",", "").replace("−", "-"));
   const rows = [...table.tBodies[0].rows];
   rows.sort((a, b) => {
     const [x, y] = [value(a), value(b)];
