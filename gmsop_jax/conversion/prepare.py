@@ -1,5 +1,6 @@
 """Prepares the data set of a configuration: converts the embedded sample, or explains how to convert another one."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ def prepare_data(data: Any) -> None:
 
     Args:
       data: the section `data` of a configuration. With `auto_convert`, the embedded sample of `source` is converted
-        into `dir` if there is no data set yet.
+        into `dir` if there is no data set yet, and a message says so.
 
     Raises:
       DataError: if there is no data set; the message explains how to convert one.
@@ -28,6 +29,7 @@ def prepare_data(data: Any) -> None:
     if data.auto_convert:
         from gmsop_jax.conversion.convert import convert
 
+        print(f"there is no data set at {directory} yet; converting {data.source} to it", file=sys.stderr)
         try:
             convert(data.source, None, directory)
         except UserError as error:
