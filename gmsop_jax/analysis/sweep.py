@@ -11,11 +11,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gmsop_jax import config as configs
-from gmsop_jax.errors import ConfigError
+from gmsop_jax.errors import ConfigError, UserError
+from gmsop_jax.training.interrupt import RESTART_STATUS
 from gmsop_jax.training.writer import read_result
 
-# Exit statuses of a run that was stopped and can be resumed; negative if it was stopped before it handled signals.
-_INTERRUPTED = (130, 75, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+# Exit statuses of a run that a signal stopped; negative if it was stopped before it handled signals.
+_INTERRUPTED = (130, RESTART_STATUS, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+
+
+class RunStopped(UserError):
+    """A run of a sweep was stopped by a signal, and the sweep was not.
+
+    Attributes:
+      status: exit status of the sweep, 75 ("start me again").
+    """
+
+    status = RESTART_STATUS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +120,8 @@ def run(jobs: Sequence[SweepRun], say: Callable[[str], None] = _say) -> list[Swe
     Returns: the runs that failed.
 
     Raises:
-      KeyboardInterrupt: if a run was stopped; the same sweep resumes it.
+      KeyboardInterrupt: after a signal to the sweep.
+      RunStopped: after a signal to a run.
     """
     failed = []
     for i, job in enumerate(jobs, 1):
@@ -120,9 +132,12 @@ def run(jobs: Sequence[SweepRun], say: Callable[[str], None] = _say) -> list[Swe
         say(f"{where}:")
         status = _status(job.command)
         if status in _INTERRUPTED:
-            raise KeyboardInterrupt
+            raise RunStopped(
+                f"the run in {job.workdir} was stopped by a signal; run the same command again to resume the sweep"
+            )
         if status:
-            say(f"{where}: failed with status {status}; to see the reason, run: {' '.join(job.command)}")
+            how = f"failed with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
+            say(f"{where}: {how}; to see the reason, run: {' '.join(job.command)}")
             failed.append(job)
     return failed
 

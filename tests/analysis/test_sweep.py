@@ -19,9 +19,9 @@ HEADS_FILE = str(ROOT / "configs" / "heads.py")
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 
 
-def finish(job: sweep.SweepRun, top1: float, last: float, seconds: float) -> None:
+def finish(job: sweep.SweepRun, best: float, last: float, seconds: float) -> None:
     job.workdir.mkdir(parents=True)
-    result = {"top1_error": top1, "last_top1_error": last, "wall_seconds": seconds}
+    result = {"best_top1_error": best, "last_top1_error": last, "wall_seconds": seconds}
     (job.workdir / "result.json").write_text(json.dumps(result | {"parameters": 1234567, "feature_dimension": 32}))
 
 
@@ -90,20 +90,25 @@ def test_finished_runs_are_not_run_again_and_failures_do_not_stop_the_others(tmp
         return sweep.SweepRun(name, 0, tmp_path / name, (sys.executable, "-c", code))
 
     touch = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"
-    jobs = [job("done", touch), job("bad", "raise SystemExit(2)"), job("good", touch)]
+    kill = "import os; os.kill(os.getpid(), 9)"
+    jobs = [job("done", touch), job("bad", "raise SystemExit(2)"), job("killed", kill), job("good", touch)]
     finish(jobs[0], 1, 1, 1)
     said: list[str] = []
-    assert sweep.run(jobs, said.append) == [jobs[1]]
+    assert sweep.run(jobs, said.append) == jobs[1:3]
     assert (tmp_path / "ran").read_text() == "x"
-    assert said[0] == "1/3 done, seed 0: already finished"
-    assert "2/3 bad, seed 0: failed with status 2" in said[2]
+    assert said[0] == "1/4 done, seed 0: already finished"
+    assert "2/4 bad, seed 0: failed with status 2; to see the reason, run: " in said[2]
+    assert "3/4 killed, seed 0: was killed by SIGKILL; to see the reason, run: " in said[4]
 
 
-def test_a_run_that_was_stopped_stops_the_sweep(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        sweep.run(
-            [sweep.SweepRun("a", 0, tmp_path / "a", (sys.executable, "-c", "raise SystemExit(130)"))], lambda _: None
-        )
+@pytest.mark.parametrize(
+    "code", ["raise SystemExit(130)", "raise SystemExit(75)", "import os; os.kill(os.getpid(), 15)"]
+)
+def test_a_run_that_was_stopped_stops_the_sweep(tmp_path, code):
+    job = sweep.SweepRun("a", 0, tmp_path / "a", (sys.executable, "-c", code))
+    with pytest.raises(sweep.RunStopped, match=f"the run in {tmp_path / 'a'} was stopped by a signal") as caught:
+        sweep.run([job], lambda _: None)
+    assert caught.value.status == 75
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
