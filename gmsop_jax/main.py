@@ -4,7 +4,8 @@ import argparse
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gmsop_jax.errors import ArgumentParser, UserError, did_you_mean, run_command
 
@@ -98,7 +99,7 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
             "--checkpoint",
             metavar="DIR",
             type=_path,
-            help="working directory, or the folder of one step in it, to use (default: the best step)",
+            help="working directory, or the folder of one step in it, to use (default: the last step)",
         )
     if mode in ("predict", ""):
         _add_predict_options(parser)
@@ -197,12 +198,18 @@ def _evaluate_or_train(options: argparse.Namespace, config, workdir: str) -> int
     from gmsop_jax.training.loop import train_and_evaluate
 
     result = train_and_evaluate(config, workdir, profile=options.profile)
-    print(
-        f"top-1 error {result['top1_error']:.2f} %, top-5 error {result['top5_error']:.2f} % (best step"
-        f" {result['best_step']}; last step {result['last_top1_error']:.2f} %) after"
-        f" {result['wall_seconds']:.0f} s; results in {workdir}"
-    )
+    print(f"{_summary(result)}; {result['wall_seconds']:.0f} s; results in {workdir}")
     return 0
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    from gmsop_jax.training.metrics import error_text
+
+    errors = {name: result[f"last_{name}"] for name in ("top1_error", "top5_error")}
+    text = f"{error_text(errors, result['num_classes'])} after the last epoch"
+    if result["best_step"] == result["step"]:
+        return text
+    return f"{text} (lowest of all epochs: {result['best_top1_error']:.2f} %, step {result['best_step']})"
 
 
 def _load_config(options: argparse.Namespace):

@@ -17,8 +17,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from gmsop_jax.conversion import prepare
 from gmsop_jax.errors import ArgumentParser, UserError, run_command
 from gmsop_jax.main import COMMANDS, MODES, main
+from gmsop_jax.training import loop
 from gmsop_jax.training.interrupt import SignalCatcher
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,19 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 )
 def test_a_mistyped_flag_suggests_the_right_one(capsys, flag, meant):
     assert f"did you mean {meant}?" in error(capsys, *flag.split())
+
+
+@pytest.mark.parametrize(
+    ("best_step", "remark"), [(30, ""), (20, " (lowest of all epochs: 9.00 %, step 20)")], ids=["last", "earlier"]
+)
+def test_training_ends_with_the_error_of_the_last_epoch(monkeypatch, tmp_path, capsys, best_step, remark):
+    result = {"last_top1_error": 10.0, "last_top5_error": 0.0, "step": 30, "num_classes": 2}
+    result |= {"best_top1_error": 9.0, "best_step": best_step, "wall_seconds": 61.4}
+    monkeypatch.setattr(loop, "train_and_evaluate", lambda *_, **__: result)
+    monkeypatch.setattr(prepare, "prepare_data", lambda data: None)
+    assert main(["train", "--config", QUICKSTART, "--workdir", str(tmp_path)]) == 0
+    expected = f"top-1 error 10.00 % after the last epoch{remark}; 61 s; results in {tmp_path}\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_what_the_output_cannot_encode_is_escaped(monkeypatch):

@@ -12,6 +12,7 @@ from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import exported, parallel
 from gmsop_jax.training.evaluation import COMPILING, create_evaluation, image_size, resolve, verify_shards
+from gmsop_jax.training.metrics import error_text
 from gmsop_jax.training.processes import ending_together
 from gmsop_jax.training.restore import folder_of, load_variables, read_description
 from gmsop_jax.training.workdir import check_same_config
@@ -26,9 +27,9 @@ def run(config: ConfigDict, path: str | pathlib.Path) -> None:
     Args, Raises: as in `evaluate_checkpoint`.
     """
     result = evaluate_checkpoint(config, path)
+    num_classes = len(read_description(path)[1].classes)
     print(
-        f"step {result['step']}, {config.eval.split}: top-1 error {result['top1_error']:.2f} %,"
-        f" top-5 error {result['top5_error']:.2f} %, loss {result['loss']:.4f}",
+        f"step {result['step']}, {config.eval.split}: {error_text(result, num_classes)}, loss {result['loss']:.4f}",
         flush=True,
     )
     if jax.process_index() == 0:
@@ -54,7 +55,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     Args:
       config: the configuration; its model must fit the checkpoint.
       path: a working directory, the directory of one step in it, or an exported network, as in `restore.load`. In a
-        working directory, the best checkpoint is evaluated, or the last if none has been evaluated yet.
+        working directory, the last checkpoint is evaluated.
 
     Returns: `step`, and what the function from `create_evaluation` returns.
 

@@ -6,6 +6,7 @@ import gmsop_jax
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.training import exported
+from gmsop_jax.training.metrics import error_text
 from gmsop_jax.training.restore import Info
 
 _TEMPLATE = """---
@@ -83,7 +84,7 @@ def model_card(info: Info, num_parameters: int, *, license_name: str) -> str:
 def _result(info: Info) -> str:
     if not info.metrics:
         return "not evaluated"
-    errors = f"top-1 error {info.metrics['top1_error']:.2f} %, top-5 error {info.metrics['top5_error']:.2f} %"
+    errors = error_text(info.metrics, len(info.inputs.classes))
     return f"{errors} on the split `{info.config.eval.split}`"
 
 

@@ -217,7 +217,7 @@ class Checkpoints:
         """Returns the evaluation metrics of a step; None if it was not evaluated.
 
         Raises:
-          CheckpointError: if they are damaged, since another step might then be taken for the best.
+          CheckpointError: if they are damaged.
         """
         folder = self.directory / str(step)
         if (folder / "metrics").is_dir() and (damage := find_damage(folder, below="metrics/")):

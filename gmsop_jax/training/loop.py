@@ -17,7 +17,7 @@ from gmsop_jax.training.divergence import check_evaluation, check_state, explain
 from gmsop_jax.training.evaluation import COMPILING, verify_shards
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
 from gmsop_jax.training.loggers import closing_on_failure, create_loggers, find_backends
-from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError
+from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError, error_text
 from gmsop_jax.training.processes import check_same, ending_together, first_process_does
 from gmsop_jax.training.setup import Run, prepare
 from gmsop_jax.training.step import TrainState
@@ -52,8 +52,8 @@ def train_and_evaluate(
         `checkpoints/`, `metrics.jsonl`, what `config.log.backends` write, `curves.png` and `result.json`.
       profile: the steps to trace for TensorBoard's profiler, counted from 1.
 
-    Returns: the contents of `result.json`: errors of the best and the last epoch in percent, number of
-      parameters, feature dimension and seconds.
+    Returns: the contents of `result.json`: errors of the last epoch in percent, the lowest top-1 error of all epochs
+      and its step, number of parameters, feature dimension and seconds.
 
     Raises:
       UserError: if something the user gave is wrong, before anything slow happens; or later, if the
@@ -189,8 +189,8 @@ def _evaluate(run: Run, state: TrainState, step: int, writer: Writer, is_first: 
     epoch, epochs, split = step // run.steps_per_epoch, run.config.train.num_epochs, run.config.eval.split
     writer.record("eval", step, step / run.steps_per_epoch, evaluation)
     writer.say(
-        f"epoch {epoch:{len(str(epochs))}}/{epochs}: {split} top-1 error {evaluation['top1_error']:.2f} %,"
-        f" top-5 {evaluation['top5_error']:.2f} %, loss {evaluation['loss']:.4f}"
+        f"epoch {epoch:{len(str(epochs))}}/{epochs}: {split} {error_text(evaluation, run.config.model.num_classes)},"
+        f" loss {evaluation['loss']:.4f}"
     )
     return evaluation
 
@@ -227,12 +227,12 @@ def _result(run: Run, checkpoints: Checkpoints, progress: Progress) -> dict[str,
     assert best
     assert last
     return {
-        "top1_error": best["top1_error"],
-        "top5_error": best["top5_error"],
-        "best_step": best_step,
         "last_top1_error": last["top1_error"],
         "last_top5_error": last["top5_error"],
         "step": progress.step,
+        "best_top1_error": best["top1_error"],
+        "best_step": best_step,
+        "num_classes": run.config.model.num_classes,
         "parameters": run.parameters,
         "feature_dimension": run.feature_dimension,
         "wall_seconds": round(progress.wall_seconds, 1),

@@ -91,6 +91,17 @@ def summarize(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return ratios | {name: value / steps for name, value in total.items()}
 
 
+def error_text(values: Mapping[str, float], num_classes: int) -> str:
+    """The errors in words, without the top-5 error if there are at most five classes, since it is then always 0.
+
+    Example:
+      >>> error_text({"top1_error": 8.0, "top5_error": 0.15}, num_classes=10)
+      'top-1 error 8.00 %, top-5 error 0.15 %'
+    """
+    ranks = (1, 5) if num_classes > 5 else (1,)
+    return ", ".join(f"top-{rank} error {values[f'top{rank}_error']:.2f} %" for rank in ranks)
+
+
 def check_metrics(step: int, metrics: Mapping[str, np.ndarray]) -> None:
     """Raises NonFiniteError unless the loss and the gradient of a step are finite."""
     bad = [name for name in ("loss_sum", "balance_loss", "grad_norm") if not np.isfinite(metrics[name])]

@@ -44,9 +44,9 @@ def load(path: str | os.PathLike[str], sharding: Sharding | None = None) -> tupl
     """Restores a trained network. Its data set is not needed.
 
     Args:
-      path: a working directory (its best checkpoint is restored, or the last if none was evaluated), the folder of one
-        step in it, a folder that `gmsop export --format safetensors` wrote, or the name of a repository on the Hugging
-        Face Hub with the contents of such a folder (needs huggingface_hub).
+      path: a working directory, whose last checkpoint is restored, the folder of one step in it, a folder that
+        `gmsop export --format safetensors` wrote, or the name of a repository on the Hugging Face Hub with the contents
+        of such a folder (needs huggingface_hub).
       sharding: where the variables are placed; by default on the first device.
 
     Returns: `(model, variables, info)` for `model.apply(variables, images)`. The images are float [b, h, w, 3] with
@@ -110,9 +110,7 @@ def load_variables(
         return exported.load_variables(exported_folder, like, sharding)
     folder, step = checkpoint.locate(os.fspath(path))
     with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-        if step is None:
-            best = checkpoints.best_step
-            step = best if best is not None else checkpoints.latest_step
+        step = checkpoints.latest_step if step is None else step
         assert step is not None  # locate found one
         variables, _ = checkpoints.restore_variables({"batch_stats": {}, **like}, step)
         return variables, step, checkpoints.metrics(step)

@@ -160,10 +160,15 @@ def test_folders_that_are_not_steps_are_left_alone(finished, tmp_path, name):
 
 def test_a_checkpoint_with_damaged_metrics_does_not_change_the_best_step(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
-    best = load(workdir)[2].step
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        best = checkpoints.best_step
     (workdir / "checkpoints" / str(best) / "metrics" / "metrics").write_text("{}")
-    with pytest.raises(CheckpointError, match=rf"{best} is damaged .metrics/metrics was changed.; name another step"):
-        load(workdir)
+    message = rf"{best} is damaged .metrics/metrics was changed.; name another step"
+    with (
+        Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=message),
+    ):
+        checkpoints.best_step  # noqa: B018
 
 
 def test_damaged_lines_of_metrics_jsonl_are_left_out(finished, config, tmp_path):

@@ -11,6 +11,7 @@ from batches import eval_batches
 import gmsop_jax
 from gmsop_jax.config import from_json
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.files import write_checksums
 from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.step import normalize
@@ -44,6 +45,17 @@ def test_load_needs_no_data_set(trained_run, tmp_path):
 def test_load_of_one_step(trained_run):
     first = min(int(p.name) for p in (trained_run / "checkpoints").iterdir() if p.name.isdigit())
     assert gmsop_jax.load(trained_run / "checkpoints" / str(first))[2].step == first
+
+
+def test_load_of_the_last_step_even_if_another_one_is_better(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    first, last = sorted(
+        (path for path in (run / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)
+    )
+    file = first / "metrics" / "metrics"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"top1_error": 0.0}))
+    write_checksums(first)
+    assert gmsop_jax.load(run)[2].step == int(last.name)
 
 
 def test_load_agrees_with_evaluation(trained_run, tmp_path):

@@ -74,7 +74,8 @@ def test_folder_of_results(finished):
 def test_result(finished):
     result = json.loads((finished / "result.json").read_text())
     assert result["step"] == STEPS
-    assert 0 <= result["top5_error"] <= result["top1_error"] <= 100
+    assert 0 <= result["last_top5_error"] <= result["last_top1_error"] <= 100
+    assert result["num_classes"] == 10
     assert result["feature_dimension"] == 10  # 4 · 5/2
     with Checkpoints(finished / "checkpoints", read_only=True) as checkpoints:
         assert result["best_step"] == checkpoints.best_step
@@ -100,8 +101,12 @@ def test_metrics_file(finished):
     training = [r for r in records if r["kind"] == "train"]
     assert [r["learning_rate"] for r in training] == pytest.approx([0.02] * 4 + [0.002] * 2)
     assert {"loss", "top1_error", "top5_error", "balance_loss", "grad_norm", "images_per_second"} <= set(training[0])
-    best = min(r["top1_error"] for r in evaluations)
-    assert json.loads((finished / "result.json").read_text())["top1_error"] == best
+    result = json.loads((finished / "result.json").read_text())
+    assert result["best_top1_error"] == min(r["top1_error"] for r in evaluations)
+    assert (result["last_top1_error"], result["last_top5_error"]) == (
+        evaluations[-1]["top1_error"],
+        evaluations[-1]["top5_error"],
+    )
 
 
 def test_the_last_n_and_the_best_are_kept(finished):
@@ -114,7 +119,7 @@ def test_training_again_does_nothing_more(finished, tmp_path, config_file, capsy
     copy = shutil.copytree(finished, tmp_path / "run")
     assert main(["--config", str(config_file), "--workdir", str(copy)]) == 0
     logged = capsys.readouterr()
-    assert "top-1 error" in logged.out
+    assert "after the last epoch" in logged.out
     assert f"the run in {copy} is finished: step 12 of 12 was reached" in logged.err
     assert read_metrics(copy) == read_metrics(finished)
     before, after = (json.loads((d / "result.json").read_text()) for d in (finished, copy))
@@ -147,9 +152,9 @@ def test_evaluate_prints_what_training_ended_with(finished, tmp_path, config_fil
     ):
         assert main(arguments + more) == 0
         top1, top5 = printed(capsys.readouterr().out)
-        assert (top1, top5) == pytest.approx((result["top1_error"], result["top5_error"]), abs=0.005)
+        assert (top1, top5) == pytest.approx((result["last_top1_error"], result["last_top5_error"]), abs=0.005)
     written = json.loads((workdir / "evaluation-val.json").read_text())
-    assert (written["step"], written["top1_error"]) == (result["best_step"], result["top1_error"])
+    assert (written["step"], written["top1_error"]) == (STEPS, result["last_top1_error"])
 
 
 def test_a_result_that_can_not_be_written_is_printed(finished, tmp_path, config_file, capsys):
@@ -224,7 +229,7 @@ def test_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monkeyp
     result = train_and_evaluate(tiny, tmp_path / "run")
     assert_same_arrays(tmp_path / "run", finished)
     expected = json.loads((finished / "result.json").read_text())
-    for name in ("top1_error", "top5_error", "best_step", "step"):
+    for name in ("last_top1_error", "last_top5_error", "best_top1_error", "best_step", "step"):
         assert result[name] == expected[name]
     records = read_metrics(tmp_path / "run")
     assert [r for r in records if r["kind"] == "eval"] == [r for r in read_metrics(finished) if r["kind"] == "eval"]
@@ -326,7 +331,7 @@ def test_command_in_a_process_of_its_own(start: Callable[..., subprocess.Popen[s
     assert "Traceback" not in errors
     assert "Warning" not in errors
     assert printed(output)[0] == pytest.approx(
-        json.loads((finished / "result.json").read_text())["top1_error"], abs=0.005
+        json.loads((finished / "result.json").read_text())["last_top1_error"], abs=0.005
     )
     assert_same_arrays(tmp_path / "run", finished)
 

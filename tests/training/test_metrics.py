@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.training.metrics import count_errors, summarize
+from gmsop_jax.training.metrics import count_errors, error_text, summarize
 
 
 def count(logits, labels, mask=None) -> tuple[int, int, int]:
@@ -17,6 +17,12 @@ def test_counts_by_hand():
 
 def test_fewer_than_five_classes():
     assert count([[0, 1, 2]] * 3, [2, 1, 0]) == (2, 0, 3)
+
+
+def test_top5_is_left_out_where_it_is_always_zero():
+    values = {"top1_error": 12.345, "top5_error": 0.0}
+    assert error_text(values, num_classes=6) == "top-1 error 12.35 %, top-5 error 0.00 %"
+    assert error_text(values, num_classes=5) == "top-1 error 12.35 %"
 
 
 def test_padding_counts_nothing():
