@@ -4,6 +4,7 @@ import operator
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -310,6 +311,19 @@ def test_one_child_process_answers_many_calls_and_survives_crashes():
         assert call(_allocate, 10) == 10
     assert call(os.getppid) == server
     assert server != os.getpid()
+
+
+@pytest.mark.parametrize("kill_number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_process_that_was_killed_is_started_again(kill_number):
+    def call(function, *arguments):
+        return isolated.call(function, *arguments, seconds=5, memory_bytes=2**28)
+
+    server = call(os.getppid)
+    os.kill(server, kill_number)
+    while _runs(server):
+        time.sleep(0.01)
+    assert call(_allocate, 10) == 10
+    assert call(os.getppid) != server
 
 
 def test_the_child_process_ends_with_its_parent():

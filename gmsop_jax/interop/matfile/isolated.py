@@ -5,6 +5,7 @@ next one. The server ends with the process that started it.
 """
 
 import atexit
+import contextlib
 import functools
 import os
 import pathlib
@@ -55,21 +56,34 @@ def call(function: Callable[..., Any], *arguments: Any, seconds: float, memory_b
 
 def _exchange(request: bytes) -> tuple[Any, Exception | None, int]:
     """Sends a request to the server; returns the value, the error and the exit status of the process that answers."""
-    connection = _server(os.getpid())[1]
     reading, writing = os.pipe()
     with open(reading, "rb") as answer:
         try:
-            socket.send_fds(connection, [request], [writing])
+            connection = _send(request, writing)
         finally:
             os.close(writing)
         try:
             value, error = pickle.load(answer)
         except (EOFError, pickle.UnpicklingError):  # the process ended early, as its status says
             value = error = None
-    status = connection.recv(4)
+    status = b""
+    with contextlib.suppress(ConnectionError):
+        status = connection.recv(4)
     if not status:
         raise ValueError("the process that reads HDF5 files could not be started or was killed")
     return value, error, int.from_bytes(status, "little")
+
+
+def _send(request: bytes, writing: int) -> socket.socket:
+    """Sends a request and the descriptor for its answer; returns the connection."""
+    try:
+        connection = _server(os.getpid())[1]
+        socket.send_fds(connection, [request], [writing])
+    except BrokenPipeError:  # the server was killed since the last call
+        _stop_server()
+        connection = _server(os.getpid())[1]
+        socket.send_fds(connection, [request], [writing])
+    return connection
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,7 +101,8 @@ def _stop_server() -> None:
     if _server.cache_info().currsize:
         process, connection = _server(os.getpid())
         connection.close()
-        os.killpg(process.pid, signal.SIGKILL)  # with the process of a call
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the process of a call
         process.wait()
         _server.cache_clear()
 
