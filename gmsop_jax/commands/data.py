@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gmsop_jax.conversion import job
 from gmsop_jax.conversion.convert import convert
-from gmsop_jax.conversion.inspect import contact_sheet, describe
+from gmsop_jax.conversion.inspect import contact_sheet, count, describe
 from gmsop_jax.conversion.sources import NAMES, Options
 from gmsop_jax.conversion.verify import verify
 from gmsop_jax.data.manifest import Manifest
@@ -121,7 +121,7 @@ def _add_max_unreadable(parser: ArgumentParser) -> None:
 
 def _print_splits(directory: str | Path, manifest: Manifest, comment: str = "") -> None:
     for name, split in manifest.splits.items():
-        print(f"{directory}: {name}: {split.num_images:,} images in {len(split.shards)} shards{comment}")
+        print(f"{directory}: {name}: {split.num_images:,} images in {count(split.shards, 'shard')}{comment}")
 
 
 def _shard_range(text: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import decode
@@ -14,7 +14,7 @@ from gmsop_jax.files import replacing
 
 _MAX_SCANNED = 20_000  # records read to find images for a sheet
 _BLOCK = 256  # records read at a time
-_MARGIN = 110  # pixels for the names of the classes
+_MARGIN = (110, 300)  # smallest and largest width of the names of the classes, in pixels
 
 
 def describe(manifest: Manifest) -> str:
@@ -27,17 +27,18 @@ def describe(manifest: Manifest) -> str:
     for name, split in manifest.splits.items():
         size = "different sizes" if split.image_size is None else f"{split.image_size[0]}×{split.image_size[1]}"
         megabytes = sum(shard.bytes for shard in split.shards) / 1e6
-        lines.append(f"{name}: {split.num_images:,} images, {size}, {len(split.shards)} shards, {megabytes:,.1f} MB")
+        lines.append(
+            f"{name}: {split.num_images:,} images, {size}, {count(split.shards, 'shard')}, {megabytes:,.1f} MB"
+        )
     width = max(len(name) for name in manifest.classes)
     lines.append(f"{'class':>9}  {'':{width}}  " + "".join(f"{name:>10}" for name in manifest.splits))
     for label, name in enumerate(manifest.classes):
         counts = "".join(f"{split.class_counts[label]:>10,}" for split in manifest.splits.values())
         lines.append(f"{label:>9}  {name:{width}}  {counts}")
     provenance = manifest.provenance
-    lines.append(
-        f"converted by gmsop_jax {provenance.get('tool_version')}: "
-        + ", ".join(f"{name} {provenance.get(name)}" for name in ("seed", "limit", "codec", "options"))
-    )
+    settings = {name: provenance.get(name) for name in ("seed", "limit", "codec")} | provenance.get("options", {})
+    given = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    lines.append(f"converted by gmsop_jax {provenance.get('tool_version')}: {given}")
     for file in provenance.get("files", ()):
         lines.append(f"from {file['name']}: {file['bytes']:,} bytes, sha256 {file['sha256']}")
     if unreadable := provenance.get("unreadable"):
@@ -59,6 +60,8 @@ def contact_sheet(
       tile: side of an image on the sheet, in pixels.
     Raises: DataError if the data set is damaged, or the sheet can't be written.
     """
+    import matplotlib  # for its font, which has more letters than that of Pillow
+
     if min(rows, columns, tile) < 1:
         raise DataError(f"a sheet of {rows} rows, {columns} columns and {tile}-pixel tiles is empty; use at least 1")
     manifest = Manifest.load(directory)
@@ -66,13 +69,16 @@ def contact_sheet(
     labels = np.unique(np.linspace(0, manifest.num_classes - 1, count).round().astype(int)).tolist()
     found = _first_images(manifest, directory, split, labels, columns)
     columns = max(1, *map(len, found.values()))
-    sheet = Image.new("RGB", (_MARGIN + columns * tile, len(labels) * tile), "white")
+    names = [f"{label} {manifest.classes[label]}" for label in labels]
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 11)
+    margin = round(min(max(_MARGIN[0], *(font.getlength(name) + 12 for name in names)), _MARGIN[1]))
+    sheet = Image.new("RGB", (margin + columns * tile, len(labels) * tile), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(labels):
-        draw.text((4, row * tile + tile // 2 - 6), f"{label} {manifest.classes[label]}"[:17], fill="black")
+    for row, (label, name) in enumerate(zip(labels, names, strict=True)):
+        draw.text((4, row * tile + tile // 2), name, fill="black", font=font, anchor="lm")
         for column, image in enumerate(found[label]):
             picture = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (_MARGIN + column * tile, row * tile))
+            sheet.paste(picture, (margin + column * tile, row * tile))
     try:
         kind = Image.registered_extensions().get(output.suffix.lower())
         if kind is None:
@@ -97,6 +103,11 @@ def _first_images(
         if all(len(images) == count for images in found.values()):
             break
     return found
+
+
+def count(items: Sequence[object], noun: str) -> str:
+    """Counts items in words, such as "1 shard" or "2 shards"."""
+    return f"{len(items):,} {noun}{'s' * (len(items) != 1)}"
 
 
 def _numbers(values: Sequence[float]) -> str:

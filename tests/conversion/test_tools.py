@@ -24,7 +24,7 @@ def tool(name: str, *arguments: str | Path, folder: Path) -> subprocess.Complete
 def test_convert_inspect_verify(tmp_path: Path):
     converted = tool("convert.py", "fashion-mnist", "--output", "set", "--limit", "200", folder=tmp_path)
     assert (converted.returncode, converted.stderr) == (0, "")
-    assert "train: 200 images in 1 shards" in converted.stdout
+    assert "train: 200 images in 1 shard\n" in converted.stdout
     inspected = tool("inspect_dataset.py", "set", folder=tmp_path)
     assert (inspected.returncode, inspected.stderr) == (0, "")
     assert "ankle boot" in inspected.stdout

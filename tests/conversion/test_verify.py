@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from batches import eval_batches
 from PIL import Image
 
+from gmsop_jax.conversion.convert import convert
 from gmsop_jax.conversion.inspect import contact_sheet
 from gmsop_jax.conversion.verify import verify
 from gmsop_jax.data.manifest import Manifest
@@ -104,6 +106,21 @@ def test_reading_stops_at_a_label_out_of_range(copy: Path):
     rewrite(copy, changed)
     with pytest.raises(DataError, match="a record has label 12; labels of 10 classes"):
         list(eval_batches(copy, "train", batch_size=1000))
+
+
+def test_a_sheet_shows_whole_names_in_any_alphabet(tmp_path: Path):
+    names = ("ä" * 30, "ö" * 30)
+    for split, name in itertools.product(("train", "val"), names):
+        folder = tmp_path / "images" / split / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+    convert("image-folder", tmp_path / "images", tmp_path / "set", progress=False)
+    contact_sheet(tmp_path / "set", "train", tmp_path / "sheet.png", tile=20)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        margin = sheet.width - 20
+        first, second = (sheet.crop((12, row, margin, row + 20)) for row in (0, 20))
+    assert 200 < margin <= 300
+    assert first.tobytes() != second.tobytes()  # and not the same box for every letter that a font lacks
 
 
 def test_a_sheet_is_no_wider_than_its_images(fashion: Path, tmp_path: Path):
