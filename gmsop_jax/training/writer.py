@@ -177,6 +177,7 @@ def plot_curves(workdir: pathlib.Path) -> None:
     import io
 
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     records = read_metrics(workdir)
     panels = {
@@ -192,11 +193,13 @@ def plot_curves(workdir: pathlib.Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if name == "learning_rate":
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            highest = axes.dataLim.y1  # -inf without any point
+            axes.set_ylim(0, 1.05 * highest if highest > 0 else None)
     figure.axes[0].legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

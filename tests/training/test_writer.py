@@ -2,6 +2,8 @@ import json
 import os
 import termios
 
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -98,6 +100,18 @@ def test_other_processes_tell_nothing(tmp_path, capsys):
 
 def test_no_metrics_yet(tmp_path):
     assert read_metrics(tmp_path) == []
+
+
+def test_curves_have_whole_epochs_and_show_the_highest_value(tmp_path, monkeypatch):
+    with Writer(tmp_path, total_steps=3) as writer:
+        for step in (1, 2, 3):
+            writer.record("eval", step, step, {"loss": 1.0, "top1_error": 90.0})
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_curves(tmp_path)
+    error = figures[0].axes[1]
+    assert error.get_ylim() == (0, pytest.approx(94.5))
+    assert all(tick == round(tick) for tick in error.get_xticks())
 
 
 def test_curves(tmp_path):
