@@ -4,7 +4,6 @@ import shlex
 
 import gmsop_jax
 from gmsop_jax import config as configs
-from gmsop_jax.config import ConfigDict
 from gmsop_jax.training import exported
 from gmsop_jax.training.metrics import error_text
 from gmsop_jax.training.restore import Info
@@ -77,7 +76,7 @@ def model_card(info: Info, num_parameters: int, *, license_name: str) -> str:
         batch_size=train.batch_size,
         epochs=train.num_epochs,
         optimizer=train.optimizer,
-        command=command(info.config),
+        command=command(info),
     )
 
 
@@ -88,9 +87,11 @@ def _result(info: Info) -> str:
     return f"{errors} on the split `{info.config.eval.split}`"
 
 
-def command(config: ConfigDict) -> str:
-    """The command that trains with a configuration: every field that differs from its default is a flag."""
-    stored = exported.public_config(config)
+def command(info: Info) -> str:
+    """The command that trains the network again: every field that differs from its default is a flag."""
+    stored = exported.public_config(info.config)
+    if info.config.data.source != info.inputs.dataset:  # the embedded images would be other ones
+        stored["data"] |= {"source": info.inputs.dataset, "auto_convert": False}
     flags = [f"--config {_BASE}"]
     for name, value in configs.flatten(stored):
         field = configs.FIELDS[name]

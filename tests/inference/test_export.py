@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -19,6 +20,7 @@ import gmsop_jax
 from gmsop_jax.config import default_config, load, model_defaults
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.inference import evaluate, export
+from gmsop_jax.inference.model_card import command
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.main import main
 from gmsop_jax.models import create_model
@@ -125,6 +127,15 @@ def test_the_model_card_names_data_recipe_result_command_and_licence(trained_run
     again = load(name, [flag.removeprefix("--config.") for flag in flags])
     again.data.dir, again.model.num_classes = info.config.data.dir, info.config.model.num_classes
     assert again.to_dict() == info.config.to_dict()
+
+
+def test_the_command_of_a_network_of_own_images_does_not_ask_for_the_embedded_ones(trained_run):
+    _, _, info = gmsop_jax.load(trained_run)
+    info.config.data.auto_convert = True
+    assert "--config.data.auto_convert=True" in command(info)
+    own = command(dataclasses.replace(info, inputs=dataclasses.replace(info.inputs, dataset="image-folder")))
+    assert "--config.data.source=image-folder" in own
+    assert "auto_convert" not in own
 
 
 def test_a_repository_is_downloaded_by_its_name(trained_run, safetensors, tmp_path, monkeypatch, capsys):
