@@ -2,16 +2,19 @@
 
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.errors import DataError
 from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import exported, parallel
 from gmsop_jax.training.evaluation import COMPILING, create_evaluation, image_size, resolve, verify_shards
+from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.metrics import error_text
 from gmsop_jax.training.processes import ending_together
 from gmsop_jax.training.restore import folder_of, load_variables, read_description
@@ -44,13 +47,30 @@ def run(config: ConfigDict, path: str | pathlib.Path) -> None:
             print(f"warning: the result can't be written to {file} ({error.strerror})", file=sys.stderr)
 
 
+def _differences(inputs: Inputs, classes: Sequence[str], size: tuple[int, int]) -> Iterator[str]:
+    """Warns about images that are not like those that the network was trained on."""
+    unnamed = inputs.classes == tuple(map(str, range(len(classes))))  # as in imported weights
+    pairs = zip(inputs.classes, classes, strict=True)
+    other = [i for i, (trained, given) in enumerate(pairs) if trained != given and not unnamed]
+    if other:
+        i = other[0]
+        yield (
+            f"warning: class {i} of the data set is {classes[i]!r}, but class {i} of the network is"
+            f" {inputs.classes[i]!r}; {len(other)} of {len(classes)} classes differ"
+        )
+    if size != inputs.image_size:
+        given, trained = ("×".join(map(str, sides)) for sides in (size, inputs.image_size))
+        yield f"warning: the images have {given} pixels, but those that the network was trained on have {trained}"
+
+
 @ending_together()
 def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[str, Any]:
     """Evaluates a checkpoint on `config.eval.split`.
 
-    The shards of the training split need not exist. The mean colour of the images that the network was
-    trained on (`inputs.json`) is subtracted. With `config.data.verify`, the checksums of the split's shards are
-    verified first, as at the start of training: each process verifies its share.
+    The shards of the training split need not exist. The mean colour of the images that the network was trained on
+    (`inputs.json`) is subtracted. A warning is printed if the images have other classes or another size than those.
+    With `config.data.verify`, the checksums of the split's shards are verified first, as at the start of training: each
+    process verifies its share.
 
     Args:
       config: the configuration; its model must fit the checkpoint.
@@ -61,18 +81,23 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
 
     Raises:
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.
-      DataError: if the data set is missing or damaged.
+      DataError: if the data set is missing, is damaged, or has another number of classes.
     """
     check_same_config(config)
     _, inputs = read_description(path)
     checked = [config.eval.split] if config.data.on_corrupt == "stop" else []
     manifest = Manifest.load(config.data.dir, splits=checked)
     verify_shards(config.data, manifest, checked)
+    if manifest.num_classes != len(inputs.classes):
+        raise DataError(
+            f"the network in {path} has {len(inputs.classes)} classes, but the data set {config.data.dir} has"
+            f" {manifest.num_classes}; give a data set with the same classes"
+        )
     config = resolve(config, manifest)
     mesh = parallel.create_mesh()
     evaluate = create_evaluation(config, manifest, inputs.mean_rgb, mesh)
-    shape = (*image_size(config, manifest), 3)
-    variables, step, _ = load_variables(create_model(config.model), shape, path, parallel.replicated(mesh))
+    size = image_size(config, manifest)
+    variables, step, _ = load_variables(create_model(config.model), (*size, 3), path, parallel.replicated(mesh))
     if jax.process_index() == 0:
-        print(COMPILING, file=sys.stderr)
+        print(*_differences(inputs, manifest.classes, size), COMPILING, sep="\n", file=sys.stderr)
     return {"step": step, **evaluate(variables)}

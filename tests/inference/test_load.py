@@ -10,7 +10,7 @@ from batches import eval_batches
 
 import gmsop_jax
 from gmsop_jax.config import from_json
-from gmsop_jax.errors import CheckpointError
+from gmsop_jax.errors import CheckpointError, DataError
 from gmsop_jax.files import write_checksums
 from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.training.inputs import Inputs
@@ -64,6 +64,25 @@ def test_load_agrees_with_evaluation(trained_run, tmp_path):
     result = evaluate_checkpoint(config, tmp_path / "run")
     assert gmsop_jax.load(tmp_path / "run")[2].metrics == {k: v for k, v in result.items() if k != "step"}
     assert sum(result["candidate_use"]) == pytest.approx(1)
+
+
+def test_evaluation_warns_of_images_unlike_those_of_training(trained_run, tmp_path, capsys):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    config, inputs = from_json((run / "config.json").read_text()), Inputs.load(run)
+
+    def warnings(**changed) -> list[str]:
+        dataclasses.replace(inputs, **changed).save(run)
+        evaluate_checkpoint(config, run)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+    assert warnings(classes=("robe", *inputs.classes[1:-1], "boot"), image_size=(32, 30)) == [
+        "warning: class 0 of the data set is 't-shirt/top', but class 0 of the network is 'robe';"
+        " 2 of 10 classes differ",
+        "warning: the images have 28×28 pixels, but those that the network was trained on have 32×30",
+    ]
+    assert warnings(classes=tuple(map(str, range(10)))) == []  # imported, without names
+    with pytest.raises(DataError, match=r"has 3 classes, but the data set .* has 10; give a data set with the same"):
+        warnings(classes=inputs.classes[:3])
 
 
 @pytest.mark.parametrize(
