@@ -266,10 +266,19 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
         config = module.get_config(*argument)
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config() of {file} returns {config!r}; it should return default_config() with changes")
+    apply_overrides(config, overrides)
+    return config
+
+
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets fields, see `override`, and validates the result.
+
+    Raises:
+      ConfigError: as `override` and `validate`.
+    """
     for assignment in overrides:
         override(config, assignment)
     validate(config)
-    return config
 
 
 def run_file(file: pathlib.Path) -> types.ModuleType:

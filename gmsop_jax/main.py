@@ -166,12 +166,12 @@ def _steps(text: str) -> range:
 def _run(options: argparse.Namespace) -> int:
     from gmsop_jax import config as configs
     from gmsop_jax.conversion.prepare import prepare_data
-    from gmsop_jax.training import interrupt, parallel, processes
+    from gmsop_jax.training import devices, interrupt, processes
 
     config = _load_config(options)
-    parallel.use_cpu_devices(config)
+    devices.use_cpu_devices(config)
     processes.start_processes(options.coordinator, options.num_processes, options.process_id)
-    parallel.use_compilation_cache()
+    devices.use_compilation_cache()
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":
         from gmsop_jax.inference import predict_output
@@ -186,19 +186,15 @@ def _run(options: argparse.Namespace) -> int:
         )
     with interrupt.tolerating_closed_streams():
         processes.first_process_does(lambda: prepare_data(config.data))
-        return _evaluate_or_train(options, config, workdir)
+        if options.mode == "evaluate":
+            from gmsop_jax.inference import evaluate
 
+            evaluate.run(config, options.checkpoint or workdir)
+            return 0
+        from gmsop_jax.training.loop import train_and_evaluate
 
-def _evaluate_or_train(options: argparse.Namespace, config, workdir: str) -> int:
-    if options.mode == "evaluate":
-        from gmsop_jax.inference import evaluate
-
-        evaluate.run(config, options.checkpoint or workdir)
-        return 0
-    from gmsop_jax.training.loop import train_and_evaluate
-
-    result = train_and_evaluate(config, workdir, profile=options.profile)
-    print(f"{_summary(result)}; {result['wall_seconds']:.0f} s; results in {workdir}")
+        result = train_and_evaluate(config, workdir, profile=options.profile)
+        print(f"{_summary(result)}; {result['wall_seconds']:.0f} s; results in {workdir}")
     return 0
 
 
@@ -221,9 +217,7 @@ def _load_config(options: argparse.Namespace):
     from gmsop_jax.training.restore import read_description
 
     config, _ = read_description(options.checkpoint or options.workdir)
-    for item in options.overrides:
-        configs.override(config, item)
-    configs.validate(config)
+    configs.apply_overrides(config, options.overrides)
     return config
 
 

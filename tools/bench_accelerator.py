@@ -42,8 +42,9 @@ from gmsop_jax.files import write_json
 from gmsop_jax.interop.matconvnet import from_params
 from gmsop_jax.models import create_model
 from gmsop_jax.ops.dispatch import Dispatch
+from gmsop_jax.training.devices import use_compilation_cache
 from gmsop_jax.training.loop import train_and_evaluate
-from gmsop_jax.training.parallel import create_mesh, use_compilation_cache
+from gmsop_jax.training.parallel import create_mesh
 from gmsop_jax.training.setup import prepare
 
 Row = dict[str, Any]

@@ -29,10 +29,11 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError, DataError, UserError
 from gmsop_jax.files import read_object, write_json
 from gmsop_jax.inference.predict import make_predict_step
-from gmsop_jax.training import checkpoint, restore
+from gmsop_jax.training import restore
+from gmsop_jax.training.history import read_metrics
+from gmsop_jax.training.layout import last_checkpoint
 from gmsop_jax.training.loop import train_and_evaluate
 from gmsop_jax.training.metrics import NonFiniteError
-from gmsop_jax.training.writer import read_metrics
 
 Point = tuple[str, ...]  # assignments `field=value`
 _RUN_FIELDS = {"method": str, "point": list, "seed": int, "data": str, "config": dict, "splits": dict}
@@ -245,9 +246,7 @@ def measure_split(workdir: pathlib.Path, split: str, data: ConfigDict) -> dict[s
       true class (row) that were predicted as each class (column). For a gate, also `gate_entropy`, the mean entropy of
       an image's weights (bits), and `gate_use`, the sum of the weights over the images of each class [classes, n].
     """
-    folder, _ = checkpoint.locate(workdir)
-    last = max(checkpoint.steps_on_disk(folder))
-    model, variables, info = restore.load(folder / str(last))
+    model, variables, info = restore.load(last_checkpoint(workdir))
     config = info.config
     predict = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=config.eval.flip_average))
     counts = np.zeros((len(info.inputs.classes),) * 2, int)

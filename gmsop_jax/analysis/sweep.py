@@ -12,8 +12,8 @@ from typing import Any
 
 from gmsop_jax import config as configs
 from gmsop_jax.errors import ConfigError, UserError
+from gmsop_jax.training.history import read_result
 from gmsop_jax.training.interrupt import RESTART_STATUS
-from gmsop_jax.training.writer import read_result
 
 # Exit statuses of a run that a signal stopped; negative if it was stopped before it handled signals.
 _INTERRUPTED = (130, RESTART_STATUS, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)

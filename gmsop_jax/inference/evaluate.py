@@ -9,11 +9,12 @@ import jax
 
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import Manifest
+from gmsop_jax.data.pipeline import image_size
 from gmsop_jax.errors import DataError
 from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import exported, parallel
-from gmsop_jax.training.evaluation import COMPILING, create_evaluation, image_size, resolve, verify_shards
+from gmsop_jax.training.evaluation import COMPILING, create_evaluation, resolve, verify_shards
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.metrics import error_text
 from gmsop_jax.training.processes import ending_together
@@ -96,7 +97,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     config = resolve(config, manifest)
     mesh = parallel.create_mesh()
     evaluate = create_evaluation(config, manifest, inputs.mean_rgb, mesh)
-    size = image_size(config, manifest)
+    size = image_size(config.data, config.eval.split, manifest)
     variables, step, _ = load_variables(create_model(config.model), (*size, 3), path, parallel.replicated(mesh))
     if jax.process_index() == 0:
         print(*_differences(inputs, manifest.classes, size), COMPILING, sep="\n", file=sys.stderr)

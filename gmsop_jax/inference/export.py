@@ -23,7 +23,7 @@ from gmsop_jax.inference.model_card import model_card
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.models import Network, count_parameters, create_model
 from gmsop_jax.training import exported
-from gmsop_jax.training.checkpoint import DIRECTORY
+from gmsop_jax.training.layout import DIRECTORY
 from gmsop_jax.training.restore import Info
 
 PLATFORMS = ("cpu", "cuda", "tpu")

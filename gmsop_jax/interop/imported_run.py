@@ -1,18 +1,17 @@
 """Writes the working directory of an imported network."""
 
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import write_atomic
-from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress, steps_on_disk
+from gmsop_jax.training.checkpoint import Checkpoints, Progress
 from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.layout import DIRECTORY, steps_on_disk
 from gmsop_jax.training.optimizer import create_optimizer, create_schedule
 from gmsop_jax.training.step import TrainState, create_state
 from gmsop_jax.training.workdir import Workdir
@@ -30,13 +29,6 @@ from gmsop_jax.config import ConfigDict, from_json
 def get_config() -> ConfigDict:
     return from_json(pathlib.Path(__file__).with_name("config.json").read_text())
 '''
-
-
-def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
-    """Applies `field=value` settings to a configuration and validates it; ConfigError if one is not valid."""
-    for item in overrides:
-        configs.override(config, item)
-    configs.validate(config)
 
 
 def without_checkpoints(folder: str | pathlib.Path) -> pathlib.Path:

@@ -17,7 +17,6 @@ from gmsop_jax.data.pipeline import steps_per_epoch
 from gmsop_jax.data.records import MAX_SIDE
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop.imported_run import (
-    apply_overrides,
     initial_state,
     to_float32,
     without_checkpoints,
@@ -73,7 +72,7 @@ def import_checkpoint(
     output = without_checkpoints(output)
     checkpoint = load_checkpoint(path)
     config = run_config(checkpoint)
-    apply_overrides(config, overrides)
+    configs.apply_overrides(config, overrides)
     manifest = _manifest(config)
     steps = steps_per_epoch(_num_images(checkpoint, manifest), config.train.batch_size, config.train.drop_last)
     state = _state(checkpoint, config, steps)

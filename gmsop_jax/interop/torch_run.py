@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError, ConfigError
-from gmsop_jax.interop.imported_run import apply_overrides, initial_state, without_checkpoints, write_workdir
+from gmsop_jax.interop.imported_run import initial_state, without_checkpoints, write_workdir
 from gmsop_jax.interop.torch_weights import IMAGE_SIZE, MEAN_RGB, array_shapes, from_torch, read_state
 from gmsop_jax.models import count_parameters
 from gmsop_jax.training.inputs import Inputs
@@ -62,7 +62,7 @@ def import_weights(
     model_config, variables = _read(path, triangle)
     names = _class_names(classes, model_config.num_classes)
     config = run_config(model_config)
-    apply_overrides(config, overrides)
+    configs.apply_overrides(config, overrides)
     _check_network(config, variables)
     side = config.data.image_size or IMAGE_SIZE
     inputs = Inputs("unknown", names, MEAN_RGB, (side, side))

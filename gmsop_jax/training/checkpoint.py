@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 import sys
 import time
@@ -19,14 +17,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from gmsop_jax.errors import CheckpointError, reason
+from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import find_damage, read_bytes, write_checksums
+from gmsop_jax.training.layout import WORKDIR_FILES, latest_saved, steps_on_disk
 from gmsop_jax.training.processes import first_process_does
 from gmsop_jax.training.step import TrainState
 
-DIRECTORY = "checkpoints"
-WORKDIR_FILES = ("config.json", "inputs.json")  # each checkpoint contains a copy of them
-_STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # what Python takes for digits includes "²" and "٣"
 _DAMAGED = "damaged-checkpoints"  # beside DIRECTORY
 _DISCARDED = "discarded"  # inside DIRECTORY: old checkpoints while they are being deleted
 _ITEMS = ("params", "batch_stats", "opt_state")
@@ -386,85 +382,6 @@ def _shapes(tree: Any) -> Iterator[tuple[str, str]]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def steps_on_disk(directory: pathlib.Path) -> list[int]:
-    """Returns the steps that have a complete checkpoint, in ascending order."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if _STEP.fullmatch(name))
-
-
-def latest_saved(directory: pathlib.Path) -> str:
-    """Says which step was saved last, for the message of an error."""
-    steps = steps_on_disk(directory)
-    return f"the latest saved step is {steps[-1]}" if steps else "no step has been saved"
-
-
-def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
-    """Finds the folder of checkpoints and the step that a path refers to.
-
-    Args:
-      path: a working directory, its `checkpoints` folder, or the folder of a step in it.
-
-    Returns: (folder, step), where step is None if the path does not refer to a single step.
-
-    Raises:
-      CheckpointError: if there is no checkpoint.
-    """
-    path = pathlib.Path(path)
-    # the name of a working directory can be a number too
-    step = int(path.name) if _STEP.fullmatch(path.name) and not (path / DIRECTORY).is_dir() else None
-    folder = path.parent if step is not None else path
-    if (folder / DIRECTORY).is_dir():
-        folder = folder / DIRECTORY
-    steps = steps_on_disk(folder)
-    if not steps or (step is not None and step not in steps):
-        there = f"; there are steps {', '.join(map(str, steps))}" if steps else ""
-        raise CheckpointError(f"there is no checkpoint at {path}{there}; give the working directory of a training run")
-    return folder, step
-
-
-def read_config(path: str | pathlib.Path) -> str:
-    """Returns the `config.json` that belongs to a checkpoint, as text.
-
-    Raises:
-      CheckpointError: if it can't be read.
-    """
-    folder, _ = locate(path)
-    return read_file(folder.parent, "config.json")
-
-
-def read_file(workdir: pathlib.Path, name: str) -> str:
-    """Returns one of `WORKDIR_FILES`, as text; if it is missing, the copy in the last checkpoint.
-
-    Raises:
-      CheckpointError: if neither can be read as JSON.
-    """
-    file = workdir / name
-    try:
-        text = read_bytes(file).decode() if file.exists() else read_copy(workdir, name)
-        if text is None:
-            raise FileNotFoundError(f"{file} is missing, and no checkpoint contains a copy")
-        json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} can't be read ({reason(error)}). Copy it back; if you delete it, the copy in the last"
-            " checkpoint is used"
-        ) from error
-    return text
-
-
-def read_copy(workdir: pathlib.Path, name: str) -> str | None:
-    """Returns the last checkpoint's copy of one of `WORKDIR_FILES`; None if no checkpoint contains one.
-
-    Damaged copies, and checkpoints of older versions, which have none, are skipped.
-    """
-    for step in reversed(steps_on_disk(workdir / DIRECTORY)):
-        folder = workdir / DIRECTORY / str(step)
-        file = folder / "files" / "metadata"
-        if file.exists() and find_damage(folder, below="files") is None:
-            return json.loads(read_bytes(file)).get(name)
-    return None
 
 
 def _read_files(workdir: pathlib.Path) -> dict[str, str]:

@@ -81,13 +81,3 @@ def resolve(config: ConfigDict, manifest: Manifest) -> ConfigDict:
         )
     config.model.num_classes = manifest.num_classes
     return config
-
-
-def image_size(config: ConfigDict, manifest: Manifest) -> tuple[int, int]:
-    """Returns the height and width of the images that the network is given."""
-    if config.data.image_size:
-        return config.data.image_size, config.data.image_size
-    size = manifest.split(config.eval.split).image_size
-    if size is None:
-        raise ConfigError(f"the images of {config.data.dir} differ in size; set --config.data.image_size=…")
-    return size

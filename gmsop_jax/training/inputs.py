@@ -16,7 +16,7 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.pipeline import ORDER_VERSION
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import write_json
-from gmsop_jax.training.checkpoint import DIRECTORY, read_copy, read_file, steps_on_disk
+from gmsop_jax.training.layout import DIRECTORY, read_copy, read_file, steps_on_disk
 
 FILE_NAME = "inputs.json"
 

@@ -140,18 +140,28 @@ def _find(name: str) -> type[Logger]:
         ) from error
 
 
-def create_loggers(config: ConfigDict, workdir: pathlib.Path, start_step: int) -> list[Logger]:
-    """Creates the loggers that `config.log.backends` names; the other arguments are those of `Logger`.
+@contextlib.contextmanager
+def open_loggers(config: ConfigDict, workdir: pathlib.Path, start_step: int) -> Iterator[list[Logger]]:
+    """Creates the loggers that `config.log.backends` names, and closes them on leaving.
+
+    If the block raises, closing often fails for the same reason, which is not reported.
+
+    Args: as in `Logger`.
 
     Raises:
       ConfigError: see `find_backends`.
       UserError: if a logger can't start, for example without an account.
     """
     names, loggers = config.log.backends, []
-    with closing_on_failure(loggers):
+    try:
         for name, backend in zip(names, find_backends(names), strict=True):
             loggers.append(_start(name, backend, workdir, config, start_step))
-    return loggers
+        yield loggers
+    except BaseException:
+        with contextlib.suppress(Exception):
+            _close_all(loggers)
+        raise
+    _close_all(loggers)
 
 
 def _start(name: str, backend: type[Logger], workdir: pathlib.Path, config: ConfigDict, start_step: int) -> Logger:
@@ -165,18 +175,7 @@ def _start(name: str, backend: type[Logger], workdir: pathlib.Path, config: Conf
         ) from error
 
 
-@contextlib.contextmanager
-def closing_on_failure(loggers: Sequence[Logger]) -> Iterator[None]:
-    """Closes the loggers if the block raises. Closing then often fails for the same reason, which is not reported."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):
-            close_all(loggers)
-        raise
-
-
-def close_all(loggers: Sequence[Logger]) -> None:
+def _close_all(loggers: Sequence[Logger]) -> None:
     """Closes every logger, even if closing another one fails, and then raises that error."""
     with contextlib.ExitStack() as stack:
         for logger in loggers:

@@ -1,10 +1,12 @@
 """The training loop."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,17 +14,19 @@ import jax
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.files import write_json
-from gmsop_jax.training.checkpoint import DIRECTORY, Checkpoints, Progress
+from gmsop_jax.training.checkpoint import Checkpoints, Progress
 from gmsop_jax.training.divergence import check_evaluation, check_state, explain, step_to_skip
 from gmsop_jax.training.evaluation import COMPILING, verify_shards
+from gmsop_jax.training.history import RESULT, plot_curves
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
-from gmsop_jax.training.loggers import closing_on_failure, create_loggers, find_backends
+from gmsop_jax.training.layout import DIRECTORY
+from gmsop_jax.training.loggers import find_backends, open_loggers
 from gmsop_jax.training.metrics import MetricsBuffer, NonFiniteError, error_text
 from gmsop_jax.training.processes import check_same, ending_together, first_process_does
 from gmsop_jax.training.setup import Run, prepare
 from gmsop_jax.training.step import TrainState
 from gmsop_jax.training.workdir import Workdir, check_path, check_same_config
-from gmsop_jax.training.writer import RESULT, Writer, plot_curves, profile_steps
+from gmsop_jax.training.writer import Writer, profile_steps
 
 
 @ending_together()
@@ -140,7 +144,7 @@ def _loop(
         seconds = start.wall_seconds + time.monotonic() - started
         return Progress(step, step // run.steps_per_epoch, seconds, start.skipped, buffer.total)
 
-    with _open_writer(run, start, workdir) as writer, profile_steps(workdir.path, profile) as profiled:
+    with _open_writer(run, start, workdir.path) as writer, profile_steps(workdir.path, profile) as profiled:
         _announce(writer, start, workdir.path)
         steps = range(start.step + 1, run.total_steps + 1)
         for step, batch in zip(steps, run.batches(start.step), strict=False):
@@ -195,12 +199,14 @@ def _evaluate(run: Run, state: TrainState, step: int, writer: Writer, is_first: 
     return evaluation
 
 
-def _open_writer(run: Run, start: Progress, workdir: Workdir) -> Writer:
-    enabled = jax.process_index() == 0
-    loggers = create_loggers(run.config, workdir.path, start.step) if enabled else []
-    options = {"total_steps": run.total_steps, "start_step": start.step, "enabled": enabled}
-    with closing_on_failure(loggers):
-        return Writer(workdir.path, loggers=loggers, **options)
+@contextlib.contextmanager
+def _open_writer(run: Run, start: Progress, workdir: pathlib.Path) -> Iterator[Writer]:
+    """Opens the writer of a run, with its loggers in the first process."""
+    first = jax.process_index() == 0
+    opened = open_loggers(run.config, workdir, start.step) if first else contextlib.nullcontext(())
+    steps = {"total_steps": run.total_steps, "start_step": start.step}
+    with opened as loggers, Writer(workdir, loggers=loggers, enabled=first, **steps) as writer:
+        yield writer
 
 
 def _say(*lines: str) -> None:

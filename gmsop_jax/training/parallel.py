@@ -4,9 +4,7 @@ A step is written for one device's part of the batch, with collectives over the 
 ways to run it on the mesh, with the same results: `jit` of `shard_map`, and `pmap`.
 """
 
-import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,53 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import ConfigError
 
 AXIS = "batch"  # the axis of the mesh, and of pmap and shard_map
-MIN_ROWS_PER_DEVICE = 16  # for a CPU; with fewer rows, splitting the batch costs more time than it saves
 
 HostBatch = Mapping[str, np.ndarray]
-
-
-def num_cpu_devices(config: ConfigDict, cores: int) -> int:
-    """Returns the number of JAX devices to split a CPU into.
-
-    This is `config.parallel.cpu_devices`. If that is 0, it is the largest number, at most one per core, for which all
-    batches divide evenly over the devices, with at least `MIN_ROWS_PER_DEVICE` rows for each device.
-    """
-    if config.parallel.cpu_devices:
-        return config.parallel.cpu_devices
-    t = config.train
-    rows = t.batch_size // t.sub_batches // (2 if t.mixup_alpha else 1), config.eval.batch_size  # mixup needs pairs
-    largest = min(cores, min(rows) // MIN_ROWS_PER_DEVICE)
-    return max((n for n in range(1, largest + 1) if math.gcd(*rows) % n == 0), default=1)
-
-
-def use_cpu_devices(config: ConfigDict) -> None:
-    """Splits the CPU into `num_cpu_devices` JAX devices; must be called before JAX initialises its devices.
-
-    XLA runs much of a small network on a single core of each device, so one device per core makes use of all cores.
-    A device that waits for the others occupies one of XLA's threads, so the thread pool is enlarged by the number of
-    devices: otherwise an operation that needs further threads, such as an eigendecomposition, might never finish.
-
-    The environment variables `XLA_FLAGS`, `JAX_NUM_CPU_DEVICES` and `PJRT_NPROC` take precedence.
-    """
-    if "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    cores = os.cpu_count() or 1
-    count = num_cpu_devices(config, cores)
-    with contextlib.suppress(RuntimeError):  # JAX is already initialised, as in a notebook, and keeps its devices
-        jax.config.update("jax_num_cpu_devices", count)
-        if count > 1:
-            os.environ.setdefault("PJRT_NPROC", str(cores + count))
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs for later runs in JAX_COMPILATION_CACHE_DIR, or in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not jax.config.jax_compilation_cache_dir and os.path.isabs(cache):  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "gmsop_jax"))
 
 
 def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -76,14 +32,20 @@ def check_eval_batch(batch_size: int, mesh: Mesh) -> None:
         _refuse_split("eval.batch_size", batch_size, mesh.size, f"{mesh.size} devices")
 
 
-def check_train_batches(config: ConfigDict, num_images: int, mesh: Mesh) -> None:
+def check_train_batches(train: Any, batch_norm: str, num_images: int, mesh: Mesh) -> None:
     """Checks that the batches of an epoch can be split over devices and sub-batches.
+
+    Args:
+      train: the section `train` of a configuration.
+      batch_norm: `config.parallel.batch_norm`.
+      num_images: number of training images.
+      mesh: the devices.
 
     Raises:
       ConfigError: if a batch doesn't split evenly, if batch norm would take the moments of a single image, or if mixup
         would have to pair an odd number of images on a device.
     """
-    t, devices = config.train, mesh.size
+    t, devices = train, mesh.size
     over = f"{devices} devices" + (f" × {t.sub_batches} sub-batches" if t.sub_batches > 1 else "")
     parts = devices * t.sub_batches
     if t.batch_size % parts:
@@ -96,10 +58,10 @@ def check_train_batches(config: ConfigDict, num_images: int, mesh: Mesh) -> None
             advice += ", or leave that batch out with --config.train.drop_last=True"
         if size % parts:
             raise ConfigError(f"{name} doesn't split evenly over {over}; {advice}")
-        if size // t.sub_batches // (devices if config.parallel.batch_norm == "device" else 1) < 2:
+        if size // t.sub_batches // (devices if batch_norm == "device" else 1) < 2:
             raise ConfigError(
                 f"{name} makes batch norm take the moments of single images (train.sub_batches = {t.sub_batches},"
-                f" parallel.batch_norm = {config.parallel.batch_norm!r}, {devices} devices); {advice}"
+                f" parallel.batch_norm = {batch_norm!r}, {devices} devices); {advice}"
             )
         if t.mixup_alpha and devices > 1 and size // devices % 2:
             raise ConfigError(

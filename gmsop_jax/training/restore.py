@@ -13,8 +13,10 @@ from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.models import Network, create_model
-from gmsop_jax.training import checkpoint, exported
+from gmsop_jax.training import exported
+from gmsop_jax.training.checkpoint import Checkpoints
 from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.layout import locate, read_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +79,13 @@ def read_description(path: str | os.PathLike[str]) -> tuple[ConfigDict, Inputs]:
     """
     if exported_folder := exported.find(path):
         return exported.read_description(exported_folder)
-    folder = folder_of(path)
-    config = configs.from_json(checkpoint.read_config(os.fspath(path)), str(folder / "config.json"))
-    return config, Inputs.load(folder)
+    folder = locate(path)[0].parent
+    return configs.from_json(read_file(folder, "config.json"), str(folder / "config.json")), Inputs.load(folder)
 
 
 def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the working directory of a run, or the folder of an exported network. Args, Raises: as in `load`."""
-    return exported.find(path) or checkpoint.locate(os.fspath(path))[0].parent
+    return exported.find(path) or locate(path)[0].parent
 
 
 def load_variables(
@@ -108,8 +109,8 @@ def load_variables(
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     if exported_folder := exported.find(path):
         return exported.load_variables(exported_folder, like, sharding)
-    folder, step = checkpoint.locate(os.fspath(path))
-    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+    folder, step = locate(path)
+    with Checkpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.latest_step if step is None else step
         assert step is not None  # locate found one
         variables, _ = checkpoints.restore_variables({"batch_stats": {}, **like}, step)

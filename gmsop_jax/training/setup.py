@@ -16,9 +16,9 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.models import count_parameters, create_model
 from gmsop_jax.training import parallel
-from gmsop_jax.training.checkpoint import DIRECTORY, steps_on_disk
-from gmsop_jax.training.evaluation import create_evaluation, image_size, resolve
+from gmsop_jax.training.evaluation import create_evaluation, resolve
 from gmsop_jax.training.inputs import Inputs, fingerprint
+from gmsop_jax.training.layout import DIRECTORY, steps_on_disk
 from gmsop_jax.training.optimizer import create_optimizer, create_schedule
 from gmsop_jax.training.restore import read_description
 from gmsop_jax.training.step import TrainState, create_state, make_train_step
@@ -81,23 +81,23 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """
     manifest = Manifest.load(config.data.dir, splits=None if config.data.on_corrupt == "stop" else ())
     config = resolve(config, manifest)
-    manifest.split(config.eval.split)  # raises if the split does not exist
+    image_size = pipeline.image_size(config.data, config.eval.split, manifest)
     num_images = manifest.split("train").num_images
     steps_per_epoch = pipeline.steps_per_epoch(num_images, config.train.batch_size, config.train.drop_last)
     mesh = parallel.create_mesh()
-    parallel.check_train_batches(config, num_images, mesh)
+    parallel.check_train_batches(config.train, config.parallel.batch_norm, num_images, mesh)
     sharding = parallel.replicated(mesh)
 
-    starts_elsewhere = config.train.init_from and not steps_on_disk(workdir / DIRECTORY)
-    source = read_source(config, sharding) if starts_elsewhere else None
-    mean_rgb = source.inputs.mean_rgb if source else _mean_rgb(config, manifest, workdir)
-    inputs = Inputs(manifest.name, manifest.classes, mean_rgb, image_size(config, manifest), fingerprint(manifest))
+    init_from, resumes = config.train.init_from, bool(steps_on_disk(workdir / DIRECTORY))
+    source = read_source(init_from, config.model.pixel_scale, sharding) if init_from and not resumes else None
+    mean_rgb = _mean_rgb(init_from, manifest, workdir if resumes else None)
+    inputs = Inputs(manifest.name, manifest.classes, mean_rgb, image_size, fingerprint(manifest))
     evaluate = create_evaluation(config, manifest, mean_rgb, mesh)
 
     schedule = create_schedule(config.train, steps_per_epoch)
     optimizer = create_optimizer(config.train, schedule, config.model.pixel_scale)
     model = create_model(config.model)
-    images = jnp.zeros((1, *inputs.image_size, 3))
+    images = jnp.zeros((1, *image_size, 3))
 
     def initial_state(taken: dict[Path, Any]) -> TrainState:
         variables = merge(model.init(jax.random.key(config.seed), images), taken)
@@ -133,16 +133,12 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     )
 
 
-def _mean_rgb(config: ConfigDict, manifest: Manifest, workdir: pathlib.Path) -> tuple[float, float, float]:
+def _mean_rgb(init_from: str, manifest: Manifest, resumed: pathlib.Path | None) -> tuple[float, float, float]:
     """Returns the colour to subtract: the mean of the data set, or of that on which the network was first trained."""
-    if not steps_on_disk(workdir / DIRECTORY):
-        return manifest.mean_rgb
-    try:
-        return Inputs.load(workdir).mean_rgb
-    except CheckpointError:
-        if not config.train.init_from:
-            return manifest.mean_rgb
-        return read_description(config.train.init_from)[1].mean_rgb
+    with contextlib.suppress(CheckpointError):  # if the file is lost, the colour is determined as at the start
+        if resumed:
+            return Inputs.load(resumed).mean_rgb
+    return read_description(init_from)[1].mean_rgb if init_from else manifest.mean_rgb
 
 
 def _batches(

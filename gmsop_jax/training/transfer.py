@@ -1,7 +1,6 @@
 """Initializes a network from that of another run."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
-from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.restore import load
@@ -34,28 +32,28 @@ class Source:
     inputs: Inputs
 
 
-def read_source(config: ConfigDict, sharding: Sharding) -> Source:
+def read_source(path: str, pixel_scale: float, sharding: Sharding) -> Source:
     """Reads the network that `config.train.init_from` names.
 
     Args:
-      config: the configuration of the new run.
+      path: the value of that field.
+      pixel_scale: `config.model.pixel_scale` of the new run.
       sharding: where the arrays are placed while they are read, on devices of all processes.
 
     Raises:
       ConfigError: if there is no such network, or its `pixel_scale` is different.
     """
-    path = config.train.init_from
     try:
         _, variables, info = load(path, sharding)
     except (CheckpointError, ConfigError) as error:
         raise ConfigError(f"config.train.init_from = {path!r}: {error}") from error
-    theirs, ours = info.config.model.pixel_scale, config.model.pixel_scale
-    if theirs != ours:
+    theirs = info.config.model.pixel_scale
+    if theirs != pixel_scale:
         raise ConfigError(
-            f"config.model.pixel_scale = {ours}, but the network of config.train.init_from = {path!r} was trained"
-            f" with {theirs}; set --config.model.pixel_scale={theirs}"
+            f"config.model.pixel_scale = {pixel_scale}, but the network of config.train.init_from = {path!r} was"
+            f" trained with {theirs}; set --config.model.pixel_scale={theirs}"
         )
-    return Source(os.fspath(path), info.step, jax.device_get(variables), info.inputs)
+    return Source(path, info.step, jax.device_get(variables), info.inputs)
 
 
 def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], str]:

@@ -14,7 +14,7 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import manifest
 from gmsop_jax.errors import CheckpointError, reason
 from gmsop_jax.files import FileLock, LockHeldError, read_bytes, write_atomic
-from gmsop_jax.training.checkpoint import DIRECTORY, latest_saved, read_copy, steps_on_disk
+from gmsop_jax.training.layout import DIRECTORY, latest_saved, read_copy, steps_on_disk
 from gmsop_jax.training.processes import check_same, first_process_does
 
 _CONFIG, _LOCK = "config.json", ".lock"

@@ -1,4 +1,4 @@
-"""What a run logs: a progress line, `metrics.jsonl`, `curves.png`, and what its loggers write."""
+"""What a run logs: a progress line, `metrics.jsonl`, and what its loggers write."""
 
 import contextlib
 import json
@@ -11,46 +11,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from gmsop_jax.files import read_bytes, read_object, write_atomic
-from gmsop_jax.training.loggers import Logger, close_all
-
-METRICS, RESULT = "metrics.jsonl", "result.json"
-_RESULT_FIELDS = {"last_top1_error": float, "wall_seconds": float, "parameters": int, "feature_dimension": int}
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the records of `metrics.jsonl`, without damaged lines, such as a last one that a kill cut off."""
-    file = workdir / METRICS
-    records = []
-    for line in read_bytes(file).splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if _is_record(record):
-                records.append(record)
-    return records
-
-
-def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the contents of `result.json`, or None if the run is not finished.
-
-    Raises:
-      UserError: if the file is damaged.
-    """
-    file = workdir / RESULT
-    if not file.exists():
-        return None
-    return read_object(file, _RESULT_FIELDS, "delete it, and start the run again to write it again")
-
-
-def _is_record(value: Any) -> bool:
-    """Whether a value has the fields and types of a record that `Writer.record` wrote."""
-    if not isinstance(value, dict) or type(value.get("step")) is not int or "epoch" not in value:
-        return False
-    numbers = dict(value)
-    kind, uses = numbers.pop("kind", None), numbers.pop("candidate_use", [])
-    if not isinstance(kind, str) or not isinstance(uses, list):
-        return False
-    return all(type(number) in (int, float) for number in [*numbers.values(), *uses])
+from gmsop_jax.files import write_atomic
+from gmsop_jax.training.history import METRICS, read_metrics
+from gmsop_jax.training.loggers import Logger
 
 
 class Writer:
@@ -64,7 +27,7 @@ class Writer:
       start_step: number of steps that are already done. Records of later steps, which were written before an
         interruption and will be computed again, are removed.
       enabled: whether this process logs anything.
-      loggers: further places to log to.
+      loggers: further places to log to; they are not closed.
     """
 
     SECONDS_PER_LINE = 10  # where standard error is not a terminal
@@ -105,8 +68,8 @@ class Writer:
         self._bar.close()
         if self._enabled:
             # if an error is already being raised, closing often fails for the same reason; the first error is reported
-            with contextlib.suppress(Exception) if kind else contextlib.nullcontext(), contextlib.closing(self._jsonl):
-                close_all(self._loggers)
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                self._jsonl.close()
 
     def advance(self) -> None:
         """Counts one more step."""
@@ -170,37 +133,3 @@ def profile_steps(
 
         tracing: list[int] = []
         yield profiled
-
-
-def plot_curves(workdir: pathlib.Path) -> None:
-    """Draws loss, error, learning rate and balance loss over the epochs into `curves.png`."""
-    import io
-
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    records = read_metrics(workdir)
-    panels = {
-        "loss": "cross entropy [nats]",
-        "top1_error": "top-1 error [%]",
-        "learning_rate": "learning rate",
-        "balance_loss": "balance loss",
-    }
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for kind, label in (("train", "training"), ("eval", "evaluation")):
-            points = [(r["epoch"], r[name]) for r in records if r["kind"] == kind and name in r]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=label)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if name == "learning_rate":
-            axes.set_yscale("log")
-        else:
-            highest = axes.dataLim.y1  # -inf without any point
-            axes.set_ylim(0, 1.05 * highest if highest > 0 else None)
-    figure.axes[0].legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomic(workdir / "curves.png", buffer.getvalue())

@@ -9,7 +9,7 @@ import pytest
 from gmsop_jax.analysis import sweep
 from gmsop_jax.conversion import prepare
 from gmsop_jax.main import main
-from gmsop_jax.training import loop, parallel, processes
+from gmsop_jax.training import devices, loop, processes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,7 +38,7 @@ def test_a_documented_command_is_understood(command, tmp_path, monkeypatch, caps
     monkeypatch.setattr(loop, "train_and_evaluate", lambda *args, **options: result)
     monkeypatch.setattr(sweep, "run", lambda jobs: [])
     monkeypatch.setattr(processes, "start_processes", lambda *args: None)
-    monkeypatch.setattr(parallel, "use_cpu_devices", lambda *args: None)
+    monkeypatch.setattr(devices, "use_cpu_devices", lambda *args: None)
     monkeypatch.setattr(prepare, "prepare_data", lambda data: None)
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command)[1:]

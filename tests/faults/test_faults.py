@@ -30,13 +30,14 @@ from gmsop_jax.errors import CheckpointError, DataError
 from gmsop_jax.inference import evaluate
 from gmsop_jax.main import main
 from gmsop_jax.training import parallel, setup
-from gmsop_jax.training.checkpoint import Checkpoints, locate
+from gmsop_jax.training.checkpoint import Checkpoints
 from gmsop_jax.training.evaluation import COMPILING
+from gmsop_jax.training.history import read_metrics
+from gmsop_jax.training.layout import locate
 from gmsop_jax.training.loop import train_and_evaluate
 from gmsop_jax.training.metrics import NonFiniteError
 from gmsop_jax.training.restore import load
 from gmsop_jax.training.workdir import Workdir
-from gmsop_jax.training.writer import read_metrics
 
 
 @pytest.fixture(autouse=True, scope="module")

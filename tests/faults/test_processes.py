@@ -13,9 +13,9 @@ import pytest
 
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.errors import ConfigError
+from gmsop_jax.training.history import read_metrics
 from gmsop_jax.training.processes import start_processes
 from gmsop_jax.training.restore import load
-from gmsop_jax.training.writer import read_metrics
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import gmsop_jax
-from gmsop_jax.config import default_config, load, model_defaults
+from gmsop_jax.config import load, model_defaults
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.inference import evaluate, export
 from gmsop_jax.inference.model_card import command
@@ -106,10 +106,9 @@ def test_an_exported_folder_opens_as_a_run_does(trained_run, safetensors, tmp_pa
     assert main(["evaluate", "--checkpoint", str(folder), f"--config.data.dir={info.config.data.dir}"]) == 0
     assert info.metrics is not None
     assert f"top-1 error {info.metrics['top1_error']:.2f} %" in capsys.readouterr().out
-    config = default_config()
-    config.train.init_from = str(folder)
+    source = read_source(str(folder), info.config.model.pixel_scale, replicated(create_mesh()))
     np.testing.assert_array_equal(
-        read_source(config, replicated(create_mesh())).variables["params"]["head"]["classifier"]["kernel"],
+        source.variables["params"]["head"]["classifier"]["kernel"],
         variables["params"]["head"]["classifier"]["kernel"],
     )
 

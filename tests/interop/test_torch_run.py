@@ -81,7 +81,7 @@ def test_a_second_order_head_starts_from_it(imported):
     folder, _ = imported
     overrides = ["model.num_classes=7", f"train.init_from={folder}"]
     config = load_config(f"{ROOT}/configs/imagenet.py:resnet50,srsop", overrides)
-    source = read_source(config, replicated(create_mesh()))
+    source = read_source(config.train.init_from, config.model.pixel_scale, replicated(create_mesh()))
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")
     like = jax.eval_shape(create_model(config.model).init, jax.random.key(0), images)
     taken, line = choose(like, source)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from gmsop_jax.config import ConfigDict, default_config
-from gmsop_jax.training import parallel
+from gmsop_jax.training import devices
 
 
 def configured(count: int, batch_sizes: tuple[int, int], **train) -> ConfigDict:
@@ -32,26 +32,26 @@ def configured(count: int, batch_sizes: tuple[int, int], **train) -> ConfigDict:
     ],
 )
 def test_a_cpu_is_as_many_devices(count, batch_sizes, cores, expected):
-    assert parallel.num_cpu_devices(configured(count, batch_sizes), cores) == expected
+    assert devices.num_cpu_devices(configured(count, batch_sizes), cores) == expected
 
 
 def test_rows_that_are_split_at_a_time():
-    assert parallel.num_cpu_devices(configured(0, (160, 320), sub_batches=5), 2) == 2
-    assert parallel.num_cpu_devices(configured(0, (160, 320), sub_batches=5, mixup_alpha=0.2), 2) == 1  # pairs
+    assert devices.num_cpu_devices(configured(0, (160, 320), sub_batches=5), 2) == 2
+    assert devices.num_cpu_devices(configured(0, (160, 320), sub_batches=5, mixup_alpha=0.2), 2) == 1  # pairs
 
 
-def devices(**environment: str) -> int:
+def count_devices(**environment: str) -> int:
     """Returns the number of devices of a fresh process, of whose CPU four are to be made."""
     code = """
 from gmsop_jax.config import default_config
-from gmsop_jax.training import parallel
+from gmsop_jax.training import devices
 config = default_config()
 config.parallel.cpu_devices = 4
-parallel.use_cpu_devices(config)
+devices.use_cpu_devices(config)
 import jax
 print(jax.device_count())
 config.parallel.cpu_devices = 3
-parallel.use_cpu_devices(config)  # too late, and no error
+devices.use_cpu_devices(config)  # too late, and no error
 """
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     environment = {**kept, "JAX_PLATFORMS": "cpu", **environment}
@@ -60,15 +60,15 @@ parallel.use_cpu_devices(config)  # too late, and no error
 
 
 def test_the_environment_takes_precedence():
-    assert devices() == 4
-    assert devices(XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
-    assert devices(JAX_NUM_CPU_DEVICES="2") == 2
+    assert count_devices() == 4
+    assert count_devices(XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
+    assert count_devices(JAX_NUM_CPU_DEVICES="2") == 2
 
 
 def test_the_environment_of_a_started_jax_stays(monkeypatch):
     monkeypatch.delenv("PJRT_NPROC", raising=False)
     jax.devices()
-    parallel.use_cpu_devices(configured(2, (64, 64)))
+    devices.use_cpu_devices(configured(2, (64, 64)))
     assert "PJRT_NPROC" not in os.environ
 
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.training.checkpoint import Checkpoints, Progress, locate, read_config, read_file
+from gmsop_jax.training.checkpoint import Checkpoints, Progress
+from gmsop_jax.training.layout import locate, read_file
 from gmsop_jax.training.step import TrainState
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -157,15 +158,15 @@ def test_nothing_to_locate(saved, tmp_path):
         locate(saved / "checkpoints" / "20")
 
 
-def test_read_config(saved, tmp_path):
+def test_read_file(saved, tmp_path):
     for path in (saved, saved / "checkpoints", saved / "checkpoints" / "30"):
-        assert json.loads(read_config(path)) == {"seed": 3}
+        assert json.loads(read_file(locate(path)[0].parent, "config.json")) == {"seed": 3}
     save_all(tmp_path / "checkpoints", {1: 50.0})
     with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
-        read_config(tmp_path)
+        read_file(tmp_path, "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json can't be read .*Copy it back"):
-        read_config(tmp_path)
+        read_file(tmp_path, "config.json")
 
 
 # ---- averages
@@ -275,7 +276,7 @@ def test_missing_files_are_read_from_the_last_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 5}')
     save_all(tmp_path / "checkpoints", {1: None, 2: None})
     (tmp_path / "config.json").unlink()
-    assert json.loads(read_config(tmp_path)) == {"seed": 5}
+    assert json.loads(read_file(tmp_path, "config.json")) == {"seed": 5}
     copy = tmp_path / "checkpoints" / "2" / "files" / "metadata"
     copy.write_text(copy.read_text().replace("5", "6"))  # damaged: the one before is read
-    assert json.loads(read_config(tmp_path)) == {"seed": 5}
+    assert json.loads(read_file(tmp_path, "config.json")) == {"seed": 5}

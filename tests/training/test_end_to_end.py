@@ -19,10 +19,11 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.main import main
 from gmsop_jax.training import parallel
-from gmsop_jax.training.checkpoint import Checkpoints, read_config
+from gmsop_jax.training.checkpoint import Checkpoints
+from gmsop_jax.training.history import read_metrics
 from gmsop_jax.training.interrupt import Interrupted
+from gmsop_jax.training.layout import read_file
 from gmsop_jax.training.loop import train_and_evaluate
-from gmsop_jax.training.writer import read_metrics
 
 STEPS = 12  # three epochs of four
 
@@ -84,7 +85,7 @@ def test_result(finished):
 
 
 def test_resolved_configuration(finished, config_file):
-    stored = from_json(read_config(finished))
+    stored = from_json(read_file(finished, "config.json"))
     assert stored.model.num_classes == 10  # 0 in the file: as the data set
     config = load(config_file)
     config.model.num_classes = 10

@@ -1,16 +1,18 @@
 """The backends of the log, with stand-ins for the packages of Weights & Biases and Trackio."""
 
+import contextlib
 import json
 import pathlib
 import re
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 
 from gmsop_jax import config as configs
 from gmsop_jax.errors import ConfigError, UserError
-from gmsop_jax.training.loggers import closing_on_failure, create_loggers, find_backends
+from gmsop_jax.training.loggers import find_backends, open_loggers
 from gmsop_jax.training.writer import Writer
 
 
@@ -39,13 +41,22 @@ def backends(*names: str) -> configs.ConfigDict:
     return config
 
 
+@contextlib.contextmanager
+def logging(config: configs.ConfigDict, folder: pathlib.Path, start_step: int) -> Iterator[Writer]:
+    with (
+        open_loggers(config, folder, start_step) as loggers,
+        Writer(folder, total_steps=9, start_step=start_step, loggers=loggers) as writer,
+    ):
+        yield writer
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_package_logs_what_the_run_records(name, tmp_path, monkeypatch):
     package = Package(name)
     monkeypatch.setitem(sys.modules, name, package)
     config = backends(name)
     for start in (0, 4):  # the second is resumed
-        with Writer(tmp_path, total_steps=9, loggers=create_loggers(config, tmp_path, start)) as writer:
+        with logging(config, tmp_path, start) as writer:
             writer.record("train", start + 2, 0.5, {"loss": 1.5})
             writer.record("eval", start + 4, 1.0, {"top1_error": 40.0, "candidate_use": [0.25, 0.75]})
     evaluation = {"eval/top1_error": 40.0, "eval/candidate_use/0": 0.25, "eval/candidate_use/1": 0.75}
@@ -57,7 +68,8 @@ def test_a_package_logs_what_the_run_records(name, tmp_path, monkeypatch):
     assert first["config"] == config.to_dict()
     other = tmp_path / "other"
     other.mkdir()
-    create_loggers(config, other, 0)
+    with open_loggers(config, other, 0):
+        pass
     key = {"wandb": "id", "trackio": "name"}[name]
     assert package.started[2][key] != first[key]
 
@@ -75,7 +87,7 @@ def test_a_backend_of_ones_own(tmp_path, monkeypatch):
         "        self.file.close()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with Writer(tmp_path, total_steps=9, loggers=create_loggers(backends("my_backend:Lines"), tmp_path, 3)) as writer:
+    with logging(backends("my_backend:Lines"), tmp_path, 3) as writer:
         writer.record("train", 5, 0.5, {"loss": 1.5})
     first, second = (tmp_path / "lines").read_text().splitlines()
     assert first == "0 3"
@@ -88,7 +100,8 @@ def test_the_documented_backend_runs(tmp_path):
     [code] = re.findall(r"```python\n(class MyLogger.*?)```", page.read_text(), re.DOTALL)
     names: dict = {}
     exec(code, names)
-    with Writer(tmp_path, total_steps=9, loggers=[names["MyLogger"](tmp_path, {}, 0)]) as writer:
+    logger = names["MyLogger"](tmp_path, {}, 0)
+    with contextlib.closing(logger), Writer(tmp_path, total_steps=9, loggers=[logger]) as writer:
         writer.record("train", 5, 0.5, {"loss": 1.5})
     assert (tmp_path / "my.log").read_text() == "5 {'train/loss': 1.5}\n"
 
@@ -110,7 +123,7 @@ def test_backends_that_are_missing_or_fail_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(package, "init", lambda **options: 1 // 0)
     monkeypatch.setitem(sys.modules, "trackio", package)
     with pytest.raises(UserError, match=r"trackio, which config\.log\.backends names, can't start \(ZeroDivisionError"):
-        create_loggers(backends("trackio"), tmp_path, 0)
+        open_loggers(backends("trackio"), tmp_path, 0).__enter__()
 
 
 def test_a_backend_without_a_connection_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
@@ -121,7 +134,7 @@ def test_a_backend_without_a_connection_is_not_taken_for_a_full_disk(tmp_path, m
     monkeypatch.setattr(package, "init", init)
     monkeypatch.setitem(sys.modules, "wandb", package)
     with pytest.raises(UserError, match=r"wandb, .* can't start \(ConnectionError: no route to host\)"):
-        create_loggers(backends("wandb"), tmp_path, 0)
+        open_loggers(backends("wandb"), tmp_path, 0).__enter__()
 
 
 def test_a_backend_that_fails_to_close_hides_no_error(tmp_path, monkeypatch):
@@ -129,8 +142,7 @@ def test_a_backend_that_fails_to_close_hides_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(bad, "finish", lambda: 1 // 0)
     for package in (good, bad):
         monkeypatch.setitem(sys.modules, package.__name__, package)
-    loggers = create_loggers(backends("wandb", "trackio"), tmp_path, 0)
-    with pytest.raises(UserError, match="the reason"), Writer(tmp_path, total_steps=9, loggers=loggers):
+    with pytest.raises(UserError, match="the reason"), logging(backends("wandb", "trackio"), tmp_path, 0):
         raise UserError("the reason")
     assert good.finished == 1
 
@@ -141,14 +153,13 @@ def test_backends_that_were_started_are_closed_if_a_later_one_or_the_writer_fail
         monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setattr(second, "init", lambda **options: 1 // 0)
     with pytest.raises(UserError, match=r"trackio, which .* can't start"):
-        create_loggers(backends("wandb", "trackio"), tmp_path, 0)
+        open_loggers(backends("wandb", "trackio"), tmp_path, 0).__enter__()
     assert first.finished == 1
     monkeypatch.setattr(first, "finish", lambda: 1 // 0)  # does not hide the reason
     with pytest.raises(UserError, match=r"trackio, which .* can't start"):
-        create_loggers(backends("wandb", "trackio"), tmp_path, 0)
+        open_loggers(backends("wandb", "trackio"), tmp_path, 0).__enter__()
     monkeypatch.setattr(second, "init", lambda **options: second)
-    loggers = create_loggers(backends("trackio"), tmp_path, 0)
-    with pytest.raises(OSError, match="No such file"), closing_on_failure(loggers):
+    with pytest.raises(OSError, match="No such file"), open_loggers(backends("trackio"), tmp_path, 0) as loggers:
         Writer(tmp_path / "missing", total_steps=9, loggers=loggers)
     assert second.finished == 1
 

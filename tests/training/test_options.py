@@ -18,12 +18,12 @@ from gmsop_jax.errors import ConfigError
 from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.models import create_model
 from gmsop_jax.training import parallel
+from gmsop_jax.training.history import read_metrics
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.interrupt import Interrupted
 from gmsop_jax.training.loop import train_and_evaluate
 from gmsop_jax.training.setup import prepare
 from gmsop_jax.training.step import make_train_step
-from gmsop_jax.training.writer import read_metrics
 
 OPTIONS = (
     "model.head=srsop",

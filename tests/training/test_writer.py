@@ -8,8 +8,9 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from gmsop_jax.config import default_config
-from gmsop_jax.training.loggers import create_loggers
-from gmsop_jax.training.writer import METRICS, Writer, plot_curves, read_metrics
+from gmsop_jax.training.history import METRICS, plot_curves, read_metrics
+from gmsop_jax.training.loggers import open_loggers
+from gmsop_jax.training.writer import Writer
 
 VALUES = {"loss": 1.5, "top1_error": 50.0, "images_per_second": 7.0}
 
@@ -62,7 +63,10 @@ def scalars(folder) -> set[tuple[str, int, float]]:
 
 
 def test_events(tmp_path):
-    with Writer(tmp_path, total_steps=4, loggers=create_loggers(default_config(), tmp_path, 0)) as writer:
+    with (
+        open_loggers(default_config(), tmp_path, 0) as loggers,
+        Writer(tmp_path, total_steps=4, loggers=loggers) as writer,
+    ):
         writer.record("train", 3, 1.5, {"loss": 1.5})
     assert ("train/loss", 3, 1.5) in scalars(tmp_path)
 

@@ -17,8 +17,8 @@ from gmsop_jax.data.records import decode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 from gmsop_jax.inference.predict import Predictor
-from gmsop_jax.training import checkpoint
 from gmsop_jax.training.inputs import fingerprint
+from gmsop_jax.training.layout import last_checkpoint
 
 _BATCH = 64
 
@@ -107,8 +107,7 @@ def predict_split(workdir: Path, data: Path | None, max_images: int) -> Predicti
       CheckpointError: if there is no checkpoint.
       DataError: if the data set does not exist or is not the one that the run was evaluated on.
     """
-    checkpoints, _ = checkpoint.locate(workdir)
-    step = checkpoints / str(max(checkpoint.steps_on_disk(checkpoints)))
+    step = last_checkpoint(workdir)
     predictor = Predictor(step)
     config, inputs = predictor.info.config, predictor.info.inputs
     folder, split = Path(data or config.data.dir), config.eval.split

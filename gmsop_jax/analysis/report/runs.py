@@ -9,8 +9,8 @@ from typing import Any
 from gmsop_jax import config as configs
 from gmsop_jax.analysis.report.published import Published, find_published
 from gmsop_jax.config import ConfigDict
+from gmsop_jax.training.history import read_metrics, read_result
 from gmsop_jax.training.inputs import Inputs
-from gmsop_jax.training.writer import read_metrics, read_result
 
 
 @dataclasses.dataclass(frozen=True)
