@@ -1,7 +1,8 @@
 """Networks of a backbone and a head, created from a configuration."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,37 +24,33 @@ from gmsop_jax.models.layers import BatchNorm
 from gmsop_jax.models.resnet import BottleneckResNet, ResNet
 from gmsop_jax.ops.arrays import AnyArray
 
-_Fields = dict[str, Any]
-
-# name → head, created from the fields for heads without a mixture, for mixtures, and for gated mixtures
-_HEADS: dict[str, Callable[[Any, _Fields, _Fields, _Fields], nn.Module]] = {
-    "gap": lambda m, plain, mixture, gated: GAPHead(**plain),
-    "sop": lambda m, plain, mixture, gated: CovarianceHead(**plain),
-    "srsop": lambda m, plain, mixture, gated: SecondOrderHead(
-        **plain, num_iters=m.num_iters, coefficients=m.coefficients
-    ),
-    "mpncov": lambda m, plain, mixture, gated: MPNCOVHead(**plain, power=m.power),
-    "dropcov": lambda m, plain, mixture, gated: DropCovHead(**plain, axis_name=mixture["axis_name"]),
-    "sot": lambda m, plain, mixture, gated: CrossCovarianceHead(
-        **plain, num_heads=m.num_heads, head_width=m.head_width, power=m.power
-    ),
-    "gmgap": lambda m, plain, mixture, gated: GatedMixtureHead(**mixture, **gated, order=1),
-    "gmsop": lambda m, plain, mixture, gated: GatedMixtureHead(**mixture, **gated, order=2),
-    "avegap": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=1),
-    "avesop": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=2),
-    "concatgap": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=1, combine="concatenate"),
-    "concatsop": lambda m, plain, mixture, gated: MixtureHead(**mixture, order=2, combine="concatenate"),
+# For each name, the class of the module, and the fields that the name stands for.
+_HEADS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "gap": (GAPHead, {}),
+    "sop": (CovarianceHead, {}),
+    "srsop": (SecondOrderHead, {}),
+    "mpncov": (MPNCOVHead, {}),
+    "dropcov": (DropCovHead, {}),
+    "sot": (CrossCovarianceHead, {}),
+    "gmgap": (GatedMixtureHead, {"order": 1}),
+    "gmsop": (GatedMixtureHead, {"order": 2}),
+    "avegap": (MixtureHead, {"order": 1}),
+    "avesop": (MixtureHead, {"order": 2}),
+    "concatgap": (MixtureHead, {"order": 1, "combine": "concatenate"}),
+    "concatsop": (MixtureHead, {"order": 2, "combine": "concatenate"}),
 }
-_BOTTLENECKS = {
-    "resnet50": {"blocks_per_stage": (3, 4, 6, 3)},
-    "resnet101": {"blocks_per_stage": (3, 4, 23, 3)},
-    "resnext50_32x4d": {"blocks_per_stage": (3, 4, 6, 3), "groups": 32, "group_width": 4},
-    "resnext101_32x4d": {"blocks_per_stage": (3, 4, 23, 3), "groups": 32, "group_width": 4},
-    "resnext101_64x4d": {"blocks_per_stage": (3, 4, 23, 3), "groups": 64, "group_width": 4},
+_BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "narrow": (ResNet, {}),
+    "resnet50": (BottleneckResNet, {"blocks_per_stage": (3, 4, 6, 3)}),
+    "resnet101": (BottleneckResNet, {"blocks_per_stage": (3, 4, 23, 3)}),
+    "resnext50_32x4d": (BottleneckResNet, {"blocks_per_stage": (3, 4, 6, 3), "groups": 32, "group_width": 4}),
+    "resnext101_32x4d": (BottleneckResNet, {"blocks_per_stage": (3, 4, 23, 3), "groups": 32, "group_width": 4}),
+    "resnext101_64x4d": (BottleneckResNet, {"blocks_per_stage": (3, 4, 23, 3), "groups": 64, "group_width": 4}),
 }
 HEADS = tuple(_HEADS)
-MIXTURES = ("gmgap", "gmsop", "avegap", "avesop", "concatgap", "concatsop")
-BACKBONES = ("narrow", *_BOTTLENECKS)
+GATED = tuple(name for name, (head, _) in _HEADS.items() if head is GatedMixtureHead)
+MIXTURES = tuple(name for name, (head, _) in _HEADS.items() if head in (GatedMixtureHead, MixtureHead))
+BACKBONES = tuple(_BACKBONES)
 
 
 class Network(nn.Module):
@@ -110,59 +107,29 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
         raise ValueError(f"config.model.head must be one of {', '.join(HEADS)}; got {config.head!r}")
     if config.backbone not in BACKBONES:
         raise ValueError(f"config.model.backbone must be one of {', '.join(BACKBONES)}; got {config.backbone!r}")
-    shared = {
-        "norm": functools.partial(
-            BatchNorm,
-            running_rate=config.batch_norm_rate,
-            axis_name=None if per_device_bn else axis_name,
-        ),
+    bn_axis = None if per_device_bn else axis_name
+    given = {
+        "norm": functools.partial(BatchNorm, running_rate=config.batch_norm_rate, axis_name=bn_axis),
         "dtype": jnp.dtype(config.compute_dtype) if config.compute_dtype else None,
+        "pool_precision": config.pool_precision or None,
+        "axis_name": axis_name,
     }
-    return Network(_create_backbone(config, shared), _create_head(config, shared, axis_name))
-
-
-def _create_backbone(m: Any, shared: _Fields) -> nn.Module:
-    fields = {**shared, "stage_strides": tuple(m.stage_strides), "pixel_scale": m.pixel_scale}
-    if m.backbone in _BOTTLENECKS:
-        return BottleneckResNet(**_BOTTLENECKS[m.backbone], **fields, stem=m.stem)
-    return ResNet(
-        **fields,
-        blocks_per_stage=m.blocks_per_stage,
-        width_factor=m.width_factor,
-        stage_widths=tuple(m.stage_widths),
-        stem_width=m.stem_width,
+    return Network(
+        _create(*_BACKBONES[config.backbone], given, config),
+        _create(*_HEADS[config.head], given, config),
     )
 
 
-def _create_head(m: Any, shared: _Fields, axis_name: str | None) -> nn.Module:
-    shared = {**shared, "num_classes": m.num_classes, "pool_precision": m.pool_precision or None}
-    plain = {
-        **shared,
-        "projection_widths": tuple(m.projection_widths),
-        "projection_batch_norm": m.projection_batch_norm,
-    }
-    mixture = {
-        **shared,
-        "num_candidates": m.num_candidates,
-        "candidate_widths": tuple(m.candidate_widths),
-        "num_iters": m.num_iters,
-        "coefficients": m.coefficients,
-        "dropout_rate": m.dropout_rate,
-        "axis_name": axis_name,
-    }
-    gated = {
-        "num_selected": m.num_selected,
-        "gate_widths": tuple(m.gate_widths),
-        "dispatch": m.dispatch,
-        "gate_order": m.gate_order,
-        "gate_noise": m.gate_noise,
-        "gate_softmax": m.gate_softmax,
-        "gate_gradient": m.gate_gradient,
-        "gate_init": m.gate_init,
-        "balance_on": m.balance_on,
-        "balance_ddof": m.balance_ddof,
-    }
-    return _HEADS[m.head](m, plain, mixture, gated)
+def _create(module: type[nn.Module], fixed: Mapping[str, Any], given: Mapping[str, Any], config: Any) -> nn.Module:
+    """Creates a module. Fields that are neither fixed nor given are those of `config.model` with the same name."""
+    fields = {}
+    for name in (field.name for field in dataclasses.fields(module)):
+        if name in fixed or name in given:
+            fields[name] = fixed[name] if name in fixed else given[name]
+        elif hasattr(config, name):
+            value = getattr(config, name)
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    return module(**fields)
 
 
 def count_parameters(params: Any) -> int:
