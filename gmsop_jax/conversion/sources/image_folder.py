@@ -12,6 +12,7 @@ import numpy as np
 from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.images import IMAGE_SUFFIXES, Names, decode_image
 from gmsop_jax.conversion.sources.table import ImageTable
+from gmsop_jax.data.augment import middle
 from gmsop_jax.data.randomness import permutation
 from gmsop_jax.data.resize import Method, resize
 from gmsop_jax.errors import ConfigError, DataError, FileAccessError
@@ -29,14 +30,6 @@ def read_image_file(path: Path) -> bytes:
         return read_bytes(path)
     except OSError as error:
         raise FileAccessError.from_os_error(path, error) from error
-
-
-def middle_square(image: np.ndarray) -> np.ndarray:
-    """Returns the largest square in the middle of an image [h, w, c]."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[top : top + side, left : left + side]
 
 
 def open_source(request: Request) -> ImageTable:
@@ -72,7 +65,10 @@ def open_source(request: Request) -> ImageTable:
 
 def _decode(root: Path, names: Names, size: int | None, method: Method, row: int) -> np.ndarray:
     image = decode_image(read_image_file(root / names[row]), names[row])
-    return image if size is None else resize(middle_square(image), (size, size), method)
+    if size is None:
+        return image
+    side = min(image.shape[:2])
+    return resize(middle(image, (side, side)), (size, size), method)
 
 
 def _split_folders(request: Request) -> dict[str, Path]:
