@@ -5,8 +5,7 @@ import math
 
 from gmsop_jax import config as configs
 from gmsop_jax.analysis.costs import Cost, cost
-from gmsop_jax.analysis.report.published import Published, find_published
-from gmsop_jax.analysis.report.runs import describe_network
+from gmsop_jax.analysis.published import Published, describe_network, find_published
 from gmsop_jax.analysis.sweep import expand
 from gmsop_jax.errors import ConfigError
 

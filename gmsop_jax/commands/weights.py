@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from gmsop_jax.analysis.published import find_published
 from gmsop_jax.errors import ArgumentParser
 from gmsop_jax.files import open_file
 from gmsop_jax.inference.export import export_onnx, export_safetensors, export_stablehlo
@@ -20,16 +21,6 @@ RELEASED = {
     "ae26d1ccf77a568ceccaa878acc4d230": "GM-GAP-16-8 + WRN-36-2",
     "6f0db9de2cbe233278ba8acca67a6f78": "GM-SOP-16-8 + ResNet-18",
     "d89ea02e557d087622eb1ea617d516be": "GM-SOP-16-8 + WRN-36-2",
-}
-
-# (head, blocks per stage, width factor) → name and parameters in the published table, 1000 classes
-PUBLISHED = {
-    ("gap", 2, 1): ("ResNet-18", "0.9M"),
-    ("srsop", 2, 1): ("ResNet-18-SR-SOP", "9.0M"),
-    ("gmgap", 2, 1): ("GM-GAP-16-8 + ResNet-18", "2.3M"),
-    ("gmgap", 4, 2): ("GM-GAP-16-8 + WRN-36-2", "8.7M"),
-    ("gmsop", 2, 1): ("GM-SOP-16-8 + ResNet-18", "10.3M"),
-    ("gmsop", 4, 2): ("GM-SOP-16-8 + WRN-36-2", "15.7M"),
 }
 
 
@@ -137,9 +128,11 @@ def _report_matconvnet(run: ImportedRun, output: str) -> None:
     for part, count in counts.items():
         print(f"  {part:12} {count:12,}")
     model = run.config.model
-    name, published = PUBLISHED.get((model.head, model.blocks_per_stage, model.width_factor), (None, None))
-    compared = f"  (published: {published} for {name}, 1000 classes)" if name else "  (no published network)"
-    print(f"  {'parameters':12} {sum(counts.values()):12,}{compared}")
+    published = find_published(run.config, num_classes=1000)
+    compared = "no published network"
+    if published and published.parameters:
+        compared = f"published: {published.parameters} for {published.name}, 1000 classes"
+    print(f"  {'parameters':12} {sum(counts.values()):12,}  ({compared})")
     print(f"epoch {run.epoch}, step {run.step}, {model.num_classes} classes")
     if run.checkpoint.momentum is None:
         print("the file has no optimiser state: further training starts with momentum 0")

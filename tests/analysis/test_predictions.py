@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import gmsop_jax
+from gmsop_jax.analysis.published import describe_network, find_published
 from gmsop_jax.analysis.report import charts
 from gmsop_jax.analysis.report.predictions import Predictions, predict_split
-from gmsop_jax.analysis.report.published import find_published
-from gmsop_jax.analysis.report.runs import describe_network
 from gmsop_jax.config import default_config
 from gmsop_jax.errors import DataError
 from gmsop_jax.models import create_model

@@ -10,7 +10,7 @@ from PIL import Image
 
 from gmsop_jax import config, main
 from gmsop_jax.analysis import summary
-from gmsop_jax.analysis.report.published import find_published
+from gmsop_jax.analysis.published import find_published
 
 ROOT = pathlib.Path(__file__).parents[2]
 make_docs = runpy.run_path(str(ROOT / "tools" / "make_docs.py"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gmsop_jax import config as configs
-from gmsop_jax.analysis.report.published import Published, find_published
+from gmsop_jax.analysis.published import Published, describe_network, find_published
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.training.history import read_metrics, read_result
 from gmsop_jax.training.inputs import Inputs
@@ -115,38 +115,3 @@ def configuration_table(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
     rows = [(name, [repr(field[name]) for field in fields]) for name in fields[0]]
     # model.compute_dtype only repeats compute_dtype
     return [(name, values, len(set(values)) > 1) for name, values in rows if name != "model.compute_dtype"]
-
-
-_HEADS = {"gap": "GAP", "sop": "SOP", "srsop": "SR-SOP", "mpncov": "MPN-COV", "dropcov": "DropCov", "sot": "SoT"}
-_MIXTURES = {"gm": "GM", "ave": "Ave", "concat": "Concat"}
-_NARROW = {(2, 1): "ResNet-18", (4, 2): "WRN-36-2", (6, 1): "narrow ResNet-50"}
-
-
-def describe_network(m: ConfigDict) -> str:
-    """Describes the head and the backbone of `config.model` in a few words.
-
-    Example:
-      >>> from gmsop_jax.config import model_defaults
-      >>> describe_network(model_defaults())
-      'GM-SOP-16-8 on ResNet-18'
-    """
-    return f"{_describe_head(m)} on {_describe_backbone(m)}"
-
-
-def _describe_head(m: ConfigDict) -> str:
-    kind = m.head.removesuffix("gap").removesuffix("sop")
-    if kind in _MIXTURES:
-        size = f"{m.num_candidates}-{m.num_selected}" if kind == "gm" else f"{m.num_candidates}"
-        return f"{_MIXTURES[kind]}-{m.head.removeprefix(kind).upper()}-{size}"
-    projection = f" of {m.projection_widths[-1]} channels" if m.projection_widths else ""
-    return f"{_HEADS.get(m.head, m.head)}{projection}"
-
-
-def _describe_backbone(m: ConfigDict) -> str:
-    if m.backbone != "narrow":
-        return m.backbone.replace("resnext", "ResNeXt-").replace("resnet", "ResNet-").replace("_", " ")
-    size = (m.blocks_per_stage, m.width_factor)
-    if tuple(m.stage_widths) == (16, 32, 64, 128) and size in _NARROW:
-        return _NARROW[size]
-    widths = ", ".join(str(width * m.width_factor) for width in m.stage_widths)
-    return f"{m.blocks_per_stage} block{'s' if m.blocks_per_stage > 1 else ''} × ({widths})"

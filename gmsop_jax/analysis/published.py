@@ -1,4 +1,4 @@
-"""Published results, which are shown beside those of a run."""
+"""Short descriptions of networks, and the published results of some of them."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ class Published:
 
 
 # (source, backbone and its size, head and projection) → row; mixtures are the 16-8 ones
-_ROWS = {
+ROWS = {
     ("imagenet64", "narrow 2×1", "gap"): Published("ResNet-18", 52.17, 27.09, "0.9M"),
     ("imagenet64", "narrow 2×1", "gap (512,)"): Published("ResNet-18-512d", 49.08, 24.25, "1.3M"),
     ("imagenet64", "narrow 2×1", "gap (8256,)"): Published("ResNet-18-8256d", 47.29, None, "10.0M"),
@@ -83,4 +83,39 @@ def find_published(
         return None
     scale = f"{m.blocks_per_stage}×{m.width_factor}" if m.backbone == "narrow" else m.stem
     projection = "" if mixture or not m.projection_widths else f" {tuple(m.projection_widths)}"
-    return _ROWS.get((source, f"{m.backbone} {scale}", m.head + projection))
+    return ROWS.get((source, f"{m.backbone} {scale}", m.head + projection))
+
+
+_HEADS = {"gap": "GAP", "sop": "SOP", "srsop": "SR-SOP", "mpncov": "MPN-COV", "dropcov": "DropCov", "sot": "SoT"}
+_MIXTURES = {"gm": "GM", "ave": "Ave", "concat": "Concat"}
+_NARROW = {(2, 1): "ResNet-18", (4, 2): "WRN-36-2", (6, 1): "narrow ResNet-50"}
+
+
+def describe_network(m: ConfigDict) -> str:
+    """Describes the head and the backbone of `config.model` in a few words.
+
+    Example:
+      >>> from gmsop_jax.config import model_defaults
+      >>> describe_network(model_defaults())
+      'GM-SOP-16-8 on ResNet-18'
+    """
+    return f"{_describe_head(m)} on {_describe_backbone(m)}"
+
+
+def _describe_head(m: ConfigDict) -> str:
+    kind = m.head.removesuffix("gap").removesuffix("sop")
+    if kind in _MIXTURES:
+        size = f"{m.num_candidates}-{m.num_selected}" if kind == "gm" else f"{m.num_candidates}"
+        return f"{_MIXTURES[kind]}-{m.head.removeprefix(kind).upper()}-{size}"
+    projection = f" of {m.projection_widths[-1]} channels" if m.projection_widths else ""
+    return f"{_HEADS.get(m.head, m.head)}{projection}"
+
+
+def _describe_backbone(m: ConfigDict) -> str:
+    if m.backbone != "narrow":
+        return m.backbone.replace("resnext", "ResNeXt-").replace("resnet", "ResNet-").replace("_", " ")
+    size = (m.blocks_per_stage, m.width_factor)
+    if tuple(m.stage_widths) == (16, 32, 64, 128) and size in _NARROW:
+        return _NARROW[size]
+    widths = ", ".join(str(width * m.width_factor) for width in m.stage_widths)
+    return f"{m.blocks_per_stage} block{'s' if m.blocks_per_stage > 1 else ''} × ({widths})"
