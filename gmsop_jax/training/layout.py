@@ -69,8 +69,8 @@ def read_file(workdir: pathlib.Path, name: str) -> str:
         json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} can't be read ({reason(error)}). Copy it back; if you delete it, the copy in the last checkpoint is"
-            " used"
+            f"{file} can't be read ({reason(error)}). Copy it back; if you delete it, the copy in the last checkpoint"
+            " is used"
         ) from error
     return text
 
