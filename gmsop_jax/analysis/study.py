@@ -31,7 +31,6 @@ from gmsop_jax.files import read_object, write_json
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.training import restore
 from gmsop_jax.training.history import read_metrics
-from gmsop_jax.training.layout import last_checkpoint
 from gmsop_jax.training.loop import train_and_evaluate
 from gmsop_jax.training.metrics import NonFiniteError
 
@@ -246,7 +245,7 @@ def measure_split(workdir: pathlib.Path, split: str, data: ConfigDict) -> dict[s
       true class (row) that were predicted as each class (column). For a gate, also `gate_entropy`, the mean entropy of
       an image's weights (bits), and `gate_use`, the sum of the weights over the images of each class [classes, n].
     """
-    model, variables, info = restore.load(last_checkpoint(workdir))
+    model, variables, info = restore.load(workdir)
     config = info.config
     predict = jax.jit(make_predict_step(model, mean_rgb=info.inputs.mean_rgb, flip_average=config.eval.flip_average))
     counts = np.zeros((len(info.inputs.classes),) * 2, int)

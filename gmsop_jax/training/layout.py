@@ -49,12 +49,6 @@ def locate(path: str | os.PathLike[str]) -> tuple[pathlib.Path, int | None]:
     return folder, step
 
 
-def last_checkpoint(workdir: pathlib.Path) -> pathlib.Path:
-    """Returns the folder of the last checkpoint of a working directory; CheckpointError if there is none."""
-    folder, _ = locate(workdir)
-    return folder / str(steps_on_disk(folder)[-1])
-
-
 def read_file(workdir: pathlib.Path, name: str) -> str:
     """Returns one of `WORKDIR_FILES`, as text; if it is missing, the copy in the last checkpoint.
 

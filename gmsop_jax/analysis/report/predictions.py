@@ -18,7 +18,6 @@ from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 from gmsop_jax.inference.predict import Predictor
 from gmsop_jax.training.inputs import fingerprint
-from gmsop_jax.training.layout import last_checkpoint
 
 _BATCH = 64
 
@@ -107,8 +106,7 @@ def predict_split(workdir: Path, data: Path | None, max_images: int) -> Predicti
       CheckpointError: if there is no checkpoint.
       DataError: if the data set does not exist or is not the one that the run was evaluated on.
     """
-    step = last_checkpoint(workdir)
-    predictor = Predictor(step)
+    predictor = Predictor(workdir)
     config, inputs = predictor.info.config, predictor.info.inputs
     folder, split = Path(data or config.data.dir), config.eval.split
     manifest = Manifest.load(folder, splits=[split])
@@ -143,7 +141,7 @@ def predict_split(workdir: Path, data: Path | None, max_images: int) -> Predicti
         gate_weights=weights,
         mirrored_confidence=again,
         mirrored_weights=mirrored_weights,
-        errors=measure_gate_errors(step, batches(), weights) if weights.shape[1] > 1 else None,
+        errors=measure_gate_errors(workdir, batches(), weights) if weights.shape[1] > 1 else None,
         reader=reader,
         positions=positions,
     )
