@@ -121,7 +121,8 @@ def _add_max_unreadable(parser: ArgumentParser) -> None:
 
 def _print_splits(directory: str | Path, manifest: Manifest, comment: str = "") -> None:
     for name, split in manifest.splits.items():
-        print(f"{directory}: {name}: {split.num_images:,} images in {count(split.shards, 'shard')}{comment}")
+        images, shards = count(split.num_images, "image"), count(len(split.shards), "shard")
+        print(f"{directory}: {name}: {images} in {shards}{comment}")
 
 
 def _shard_range(text: str) -> tuple[int, int]:

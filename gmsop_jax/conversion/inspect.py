@@ -27,9 +27,8 @@ def describe(manifest: Manifest) -> str:
     for name, split in manifest.splits.items():
         size = "different sizes" if split.image_size is None else f"{split.image_size[0]}×{split.image_size[1]}"
         megabytes = sum(shard.bytes for shard in split.shards) / 1e6
-        lines.append(
-            f"{name}: {split.num_images:,} images, {size}, {count(split.shards, 'shard')}, {megabytes:,.1f} MB"
-        )
+        images, shards = count(split.num_images, "image"), count(len(split.shards), "shard")
+        lines.append(f"{name}: {images}, {size}, {shards}, {megabytes:,.1f} MB")
     width = max(len(name) for name in manifest.classes)
     lines.append(f"{'class':>9}  {'':{width}}  " + "".join(f"{name:>10}" for name in manifest.splits))
     for label, name in enumerate(manifest.classes):
@@ -105,9 +104,9 @@ def _first_images(
     return found
 
 
-def count(items: Sequence[object], noun: str) -> str:
-    """Counts items in words, such as "1 shard" or "2 shards"."""
-    return f"{len(items):,} {noun}{'s' * (len(items) != 1)}"
+def count(number: int, noun: str) -> str:
+    """Returns a number with its noun, such as "1 shard" or "2 shards"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _numbers(values: Sequence[float]) -> str:

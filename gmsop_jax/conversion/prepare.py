@@ -1,10 +1,11 @@
 """Prepares the data set of a configuration: converts the embedded sample, or explains how to convert another one."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from gmsop_jax.data.manifest import FILE_NAME
+from gmsop_jax.data.manifest import FILE_NAME, JOB_DIR
 from gmsop_jax.errors import DataError, FileAccessError, UserError
 
 
@@ -23,9 +24,17 @@ def prepare_data(data: Any) -> None:
     try:
         if (directory / FILE_NAME).exists():
             return
+        names = sorted(os.listdir(directory)) if directory.is_dir() else []
         exists = directory.exists()
     except OSError as error:
         raise FileAccessError.from_os_error(f"config.data.dir = {data.dir!r}", error) from error
+    if names and not any(name.startswith(JOB_DIR) for name in names):
+        raise DataError(
+            f"no data set at {directory.absolute()} (config.data.dir): it holds other files, such as {names[0]}."
+            " If these are images, convert them first, and train with the result:\n"
+            f"  gmsop convert image-folder --input {directory} --output DIR\n"
+            "  gmsop train --config.data.dir=DIR …"
+        )
     if data.auto_convert:
         from gmsop_jax.conversion.convert import convert
 

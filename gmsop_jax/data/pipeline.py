@@ -53,7 +53,9 @@ def steps_per_epoch(num_images: int, batch_size: int, drop_last: bool) -> int:
         raise DataError(f"batch_size is {batch_size}; it must be at least 1")
     steps = num_images // batch_size if drop_last else -(-num_images // batch_size)
     if steps < 1:
-        raise DataError(f"{num_images} images make no batch of {batch_size}; use a smaller batch_size or more images")
+        raise DataError(
+            f"{num_images} images make no batch of {batch_size}; set a smaller train.batch_size, or use more images"
+        )
     return steps
 
 

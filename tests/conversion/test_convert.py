@@ -248,9 +248,9 @@ def test_a_foreign_data_dir_is_not_reported_as_output(tmp_path: Path, capsys: py
     arguments = ["--config", str(ROOT / "configs/quickstart.py"), f"--config.data.dir={tmp_path}"]
     assert main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
-    assert f"config.data.dir = '{tmp_path}' can't be prepared" in message
-    assert "such as thesis.tex" in message
-    assert "--output" not in message
+    assert f"no data set at {tmp_path} (config.data.dir): it holds other files, such as thesis.tex" in message
+    assert f"gmsop convert image-folder --input {tmp_path} --output DIR\n" in message
+    assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_stray_shards_are_foreign(tmp_path: Path):
