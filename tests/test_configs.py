@@ -59,7 +59,7 @@ def test_its_network_takes_the_images(path):
 
 def test_every_network_of_imagenet_has_a_224_and_a_64_form():
     names = {path.partition(":")[2] for path in CONFIGURATIONS if "imagenet.py" in path}
-    assert len(names) == 5 * 4 * 2
+    assert len(names) == 6 * 4 * 2
     config = configs.load(ROOT / "configs/imagenet.py:resnext50_32x4d,gmsop,64")
     model_config = config.model
     model_config.num_classes = 7
@@ -73,6 +73,7 @@ def test_every_network_of_imagenet_has_a_224_and_a_64_form():
 @pytest.mark.parametrize(
     ("network", "parameters", "gmacs"),
     [
+        ("resnet34", 21_797_672, 3.66),
         ("resnet50", 25_557_032, 4.09),
         ("resnet101", 44_549_160, 7.80),
         ("resnext50_32x4d", 25_028_904, 4.23),
@@ -83,10 +84,10 @@ def test_published_counts_of_imagenet_networks(network, parameters, gmacs):
     row = summary.summarize(str(ROOT / f"configs/imagenet.py:{network}"))
     assert row.cost.parameters == parameters
     assert round(row.cost.macs / 1e9, 2) == gmacs
-    assert abs(row.cost.compiled_macs / row.cost.macs - 1) < 0.04  # it leaves out what meets padding
+    assert 0.92 < row.cost.compiled_macs / row.cost.macs < 1.04  # it leaves out what meets padding
 
 
-@pytest.mark.parametrize(("backbone", "millions"), [("resnet50", 32.0), ("resnet101", 51.0)])
+@pytest.mark.parametrize(("backbone", "millions"), [("resnet34", 29.6), ("resnet50", 32.0), ("resnet101", 51.0)])
 def test_published_parameters_of_dropcov_are_those_of_128_channels(backbone, millions):
     config = configs.load(ROOT / f"configs/imagenet.py:{backbone},dropcov")
     assert config.model.projection_widths == (256,)  # as the authors' code

@@ -43,6 +43,7 @@ ROWS = {
     ("places365", "narrow 2×1", "srsop (256, 128)"): Published("parametric SR-SOP", 47.48, 17.52),
     ("places365", "narrow 2×1", "gmgap"): Published("GM-GAP-16-8 + ResNet-18", 48.07, 17.84),
     ("places365", "narrow 2×1", "gmsop"): Published("GM-SOP-16-8 + ResNet-18", 47.18, 17.02),
+    ("image-folder", "resnet34 large", "gap"): Published("ResNet-34", 25.81, None, "21.8M"),
     ("image-folder", "resnet50 large", "gap"): Published("ResNet-50", 23.9, None, "25,557,032", "4.1"),
     ("image-folder", "resnet101 large", "gap"): Published("ResNet-101", 22.0, None, "44,549,160", "7.8"),
     ("image-folder", "resnext50_32x4d large", "gap"): Published("ResNeXt-50 32x4d", 22.2, None, "25,028,904", "4.1"),

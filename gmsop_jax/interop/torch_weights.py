@@ -1,4 +1,4 @@
-"""Converts weights of PyTorch's bottleneck ResNets: torchvision's, and those of the authors of iSQRT-COV and DropCov.
+"""Converts weights of PyTorch's ResNets: torchvision's, and those of the authors of iSQRT-COV and DropCov.
 
     model_config, variables = from_torch(read_state("resnet50.safetensors"))
     logits, aux = create_model(model_config).apply(variables, images)
@@ -218,20 +218,16 @@ def _backbone(arrays: Mapping[str, np.ndarray]) -> str:
     matches = [match for match in (re.match(r"layer(\d+)\.(\d{1,4})\.", name) for name in arrays) if match]
     if not matches:
         raise CheckpointError("no array is named layer1.0.conv1.weight; these are not a ResNet's weights")
-    if "layer1.0.conv3.weight" not in arrays:
-        raise CheckpointError("array 'layer1.0.conv3.weight' is missing; blocks of two convolutions are not imported")
     last = {match[1]: 0 for match in matches}  # stage → its last block
     for match in matches:
         last[match[1]] = max(last[match[1]], int(match[2]))
-    depth = 3 * sum(number + 1 for number in last.values()) + 2
+    convolutions = 3 if any(name.endswith(".conv3.weight") for name in arrays) else 2  # in each block
+    depth = convolutions * sum(number + 1 for number in last.values()) + 2
     width, group_width = _shape(arrays, "layer1.0.conv2.weight", 4)[:2]
     groups = width // group_width
     name = f"resnet{depth}" if (groups, group_width) == (1, 64) else f"resnext{depth}_{groups}x{group_width}d"
     if name not in BACKBONES[1:]:
-        raise CheckpointError(
-            f"a ResNet of {depth} layers with {groups} groups of {group_width} channels is not one of"
-            f" {', '.join(BACKBONES[1:])}"
-        )
+        raise CheckpointError(f"these are the weights of a {name}, which is not one of {', '.join(BACKBONES[1:])}")
     return name
 
 

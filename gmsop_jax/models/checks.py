@@ -8,19 +8,20 @@ from typing import Any
 import flax.linen as nn
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is an int of at least 1."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, Sequence) and all(map(_is_count, value))
+    return isinstance(value, Sequence) and all(map(is_count, value))
 
 
 def _is_number(value: Any, low: float, high: float = float("inf")) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) < high
 
 
-_COUNT = (_is_count, "an int of at least 1")
+_COUNT = (is_count, "an int of at least 1")
 _WIDTHS = (lambda value: _are_counts(value) and len(value) > 0, "a tuple of one or more positive ints, such as (256,)")
 _ANY_WIDTHS = (_are_counts, "a tuple of positive ints, such as (256,), or ()")
 

@@ -39,8 +39,10 @@ _HEADS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "concatgap": (MixtureHead, {"order": 1, "combine": "concatenate"}),
     "concatsop": (MixtureHead, {"order": 2, "combine": "concatenate"}),
 }
+_RESNET34 = {"blocks_per_stage": (3, 4, 6, 3), "stage_widths": (64, 128, 256, 512), "stem_width": 64}
 _BACKBONES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "narrow": (ResNet, {}),
+    "resnet34": (ResNet, _RESNET34),
     "resnet50": (BottleneckResNet, {"blocks_per_stage": (3, 4, 6, 3)}),
     "resnet101": (BottleneckResNet, {"blocks_per_stage": (3, 4, 23, 3)}),
     "resnext50_32x4d": (BottleneckResNet, {"blocks_per_stage": (3, 4, 6, 3), "groups": 32, "group_width": 4}),

@@ -1,4 +1,4 @@
-"""Residual networks: the authors' narrow ResNets of basic blocks, and the bottleneck ResNets for ImageNet."""
+"""Residual networks: ResNets of basic blocks, such as the authors' narrow ones, and of bottleneck blocks."""
 
 import functools
 from collections.abc import Sequence
@@ -95,18 +95,20 @@ class BottleneckBlock(_Block):
 
 
 class ResNet(CheckedModule):
-    """Residual network for small images: a 3×3 stem and stages of `BasicBlock`s.
+    """Residual network of a stem and stages of `BasicBlock`s.
 
-    The defaults give the paper's ResNet-18. 4 blocks per stage with width factor 2 give WRN-36-2, and 6 blocks
-    per stage give the network that the paper calls ResNet-50 on 64×64 images.
+    The defaults give the paper's ResNet-18 for small images. 4 blocks per stage with width factor 2 give WRN-36-2, and
+    6 blocks per stage give the network that the paper calls ResNet-50 on 64×64 images. (3, 4, 6, 3) blocks of widths
+    (64, 128, 256, 512) after a stem of width 64 give ResNet-34 for ImageNet.
 
     Attributes:
-      blocks_per_stage: number of basic blocks in each stage.
+      blocks_per_stage: number of basic blocks in each stage: one number for all stages, or one for each.
       width_factor: multiplies `stage_widths`, but not the width of the stem.
       stage_widths: number of channels of each stage.
       stage_strides: stride of each stage's first block. The last one is 1 for second-order heads (a 16×16
         map for 64×64 images), and 2 for first-order heads.
       stem_width: number of channels of the stem.
+      stem: `small` is a 3×3 convolution with bias and stride 1. `large` is that of `BottleneckResNet`.
       pixel_scale: typical size of an input value. The initial kernel of the stem is divided by it, and the
         trainer scales down the updates of that kernel accordingly. Use 60 for mean-subtracted pixels of 0–255
         (as the authors do), and 1 for standardised input.
@@ -114,11 +116,12 @@ class ResNet(CheckedModule):
       dtype: dtype of the computation; None infers it from the input and the parameters.
     """
 
-    blocks_per_stage: int = 2
+    blocks_per_stage: int | Sequence[int] = 2
     width_factor: int = 1
     stage_widths: Sequence[int] = (16, 32, 64, 128)
     stage_strides: Sequence[int] = (1, 2, 2, 1)
     stem_width: int = 16
+    stem: Literal["small", "large"] = "small"
     pixel_scale: float = 60.0
     norm: ModuleFactory = BatchNorm
     dtype: DTypeLike | None = None
@@ -136,12 +139,16 @@ class ResNet(CheckedModule):
         Raises:
           TypeError: for integer images.
         """
-        stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
-        x = stem(images, self.stem_width, 3, 1, use_bias=True, train=train)
+        x = _stem(self, images, self.stem_width, use_bias=self.stem == "small", train=train)
         check_stages(self, len(self.stage_widths), "stage_strides")
-        stages = zip(self.stage_widths, self.stage_strides, strict=True)
-        for stage, (width, first_stride) in enumerate(stages, 1):
-            for block in range(1, self.blocks_per_stage + 1):
+        blocks_per_stage = self.blocks_per_stage
+        if isinstance(blocks_per_stage, Sequence):
+            check_stages(self, len(self.stage_widths), "blocks_per_stage")
+        else:
+            blocks_per_stage = (blocks_per_stage,) * len(self.stage_widths)
+        stages = zip(blocks_per_stage, self.stage_widths, self.stage_strides, strict=True)
+        for stage, (blocks, width, first_stride) in enumerate(stages, 1):
+            for block in range(1, blocks + 1):
                 stride = first_stride if block == 1 else 1
                 name = f"stage{stage}_block{block}"
                 x = BasicBlock(width * self.width_factor, stride, self.norm, self.dtype, name=name)(x, train=train)
@@ -173,12 +180,7 @@ class BottleneckResNet(CheckedModule):
     @nn.compact
     def __call__(self, images: _Map, train: bool = False) -> _Result:
         """Computes the features of the last stage; arguments and errors are those of `ResNet`."""
-        stem = functools.partial(_stem, pixel_scale=self.pixel_scale, norm=self.norm, dtype=self.dtype)
-        if self.stem == "large":
-            x = stem(images, 64, 7, 2, use_bias=False, train=train)
-            x = _max_pool(x)
-        else:
-            x = stem(images, 64, 3, 1, use_bias=False, train=train)
+        x = _stem(self, images, 64, use_bias=False, train=train)
         check_stages(self, len(_BOTTLENECK_WIDTHS), "blocks_per_stage", "stage_strides")
         stages = zip(self.blocks_per_stage, _BOTTLENECK_WIDTHS, self.stage_strides, strict=True)
         for stage, (blocks, width, first_stride) in enumerate(stages, 1):
@@ -195,12 +197,14 @@ class BottleneckResNet(CheckedModule):
         return x
 
 
-def _stem(images, width, size, stride, *, use_bias, pixel_scale, norm, dtype, train):
+def _stem(module, images, width, *, use_bias, train):
+    """A 3×3 convolution with stride 1, or a 7×7 convolution and max pooling, both with stride 2."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"images must be floating-point, with their mean subtracted, got {images.dtype};"
             " for example images.astype(jnp.float32) - mean_rgb"
         )
+    size, stride = (7, 2) if module.stem == "large" else (3, 1)
     pad = (size - 1) // 2
     x = nn.Conv(
         width,
@@ -208,11 +212,12 @@ def _stem(images, width, size, stride, *, use_bias, pixel_scale, norm, dtype, tr
         stride,
         padding=((pad, pad), (pad, pad)),
         use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.initializers.variance_scaling(2.0 / pixel_scale**2, "fan_in", "normal"),
+        dtype=module.dtype,
+        kernel_init=nn.initializers.variance_scaling(2.0 / module.pixel_scale**2, "fan_in", "normal"),
         name="stem",
     )(images)
-    return jax.nn.relu(norm(dtype=dtype, name="stem_bn")(x, train=train))
+    x = jax.nn.relu(module.norm(dtype=module.dtype, name="stem_bn")(x, train=train))
+    return _max_pool(x) if module.stem == "large" else x
 
 
 def _max_pool(x: Array) -> Array:

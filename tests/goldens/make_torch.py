@@ -13,8 +13,9 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 NUM_CLASSES = 10
-COMPUTED = ("resnet50", "resnext50_32x4d", "isqrt_resnet50")  # of the others names and shapes are stored
-NETWORKS = (*COMPUTED, "resnet101", "resnext101_64x4d", "isqrt_resnet101")
+# of the others names and shapes are stored
+COMPUTED = ("resnet34", "resnet50", "resnext50_32x4d", "isqrt_resnet50", "dropcov_resnet34")
+NETWORKS = (*COMPUTED, "resnet101", "resnext101_64x4d", "isqrt_resnet101", "dropcov_resnet50")
 
 
 def weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -47,17 +48,28 @@ def load(network: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         return state, {dtype: stored[dtype] for dtype in ("float32", "float64")}
 
 
-def second_order(layers: list[int]) -> Any:
-    """iSQRT-COV's network, from torchvision's: stride 1 in the last stage, and the head by its formulas."""
+def second_order(network: str) -> Any:
+    """The network of iSQRT-COV or DropCov, from torchvision's: stride 1 in the last stage, and the head by formulas."""
     import torch
-    from torchvision.models.resnet import Bottleneck, ResNet
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    method, _, depth = network.partition("_resnet")
+    block = BasicBlock if depth == "34" else Bottleneck
+
+    class Attention(torch.nn.Module):  # used in training alone
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv1d(1, 1, 3, padding=1, bias=False)
 
     class Network(ResNet):
         def __init__(self):
-            super().__init__(Bottleneck, layers)
-            for convolution in (self.layer4[0].conv2, self.layer4[0].downsample[0]):
-                convolution.stride = (1, 1)
-            self.layer_reduce = torch.nn.Conv2d(2048, 256, 1, bias=False)
+            super().__init__(block, [3, 4, 23 if depth == "101" else 6, 3])
+            for module in self.layer4[0].modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    module.stride = (1, 1)
+            if method == "dropcov":
+                self.eca_layer = Attention()
+            self.layer_reduce = torch.nn.Conv2d(512 * block.expansion, 256, 1, bias=False)
             self.layer_reduce_bn = torch.nn.BatchNorm2d(256)
             self.fc = torch.nn.Linear(32896, NUM_CLASSES)
 
@@ -67,14 +79,17 @@ def second_order(layers: list[int]) -> Any:
             x = self.relu(self.layer_reduce_bn(self.layer_reduce(x))).flatten(2)
             centred = x - x.mean(2, keepdim=True)
             sigma = centred @ centred.mT / x.shape[2]
+            rows, columns = torch.triu_indices(256, 256)
+            return self.fc((sigma if method == "dropcov" else self.root(sigma))[:, rows, columns])
+
+        def root(self, sigma):
             trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-            eye = torch.eye(256, dtype=x.dtype)
+            eye = torch.eye(256, dtype=sigma.dtype)
             y, z = sigma / trace, eye
             for _ in range(5):
                 t = (3 * eye - z @ y) / 2
                 y, z = y @ t, t @ z
-            rows, columns = torch.triu_indices(256, 256)
-            return self.fc((trace.sqrt() * y)[:, rows, columns])
+            return trace.sqrt() * y
 
     return Network()
 
@@ -84,10 +99,7 @@ def build(network: str) -> Any:
     import torch
     from torchvision import models
 
-    if network.startswith("isqrt"):
-        net = second_order([3, 4, 23 if network.endswith("101") else 6, 3])
-    else:
-        net = getattr(models, network)(num_classes=NUM_CLASSES)
+    net = second_order(network) if "_resnet" in network else getattr(models, network)(num_classes=NUM_CLASSES)
     state = {name: weights(name, tuple(x.shape)) for name, x in net.state_dict().items() if x.ndim}
     net.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()}, strict=False)
     return net.eval()

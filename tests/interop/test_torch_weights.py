@@ -35,7 +35,7 @@ def flat(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("network", ["resnet50", "resnext50_32x4d", "isqrt_resnet50"])
+@pytest.mark.parametrize("network", ["resnet34", "resnet50", "resnext50_32x4d", "isqrt_resnet50", "dropcov_resnet34"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-13)])
 def test_logits_are_torchvisions(maker, network, dtype, tolerance):
     """Padding included: a border of pixels that are 0 before the mean is subtracted would show."""
@@ -49,7 +49,7 @@ def test_logits_are_torchvisions(maker, network, dtype, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["resnet50", "isqrt_resnet50"])
+@pytest.mark.parametrize("network", ["resnet50", "isqrt_resnet50", "dropcov_resnet34"])
 def test_the_stored_logits_are_what_torchvision_computes(maker, network):
     pytest.importorskip("torch")
     pytest.importorskip("torchvision")
@@ -62,6 +62,7 @@ def test_the_stored_logits_are_what_torchvision_computes(maker, network):
 @pytest.mark.parametrize(
     ("network", "backbone", "head"),
     [
+        ("resnet34", "resnet34", "gap"),
         ("resnet50", "resnet50", "gap"),
         ("resnet101", "resnet101", "gap"),
         ("resnext50_32x4d", "resnext50_32x4d", "gap"),
@@ -83,19 +84,33 @@ def test_networks_are_recognised(names_and_shapes, network, backbone, head):
     validate(config)
 
 
-def test_networks_of_dropcov_are_recognised(names_and_shapes):
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50"])
+@pytest.mark.parametrize("width", [256, 128])
+def test_networks_of_dropcov_are_recognised(names_and_shapes, backbone, width):
+    """As its authors' training script saves them; the published numbers of parameters are those of 128 channels."""
     kernel = np.array([0.5, -1, 2], np.float32)
-    state = names_and_shapes("isqrt_resnet50") | {"eca_layer.conv.weight": kernel.reshape(1, 1, 3)}
-    model, variables = from_torch(state)
-    assert (model.head, model.stage_strides) == ("dropcov", (1, 2, 2, 1))
-    assert (model.projection_widths, model.projection_batch_norm) == ((256,), True)
+    state = names_and_shapes(f"dropcov_{backbone}") | {"eca_layer.conv.weight": kernel.reshape(1, 1, 3)}
+    features, channels = width * (width + 1) // 2, 512 if backbone == "resnet34" else 2048
+    changed = {f"layer_reduce_bn.{name}": (width,) for name in ("weight", "bias", "running_mean", "running_var")}
+    changed |= {"layer_reduce.weight": (width, channels, 1, 1), "fc.weight": (10, features)}
+    state |= {name: np.broadcast_to(np.float32(0), shape) for name, shape in changed.items()}
+    saved = {f"module.{name}": array for name, array in state.items()}
+    model, variables = from_torch({"epoch": 100, "arch": f"{backbone}_ACD", "state_dict": saved, "optimizer": {}})
+    assert (model.backbone, model.head, model.stage_strides) == (backbone, "dropcov", (1, 2, 2, 1))
+    assert (model.projection_widths, model.projection_batch_norm) == ((width,), True)
     np.testing.assert_array_equal(variables["params"]["head"]["attention"], kernel)
-    assert variables["params"]["head"]["classifier"]["kernel"].shape == (32896, 10)
+    assert variables["params"]["head"]["classifier"]["kernel"].shape == (features, 10)
     config = default_config()
     config.model.update(model)
     validate(config)
     with pytest.raises(CheckpointError, match=r"eca_layer\.conv\.weight.* has shape \(1, 1, 5\)"):
         from_torch(state | {"eca_layer.conv.weight": np.zeros((1, 1, 5), np.float32)})
+
+
+def test_other_networks_of_basic_blocks_are_refused(names_and_shapes):
+    state = {name: array for name, array in names_and_shapes("resnet34").items() if not name.startswith("layer3.5")}
+    with pytest.raises(CheckpointError, match="of a resnet32, which is not one of resnet34, resnet50, "):
+        from_torch(state)
 
 
 def test_pixels_and_moments_are_folded(names_and_shapes):
@@ -144,10 +159,10 @@ def test_the_order_of_a_triangle_is_the_callers_word(names_and_shapes):
         ({"bn1.weight": (63,), "bn1.bias": (63,)}, r"bn1\.\w+' has shape \(63,\).*\(64,\)"),
         ({"fc.weight": None}, r"'fc\.weight' is missing"),
         ({"fc.weight": (10, 2048, 1, 1)}, r"'fc\.weight' has shape .* 2 axes"),
-        ({"layer1.0.conv3.weight": None}, "blocks of two convolutions"),
-        ({"layer1.0.conv2.weight": (128, 128, 3, 3)}, "50 layers with 1 groups of 128 channels is not one of resnet50"),
-        ({"layer1.0.conv2.weight": (256, 8, 3, 3)}, "32 groups of 8 channels is not one of"),
-        ({"layer3.35.conv1.weight": (256, 1024, 1, 1)}, "140 layers .* is not one of"),
+        ({"layer1.0.conv3.weight": None}, r"'layer1\.0\.conv3\.weight' is missing"),
+        ({"layer1.0.conv2.weight": (128, 128, 3, 3)}, "of a resnext50_1x128d, which is not one of resnet34"),
+        ({"layer1.0.conv2.weight": (256, 8, 3, 3)}, "of a resnext50_32x8d, which is not one of"),
+        ({"layer3.35.conv1.weight": (256, 1024, 1, 1)}, "of a resnet140, which is not one of"),
     ],
 )
 def test_what_does_not_fit_is_named(names_and_shapes, changes, message):

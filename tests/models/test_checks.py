@@ -81,6 +81,7 @@ def test_fields_of_layers_and_backbones_out_of_range_are_refused():
         (ResNet, {"stage_widths": ()}),
         (ResNet, {"width_factor": 0}),
         (ResNet, {"pixel_scale": 0}),
+        (ResNet, {"stem": "huge"}),
         (BottleneckResNet, {"stem": "huge"}),
         (BottleneckResNet, {"groups": 0}),
     ]
@@ -94,6 +95,7 @@ def test_fields_of_layers_and_backbones_out_of_range_are_refused():
     ("backbone", "field"),
     [
         (ResNet(stage_strides=(1, 2)), "stage_strides"),
+        (ResNet(blocks_per_stage=(3, 4, 6)), "blocks_per_stage"),
         (BottleneckResNet(stage_strides=(1, 2)), "stage_strides"),
         (BottleneckResNet(blocks_per_stage=(3, 4, 6)), "blocks_per_stage"),
     ],

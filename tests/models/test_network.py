@@ -360,7 +360,7 @@ def test_unknown_head_is_refused():
 
 
 def test_unknown_backbone_is_refused():
-    with pytest.raises(ValueError, match=r"backbone must be one of narrow, resnet50, .*; got 'resnet51'"):
+    with pytest.raises(ValueError, match=r"backbone must be one of narrow, resnet34, .*; got 'resnet51'"):
         create_model(tiny(backbone="resnet51"))
 
 
