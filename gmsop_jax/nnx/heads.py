@@ -2,8 +2,8 @@
 
 `Head(in_features, num_classes, rngs=rngs, **fields)` takes the number of channels and the fields of the Linen head of
 the same name. `head(x, train, gate_noise, where)` takes and returns the same as the Linen head; see
-`gmsop_jax.models.heads`. A head starts in evaluation mode. `head.train()` and `head.eval()` switch the mode, and the
-argument `train` takes precedence over it.
+`gmsop_jax.models.heads`. A head starts in evaluation mode. `head.train()`, `head.eval()` and
+`nnx.view(head, deterministic=…)` switch the mode, and the argument `train` takes precedence over it.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax import models
+from gmsop_jax.models.checks import is_count
 from gmsop_jax.models.gate import shared_fields
 from gmsop_jax.models.heads import attention_init, start_init, without_gate
 from gmsop_jax.models.layers import he_normal
@@ -44,24 +45,34 @@ def _triangle(width: int) -> int:
 class Head(ReluConvolutions):
     """Base class of the heads, with their Linen counterpart and the mode.
 
+    Raises:
+      TypeError: if `rngs` is not an `nnx.Rngs`.
+      ValueError: if `in_features` or a field is out of range, or if a head is called with another number of channels.
+
     Attributes:
       linen: the Linen class.
       config: a Linen head with the same fields.
       in_features: number of channels.
-      deterministic: True in evaluation, False in training; set by `eval()` and `train()`.
+      deterministic: True in evaluation, False in training; set by `eval()`, `train()` and `nnx.view`.
     """
 
     linen: ClassVar[Any]
 
     def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
-        if in_features < 1:
-            raise ValueError(f"in_features must be at least 1, got {in_features}")
+        if not is_count(in_features):
+            raise ValueError(f"in_features must be an int of at least 1, got {in_features!r}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be an nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
         self.in_features = in_features
         self.config = self.linen(num_classes, **fields)
         self.deterministic = True
 
-    def _is_training(self, train: bool | None) -> bool:
-        return not self.deterministic if train is None else train
+    def _check_channels(self, x: Any) -> None:
+        if jnp.shape(x)[-1:] != (self.in_features,):
+            raise ValueError(
+                f"the last axis of the features must have in_features={self.in_features} channels, got shape"
+                f" {jnp.shape(x)}"
+            )
 
 
 class _PoolingHead(Head):
@@ -84,6 +95,7 @@ class _PoolingHead(Head):
     ) -> _Output:
         """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
         train = self._is_training(train)
+        self._check_channels(x)
         x, where = flatten_positions(x, where)
         x = self._apply_convolutions("projection", x, self.config.projection_widths, train, where)
         features = self._pool(x, where, train)
@@ -226,6 +238,7 @@ class MixtureHead(_MixtureHead):
         self, x: _Features, train: bool | None = None, gate_noise: AnyArray | None = None, where: _Mask = None
     ) -> _Output:
         """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
+        self._check_channels(x)
         features = self.mixture(x, where)
         return self._finish(features, without_gate(features), self._is_training(train), where)
 
@@ -255,6 +268,7 @@ class GatedMixtureHead(_MixtureHead):
         self, x: _Features, train: bool | None = None, gate_noise: AnyArray | None = None, where: _Mask = None
     ) -> _Output:
         """Pools and classifies. `gate_noise` replaces the draw from the stream `gating`."""
+        self._check_channels(x)
         train = self._is_training(train)
         features, aux = self.mixture(x, train, gate_noise, where)
         return self._finish(features, aux, train, where)

@@ -17,7 +17,29 @@ from gmsop_jax.ops import batch_norm, dropout, linear_logits
 from gmsop_jax.ops.arrays import AnyArray
 
 
-class BatchNorm(nnx.Module):
+class ModuleWithMode(nnx.Module):
+    """A module that behaves differently in training and evaluation; it starts in evaluation mode.
+
+    Attributes:
+      deterministic: True in evaluation, False in training; set by `eval()`, `train()` and `nnx.view`.
+    """
+
+    deterministic: bool
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode for `nnx.view`.
+
+        Args:
+          deterministic: True for evaluation, False for training.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _is_training(self, train: bool | None) -> bool:
+        return not self.deterministic if train is None else train
+
+
+class BatchNorm(ModuleWithMode):
     """Batch normalisation over all axes but the last, with MatConvNet's running moments; see `ops.batch_norm`.
 
     Args:
@@ -32,18 +54,19 @@ class BatchNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(num_features))
         self.mean = nnx.BatchStat(jnp.zeros(num_features))
         self.sigma = nnx.BatchStat(jnp.ones(num_features))
+        self.deterministic = True
 
     def __call__(
-        self, x: Float[AnyArray, "*b c"], train: bool = False, where: Shaped[AnyArray, "*b"] | None = None
+        self, x: Float[AnyArray, "*b c"], train: bool | None = None, where: Shaped[AnyArray, "*b"] | None = None
     ) -> Float[Array, "*b c"]:
         """Normalises x, by the batch's moments in training and by the running ones otherwise.
 
         Args:
           x: features.
-          train: whether to use the batch's moments and to update the running ones.
+          train: whether to use the batch's moments and to update the running ones; None means the module's mode.
           where: a mask or weights of the rows of x; masked rows do not count in the moments.
         """
-        config = self.config
+        config, train = self.config, self._is_training(train)
         y, mean, sigma = batch_norm(
             x,
             self.scale[...],
@@ -83,7 +106,7 @@ def fields_of(module: Any) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 
-class ReluConvolutions(nnx.Module):
+class ReluConvolutions(ModuleWithMode):
     """1×1 convolutions without bias, each followed by an optional batch norm and by ReLU.
 
     Modules with such layers inherit from this class, so that the layers have the same names as in Linen: `conv1` and

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 from gmsop_jax import models
 from gmsop_jax.models.gate import shared_fields
 from gmsop_jax.models.mixture import candidate_init
-from gmsop_jax.nnx.layers import ReluConvolutions
+from gmsop_jax.nnx.layers import ModuleWithMode, ReluConvolutions
 from gmsop_jax.ops import (
     GateOutput,
     apply_all_candidates,
@@ -45,16 +45,20 @@ class Gate(ReluConvolutions):
         if config.gate_noise in ("image", "candidate"):
             self.noise_kernel = nnx.Param(init(rngs.params(), shape))
         self.rngs = rngs["gating"].fork()
+        self.deterministic = True
 
     def __call__(
         self,
         x: Float[AnyArray, "b p c"],
-        train: bool = False,
+        train: bool | None = None,
         gate_noise: Float[AnyArray, "b ..."] | None = None,
         where: Where | None = None,
     ) -> GateOutput:
-        """Selects candidates for each image; the arguments are those of `gmsop_jax.models.Gate`."""
-        config = self.config
+        """Selects candidates for each image; the arguments are those of `gmsop_jax.models.Gate`.
+
+        `train=None` means the module's mode.
+        """
+        config, train = self.config, self._is_training(train)
         noise_key, tie_key = jax.random.split(self.rngs()) if train else (None, None)
         x = self._apply_convolutions("conv", x, config.gate_widths, train, where)
         features = config.pool_features(x, config.gate_order or 2, where)
@@ -124,7 +128,7 @@ class Mixture(_Bank):
         return jnp.mean(pooled, axis=1) if self.config.combine == "average" else pooled.reshape(x.shape[0], -1)
 
 
-class GatedMixture(_Bank):
+class GatedMixture(_Bank, ModuleWithMode):
     """Pools features by the weighted sum of the candidates that the gate selects; see `gmsop_jax.models.GatedMixture`.
 
     Args:
@@ -138,17 +142,21 @@ class GatedMixture(_Bank):
         gate_fields = {**shared_fields(config, models.Gate), "gate_order": config.gate_order or config.order}
         self.gate = Gate(in_features, rngs=rngs, **gate_fields)
         self._add_kernels(in_features, rngs)
+        self.deterministic = True
 
     def __call__(
         self,
         x: Float[AnyArray, "b *p c"],
-        train: bool = False,
+        train: bool | None = None,
         gate_noise: Float[AnyArray, "b ..."] | None = None,
         where: Shaped[AnyArray, "b *p"] | None = None,
     ) -> tuple[Float[Array, "b f"], Mapping[str, Array]]:
-        """Pools a map or tokens; the arguments and results are those of `gmsop_jax.models.GatedMixture`."""
+        """Pools a map or tokens; the arguments and results are those of `gmsop_jax.models.GatedMixture`.
+
+        `train=None` means the module's mode.
+        """
         x, where = flatten_positions(x, where)
-        gate = self.gate(x, train, gate_noise, where)
+        gate = self.gate(x, self._is_training(train), gate_noise, where)
         pooled = apply_candidates(x, self._kernels(x), gate.indices, self._pool, self.config.dispatch, where=where)
         aux = {"balance_loss": gate.balance_loss, "gate_weights": gate.weights, "importance": gate.importance}
         return mix_candidates(pooled, gate.weights, gate.indices), aux

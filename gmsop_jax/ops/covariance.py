@@ -65,7 +65,8 @@ def covariance_pool(
       x: features of p positions. Half precision is converted to float32 before the mean is subtracted.
       where: the positions to include (bool), or non-negative weights, of which only the ratios matter. The result
         equals that of the input without the positions of weight 0, whose values may be NaN or infinite. Gradients
-        flow into x and into weights, and are 0 at positions of weight 0.
+        flow into x and into weights, and are 0 at positions of weight 0. A weight that is negative, NaN or infinite
+        makes the result NaN.
       centered: whether the mean is subtracted. If not, the result is the second moment (1/p) Σ xₚ xₚᵀ.
       forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, and the backward pass takes
         two matrix products instead of one.
@@ -161,7 +162,8 @@ def pool_features(
 def position_weights(x: Float[AnyArray, "*b p c"], where: Where) -> Float[Array, "*b p"]:
     """Converts a mask or weights to weights in the dtype of x, at least float32.
 
-    No gradient flows into weights of 0, because the positions that they exclude may hold any values.
+    No gradient flows into weights of 0, because the positions that they exclude may hold any values. Negative weights
+    become NaN.
 
     Raises:
       ValueError: if `where` does not have one entry for each position.
@@ -176,7 +178,7 @@ def position_weights(x: Float[AnyArray, "*b p c"], where: Where) -> Float[Array,
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(f"where must be bool or non-negative weights, got {weights.dtype}")
     weights = weights.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.where(weights == 0, 0, weights)
+    return jnp.where(weights == 0, 0, jnp.where(weights < 0, jnp.nan, weights))
 
 
 def clear_masked(x: Float[AnyArray, "*b p c"], weights: Float[Array, "*b p"]) -> Float[Array, "*b p c"]:

@@ -19,7 +19,8 @@ def matrix_precision(precision: PrecisionLike, dtype: DTypeLike) -> PrecisionLik
 
     Args:
       precision: what JAX's products accept, such as `'highest'`, or a `jax.lax.DotAlgorithmPreset` or its name; None
-        means the default. JAX refuses the TF32 presets on a CPU, and computes the bfloat16 ones in float32 there.
+        means the default. On a CPU, JAX computes the bfloat16 presets in float32 and refuses those of TF32; use
+        `'highest'` there.
       dtype: dtype of the matrices, float32 or float64. The default for float64 is `highest`.
 
     Returns: `precision`, or the default.

@@ -173,8 +173,17 @@ def test_other_batch_norms_and_wrong_fields_are_refused():
         create("srsop", nnx.Rngs(0), num_iters=0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'iterations'"):
         create("srsop", nnx.Rngs(0), iterations=5)
-    with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
-        heads.GAPHead(0, 5, rngs=nnx.Rngs(0))
+    for width in (0, "6"):
+        with pytest.raises(ValueError, match=rf"in_features must be an int of at least 1, got {width!r}"):
+            heads.GAPHead(width, 5, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"rngs must be an nnx\.Rngs, such as nnx\.Rngs\(0\), got int"):
+        heads.GAPHead(6, 5, rngs=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["srsop", "avesop", "gmsop"])
+def test_features_of_another_width_are_refused(name):
+    with pytest.raises(ValueError, match=r"must have in_features=6 channels, got shape \(3, 7, 5\)"):
+        create(name, nnx.Rngs(0))(jnp.ones((3, 7, 5)))
 
 
 # ---- modes and random draws
@@ -191,6 +200,31 @@ def test_train_and_eval_switch_the_mode_and_the_argument_overrides_it():
     trained = head(x)[0]
     assert (trained != evaluated).any()  # training moved the statistics
     assert (head(x, train=True)[0] != trained).any()
+
+
+def test_a_view_has_its_own_mode_and_the_same_variables():
+    head = create("srsop", nnx.Rngs(0))
+    x = maps()
+    evaluated = head(x)[0]
+    view = nnx.view(head, deterministic=False)
+    np.testing.assert_array_equal(head(x)[0], evaluated)
+    assert (view(x)[0] != evaluated).any()  # by the moments of the batch
+    assert (head(x)[0] != evaluated).any()  # the view has updated the running ones
+    np.testing.assert_array_equal(nnx.view(view, deterministic=True)(x)[0], head(x)[0])
+
+
+def test_layers_outside_a_head_follow_the_mode():
+    x = maps().reshape(3, 12, 6)
+    norm = heads.BatchNorm(6, rngs=nnx.Rngs(0))
+    gate = heads.Gate(6, num_candidates=4, num_selected=2, gate_widths=(5,), rngs=nnx.Rngs(0))
+    mixture = heads.GatedMixture(6, num_candidates=4, num_selected=2, candidate_widths=(3,), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(norm(x), x)
+    assert (gate(x).weights == gate(x).weights).all()
+    for layer in (norm, gate, mixture):
+        layer.train()
+    np.testing.assert_allclose(jnp.mean(norm(x), (0, 1)), 0, atol=1e-5)
+    assert (gate(x).weights != gate(x).weights).any()  # drawn anew
+    assert (mixture(x)[1]["gate_weights"] != mixture(x)[1]["gate_weights"]).any()
 
 
 def test_draws_depend_on_the_seed_of_their_stream():
@@ -234,6 +268,21 @@ def test_split_and_merge(name):
     graph, state = nnx.split(head)
     run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     assert_equal(run(state, maps()), nnx.jit(lambda head, x: head(x))(head, maps()))
+
+
+@pytest.mark.parametrize("name", ["srsop", "gmsop"])
+def test_shapes_without_arrays_and_recomputed_activations(name):
+    head = create(name, nnx.Rngs(0))
+    abstract = nnx.eval_shape(lambda: create(name, nnx.Rngs(0)))
+    assert jax.tree.map(jnp.shape, nnx.state(abstract)) == jax.tree.map(jnp.shape, nnx.state(head))
+
+    def loss(head, x, call):
+        return jnp.sum(call(head, x)[0] ** 2)
+
+    def gradients(call):
+        return nnx.to_pure_dict(nnx.jit(nnx.grad(functools.partial(loss, call=call)))(head, maps()))
+
+    assert_equal(gradients(nnx.remat(lambda head, x: head(x))), gradients(lambda head, x: head(x)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gap", "gmsop"])

@@ -204,6 +204,15 @@ def test_complex_weights_are_refused():
         average_pool(jnp.ones((6, 3)), where=jnp.ones(6, jnp.complex64))
 
 
+@pytest.mark.parametrize("pool", [average_pool, covariance_pool, second_order_pool])
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+def test_weights_that_are_negative_or_not_finite_give_nan(pool, weight):
+    x = jax.random.normal(jax.random.key(0), (2, 6, 3))
+    y = jax.jit(pool)(x, where=jnp.ones((2, 6)).at[0, 2].set(weight))
+    assert jnp.isnan(y[0]).all()
+    np.testing.assert_allclose(y[1], pool(x)[1], rtol=1e-5, atol=1e-6)
+
+
 # ---- forward mode
 
 
