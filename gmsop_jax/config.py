@@ -23,7 +23,7 @@ from flax.traverse_util import unflatten_dict
 from gmsop_jax.errors import ConfigError, did_you_mean, reason
 from gmsop_jax.files import read_bytes
 from gmsop_jax.models.heads import CrossCovarianceHead, GatedMixtureHead, MPNCOVHead, SecondOrderHead
-from gmsop_jax.models.network import BACKBONES, HEADS, MIXTURES
+from gmsop_jax.models.network import BACKBONES, GATED, HEADS, MIXTURES
 from gmsop_jax.models.resnet import ResNet
 from gmsop_jax.ops.coefficients import MINIMAX_LOWER_ENDS
 
@@ -464,7 +464,7 @@ def _check_value(name: str, field: Field, value: Any) -> None:
 
 
 def _check_model(m: ConfigDict) -> None:
-    if m.head in ("gmgap", "gmsop") and m.num_selected > m.num_candidates:
+    if m.head in GATED and m.num_selected > m.num_candidates:
         raise ConfigError(
             f"config.model.num_selected (K = {m.num_selected}) exceeds config.model.num_candidates"
             f" (N = {m.num_candidates}); lower K or raise N"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gmsop_jax.analysis.costs import abstract_network
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.models import count_parameters
+from gmsop_jax.models.network import GATED
 from gmsop_jax.training.losses import cross_entropy
 
 _FLOAT = 4  # bytes
@@ -101,7 +102,7 @@ def count(model: ConfigDict, image_size: int) -> Counts:
         parameters=count_parameters(variables["params"]),
         channels=sum(leaf.size for leaf in means),
         batch_norms=len(means),
-        num_candidates=model.num_candidates if model.head in ("gmgap", "gmsop") else 0,
+        num_candidates=model.num_candidates if model.head in GATED else 0,
         activations=stored(2) - stored(1),
         flops=3 * forward["flops"] / _ROWS if forward else math.nan,
     )

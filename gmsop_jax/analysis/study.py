@@ -15,7 +15,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,7 +127,6 @@ class StudyRunner:
       data_dir: the folder that contains the data sets.
       output: the folder for working directories.
       results: the folder for results, which are written to its subfolder with the name of the study.
-      say: prints a line.
     """
 
     def __init__(
@@ -138,10 +137,9 @@ class StudyRunner:
         data_dir: pathlib.Path,
         output: pathlib.Path,
         results: pathlib.Path,
-        say: Callable[[str], None] = print,
     ):
         self.study, self.path, self.data_dir = study, pathlib.Path(path), data_dir
-        self.output, self.results, self.say = output / study.name, results / study.name, say
+        self.output, self.results = output / study.name, results / study.name
 
     def selection_runs(self, method: str) -> list[StudyRun]:
         """The runs among which the hyperparameters of a method are chosen."""
@@ -184,7 +182,7 @@ class StudyRunner:
         if not missing or "diverged" in result:
             return result
         workdir = self.output / run.name
-        self.say(f"{run.name}:")
+        print(f"{run.name}:")
         try:
             trained = train_and_evaluate(config, workdir)
             result = result or _describe(run, config, fields, trained, workdir)

@@ -16,6 +16,7 @@ import numpy as np
 
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.models.network import GATED
 from gmsop_jax.ops.triangle import triangle_side
 
 Path = tuple[str, ...]
@@ -111,7 +112,7 @@ def network(config: ConfigDict, *, balance_weight: float = 100.0, image_side: in
     layers = list(_backbone(config))
     features, width = layers[-1].outputs[0], _stage_widths(config)[-1]
     side = image_side // math.prod(config.stage_strides)
-    if config.head in ("gmgap", "gmsop"):
+    if config.head in GATED:
         layers += _mixture(config, features, balance_weight, side)
         width = config.candidate_widths[-1]
     else:
@@ -310,7 +311,7 @@ def read_hyperparameters(config: ConfigDict, layers: Mapping[str, Layer]) -> Non
     roots = [name for name, layer in layers.items() if layer.type == "dagnn.OBJ_ConvNet_Cov_Sqrtm"]
     if roots:
         config.num_iters = _integer(layers, roots[0], "iterNum")
-    if config.head in ("gmgap", "gmsop"):
+    if config.head in GATED:
         rate = _number(layers, "dropout", "rate") if "dropout" in layers else 0.0
         if not 0 <= rate < 1:
             raise CheckpointError(f"layer 'dropout': rate is {rate}; it must be in [0, 1)")

@@ -13,6 +13,7 @@ from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.models import Network, create_model
+from gmsop_jax.models.network import GATED
 from gmsop_jax.training import exported
 from gmsop_jax.training.checkpoint import Checkpoints
 from gmsop_jax.training.inputs import Inputs
@@ -39,7 +40,7 @@ class Info:
     @property
     def num_candidates(self) -> int:
         """The number of gate weights n; 1 for a head without a gate."""
-        return self.config.model.num_candidates if self.config.model.head in ("gmgap", "gmsop") else 1
+        return self.config.model.num_candidates if self.config.model.head in GATED else 1
 
 
 def load(path: str | os.PathLike[str], sharding: Sharding | None = None) -> tuple[Network, dict[str, Any], Info]:

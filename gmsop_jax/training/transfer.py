@@ -9,7 +9,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from gmsop_jax.errors import CheckpointError, ConfigError
-from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.restore import load
 
 Path = tuple[str, ...]  # the path of an array: collection, backbone or head, …, name
@@ -23,13 +22,11 @@ class Source:
       path: the value of `config.train.init_from`.
       step: number of optimizer steps for which it was trained.
       variables: parameters and moments in the memory of the host; the averages, if its run computed them.
-      inputs: description of its data set. The same mean colour is subtracted for the new network.
     """
 
     path: str
     step: int
     variables: Mapping[str, Any]
-    inputs: Inputs
 
 
 def read_source(path: str, pixel_scale: float, sharding: Sharding) -> Source:
@@ -53,7 +50,7 @@ def read_source(path: str, pixel_scale: float, sharding: Sharding) -> Source:
             f"config.model.pixel_scale = {pixel_scale}, but the network of config.train.init_from = {path!r} was"
             f" trained with {theirs}; set --config.model.pixel_scale={theirs}"
         )
-    return Source(path, info.step, jax.device_get(variables), info.inputs)
+    return Source(path, info.step, jax.device_get(variables))
 
 
 def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], str]:

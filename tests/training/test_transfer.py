@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 
 from gmsop_jax.errors import ConfigError
-from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.transfer import Source, choose, merge
-
-INPUTS = Inputs("some", ("a", "b"), (1.0, 2.0, 3.0), (8, 8))
 
 
 def network(value: float, classes: int = 2, **head) -> dict:
@@ -22,7 +19,7 @@ def network(value: float, classes: int = 2, **head) -> dict:
 
 
 def source(variables: dict) -> Source:
-    return Source("runs/x", 7, variables, INPUTS)
+    return Source("runs/x", 7, variables)
 
 
 def test_the_same_network_is_taken_whole():
