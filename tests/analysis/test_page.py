@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gmsop_jax.analysis.report import build_report
+from gmsop_jax.analysis.report import build_report, predict_split
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.main import main
 from gmsop_jax.training.inputs import Inputs
@@ -108,6 +108,23 @@ def test_many_runs_are_named_and_have_a_legend_of_several_rows(trained_run, tmp_
         text for text in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S) if "nats" in text
     ]
     assert json.loads(loss)["encoding"]["color"]["legend"]["columns"] == 3
+
+
+def test_two_classes_have_no_table_of_confused_pairs(trained_run, monkeypatch):
+    ten = predict_split(trained_run, None, 50)
+    two = dataclasses.replace(ten, classes=ten.classes[:2], labels=ten.labels % 2, predicted=ten.predicted % 2)
+    monkeypatch.setattr("gmsop_jax.analysis.report.page.predict_split", lambda *_: two)
+    text = _Outline(build_report([trained_run])).text
+    assert "Confusion" in text
+    assert "Most confused pairs" not in text
+
+
+def test_a_network_without_a_gate_has_no_balance_loss(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["head"] = "gap"
+    (run / "config.json").write_text(json.dumps(config))
+    assert "Balance loss" not in _Outline(build_report([run], data=tmp_path)).text
 
 
 def test_runs_on_different_data_are_kept_apart(trained_run, tmp_path):

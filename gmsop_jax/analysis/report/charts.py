@@ -88,7 +88,8 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     )
     charts = []
     for name, title, unit, scale in panels:
-        points = [point for run in runs for point in _points(run, name, positive=scale == "log")]
+        shown = [run for run in runs if run.is_gated or name != "balance_loss"]
+        points = [point for run in shown for point in _points(run, name, positive=scale == "log")]
         if points:
             y: Spec = {"field": "value", "title": unit or None, "scale": {"type": scale}}
             if scale == "log":

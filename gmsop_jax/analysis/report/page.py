@@ -31,7 +31,7 @@ _HEAVIEST = 8  # images for each candidate
 _PAIRS = 10  # confused pairs of classes
 _CLASSES = 60  # rows of the table of classes and candidates
 _MISSING = "–"  # a value that a run does not have
-_NAMED = 3  # runs that the title names
+_TITLE = 60  # characters of the names of several runs that the title shows
 _THUMBNAIL = 96  # largest side in pixels
 
 
@@ -49,6 +49,7 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
     """
     groups = group_by_data(read_runs(workdirs))
     runs = [run for group in groups for run in group]
+    title = " · ".join(run.name for run in runs)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gmsop_jax.analysis.report", ""),
         autoescape=True,
@@ -59,7 +60,7 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
     environment.filters["json"] = _safe_json
     folder = Path(__file__).parent
     return environment.get_template("page.html.jinja").render(
-        title=" · ".join(run.name for run in runs) if len(runs) <= _NAMED else f"{len(runs)} runs",
+        title=title if len(runs) == 1 or len(title) <= _TITLE else f"{len(runs)} runs",
         runs=runs,
         groups=[
             {"data": group[0].data, "runs": group, "facts": _facts(group), "curves": charts.curves(group)}

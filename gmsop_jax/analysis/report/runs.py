@@ -39,6 +39,11 @@ class Run:
         return describe_network(self.config.model)
 
     @property
+    def is_gated(self) -> bool:
+        """Whether a gate selects the candidates. Only then is there a balance loss."""
+        return self.config.model.head in ("gmgap", "gmsop")
+
+    @property
     def images_per_second(self) -> float | None:
         """The median of the logged training speeds."""
         speeds = [r["images_per_second"] for r in self.records if "images_per_second" in r]
