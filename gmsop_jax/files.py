@@ -55,6 +55,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what `replacing` left in a folder when a process was killed."""
+    for file in folder.glob("*.tmp-*"):
+        pid = file.name.rpartition("-")[2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            file.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file atomically; text is encoded as UTF-8, with escapes (valid in JSON) for names that are not UTF-8."""
     with replacing(path) as temporary:
@@ -124,15 +132,14 @@ def write_checksums(folder: Path) -> None:
 
     Files directly in the folder are not covered: Orbax still writes to them afterwards.
     """
-    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
-    write_json(folder / CHECKSUMS, {path.relative_to(folder).as_posix(): _measure(path) for path in files})
+    write_json(folder / CHECKSUMS, {name: _measure(folder / name) for name in _covered_files(folder)})
 
 
 def find_damage(folder: Path, below: str = "") -> str | None:
     """Compares a folder, or one of its sub-folders, with its `checksums.json`.
 
-    Returns: a description of the damage, or None. A folder without a list of checksums, or with an empty one, can't
-      be verified and counts as damaged.
+    Returns: a description of the damage, or None. What can't be verified counts as damaged: a folder without a list
+      of checksums, or with an empty one, and a file that is not in the list, unless its name begins with a dot.
 
     Raises:
       FileAccessError: if the system refuses to read an existing file, which doesn't mean that it is damaged.
@@ -149,6 +156,9 @@ def find_damage(folder: Path, below: str = "") -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size or _measure(path) != [size, digest]:
                 return f"{name} was changed"
+        for name in _covered_files(folder):
+            if name.startswith(below) and name not in sums and not Path(name).name.startswith("."):
+                return f"{CHECKSUMS} does not list {name}"
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing, so its files can't be verified"
     except OSError as error:
@@ -156,6 +166,10 @@ def find_damage(folder: Path, below: str = "") -> str | None:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"{CHECKSUMS} is damaged: {error}"
     return None if sums else f"{CHECKSUMS} lists no files"
+
+
+def _covered_files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/**/*") if path.is_file())
 
 
 def _measure(path: Path) -> list[int | str]:
@@ -293,6 +307,8 @@ def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
+        return False
+    except OverflowError:  # no system has such a process
         return False
     except PermissionError:
         pass

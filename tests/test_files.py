@@ -16,6 +16,7 @@ from gmsop_jax.files import (
     find_damage,
     open_file,
     read_bytes,
+    remove_temporary_files,
     replacing,
     sha256,
     write_atomic,
@@ -56,6 +57,15 @@ def test_output_is_appended_to_what_standard_output_is_appended_to(tmp_path):
     assert (tmp_path / "log").read_text() == "old\nnew"
 
 
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+    kept = {"x.json", f"x.json.tmp-{os.getpid()}", "notes.tmp-mine"}
+    for name in (*kept, f"x.json.tmp-{ended}", f"x.json.tmp-{10**30}"):
+        (tmp_path / name).touch()
+    remove_temporary_files(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == kept
+
+
 def test_names_that_are_not_utf8_survive_in_json(tmp_path):
     value = {"dir": os.fsdecode(b"caf\xe9"), "width": "≥ ½"}
     write_json(tmp_path / "x.json", value)
@@ -92,6 +102,19 @@ def test_files_without_checksums_count_as_damaged(tmp_path, state):
     elif state != "missing":
         file.write_text({"empty": "", "no_entries": "{}", "deep": "[" * 100_000}[state])
     assert "checksums.json" in (find_damage(tmp_path) or "")
+
+
+def test_a_file_without_a_checksum_counts_as_damage(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in "ab":
+        (tmp_path / "sub" / name).write_text(name)
+    write_checksums(tmp_path)
+    (tmp_path / "sub" / ".DS_Store").write_text("of the system")
+    assert find_damage(tmp_path) is None
+    sums = json.loads((tmp_path / "checksums.json").read_text())
+    del sums["sub/b"]
+    write_json(tmp_path / "checksums.json", sums)
+    assert find_damage(tmp_path) == "checksums.json does not list sub/b"
 
 
 # ---- locks

@@ -11,9 +11,11 @@ the running variance, batch norm stores σ = √(var + ε) here.
 """
 
 import argparse
+import contextlib
 import pathlib
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -99,6 +101,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: pathlib.Path) -> Any:
+    _check_crcs(path)
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -117,6 +120,15 @@ def _read_torch(path: pathlib.Path) -> Any:
         raise CheckpointError(
             f"{path} {reason}. Save the network's state_dict() alone, with torch.save or as .safetensors"
         ) from error
+
+
+def _check_crcs(path: pathlib.Path) -> None:
+    """Raises CheckpointError if the CRC of an array is wrong, which PyTorch does not notice."""
+    damaged = None
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # old files are no zip archives
+        damaged = archive.testzip()
+    if damaged:
+        raise CheckpointError(f"{path} is damaged (the CRC of {damaged} is wrong); download it again")
 
 
 def _to_numpy(name: str, tensor: Any) -> np.ndarray:

@@ -16,9 +16,10 @@ MAX_SKIPPED = 10  # a run ends rather than skip more than this many steps in a r
 
 
 def check_evaluation(step: int, evaluation: Mapping[str, Any]) -> None:
-    """Raises NonFiniteError unless the loss of the evaluation after a step is finite."""
+    """Raises NonFiniteError if the loss of the evaluation after a step is not finite, or absurdly large."""
     if not np.isfinite(evaluation["loss"]):
         raise NonFiniteError(f"the evaluation loss is not finite after step {step}", step)
+    _check_size(evaluation["loss"], "evaluation loss", step)
 
 
 def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) -> None:
@@ -41,8 +42,12 @@ def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) 
     copy = jax.tree.map(jnp.copy, state.replace(step=state.step * 0 + step - 1))
     metrics = jax.device_get(train_step(copy, batch)[1])
     check_metrics(step, metrics)
-    if (loss := float(metrics["loss_sum"]) / int(metrics["count"])) > MAX_LOSS:
-        raise NonFiniteError(f"the loss diverged to {loss:.3g}, which counts as not finite at step {step}", step)
+    _check_size(float(metrics["loss_sum"]) / int(metrics["count"]), "loss", step)
+
+
+def _check_size(loss: float, name: str, step: int) -> None:
+    if loss > MAX_LOSS:
+        raise NonFiniteError(f"the {name} diverged to {loss:.3g}, which counts as not finite at step {step}", step)
 
 
 @jax.jit

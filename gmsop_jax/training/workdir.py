@@ -13,7 +13,7 @@ from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data import manifest
 from gmsop_jax.errors import CheckpointError, reason
-from gmsop_jax.files import FileLock, LockHeldError, read_bytes, write_atomic
+from gmsop_jax.files import FileLock, LockHeldError, read_bytes, remove_temporary_files, write_atomic
 from gmsop_jax.training.layout import DIRECTORY, latest_saved, read_copy, steps_on_disk
 from gmsop_jax.training.processes import check_same, first_process_does
 
@@ -121,6 +121,7 @@ class Workdir:
             self._lock.acquire()
             if self._lock.note:
                 print(self._lock.note, file=sys.stderr)
+            remove_temporary_files(self.path)
             self._check_config(self.path / _CONFIG)
         except LockHeldError as error:
             raise CheckpointError(

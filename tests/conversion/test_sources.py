@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import gzip
 import io
 import os
@@ -153,6 +154,27 @@ def test_fifos_are_not_read(tmp_path: Path, source: str, name: str):
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=r"lacks|neither|is not a file"):
         opened(source, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_class_names_outside_of_the_input_are_read_only_if_asked_for(tmp_path: Path, follow: bool):
+    write_imagenet(tmp_path / "in", "pickle")
+    (tmp_path / "in" / "map_clsloc.txt").rename(tmp_path / "names.txt")
+    (tmp_path / "in" / "map_clsloc.txt").symlink_to(tmp_path / "names.txt")
+    with contextlib.nullcontext() if follow else pytest.raises(DataError, match="leads out of the input"):
+        opened("imagenet64", tmp_path / "in", tmp_path, allow_partial=True, follow_links=follow)
+
+
+def test_a_compressed_batch_cannot_fill_the_disk(tmp_path: Path):
+    write_imagenet(tmp_path / "in", "npz")
+    file = tmp_path / "in" / "train_data_batch_2.npz"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("data.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (2**18, 768)})
+        for _ in range(192):
+            member.write(bytes(2**20))
+    with pytest.raises(DataError, match="claim more than 134,217,728 bytes"):
+        opened("imagenet64", tmp_path / "in", tmp_path, allow_partial=True)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 2**25
 
 
 def test_a_batch_cannot_hold_a_billion_empty_images(tmp_path: Path):

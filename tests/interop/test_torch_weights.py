@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import sys
 import types
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +279,18 @@ def test_files_of_torch_are_read_and_never_executed(tmp_path):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(CheckpointError, match=message):
             read_state(tmp_path / "other.pth")
+
+
+def test_import_torch_notices_a_flipped_bit(tmp_path):
+    """`torch.load` does not compare the CRCs of the zip archive that it reads."""
+    file = tmp_path / "x.pth"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data/0", bytes(range(64)))
+    content = bytearray(file.read_bytes())
+    content[content.index(bytes(range(64))) + 9] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"the CRC of x/data/0 is wrong"):
+        read_state(file)
 
 
 def test_import_torch_reads_checkpoints_with_a_namespace(tmp_path):

@@ -21,6 +21,7 @@ import numpy as np
 
 from gmsop_jax.errors import DataError
 from gmsop_jax.files import replacing
+from gmsop_jax.interop.matfile.budget import Budget
 
 # What the standard library raises for damaged or unsupported archives and headers.
 _ZIP_ERRORS = (
@@ -155,6 +156,7 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> 
         return target
     check_space(scratch, member.file_size)
     try:
+        Budget(member.compress_size).take_bytes(member.file_size)
         with archive.open(member) as packed, replacing(target) as temporary, temporary.open("wb") as file:
             shutil.copyfileobj(packed, file, 2**20)
         return target

@@ -48,7 +48,7 @@ def open_source(request: Request) -> ImageTable:
         facts["archives"] = {archive.name: _check_published(archive) for archive in used}
         files = {name: file for archive in used for name, file in _unpack(archive, request.scratch).items()}
     _check_complete(request, {_batch_name(file) for file in files})
-    classes = _class_names(folder)
+    classes = _class_names(folder / "map_clsloc.txt", request)
     names = sorted(files, key=_position)
     batches = [_read(files[name], len(classes), request.scratch) for name in names]
     images, labels = [data for data, _ in batches], np.concatenate([labels for _, labels in batches])
@@ -115,11 +115,12 @@ def _check_published(archive: Path) -> str:
     return "not a published npz archive"
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def _class_names(file: Path, request: Request) -> tuple[str, ...]:
     """Returns the third column of map_clsloc.txt, which the second column numbers; numbers without that file."""
-    file = folder / "map_clsloc.txt"
     if not file.exists():
         return tuple(f"class {label}" for label in range(1, _NUM_CLASSES + 1))
+    if request.required_path.is_dir():  # beside a single archive, it is outside of the input anyway
+        request.check_inside(file)
     rows = [line.split() for line in read_lines(file)]
     if any(len(row) != 3 or row[1] != str(at) for at, row in enumerate(rows, 1)):
         raise DataError(f"{file} is not a list of `wnid number name` with numbers from 1 up")
