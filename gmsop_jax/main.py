@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gmsop_jax
 from gmsop_jax.errors import ArgumentParser, UserError, did_you_mean, run_command
 
 # The rest is imported late: it takes seconds, in which a mistake in the flags or a signal should have its effect too.
@@ -59,6 +60,9 @@ def _run_command(arguments: list[str]) -> int | None:
     if name in ("-h", "--help") or not name:
         print(_overview())
         return 0 if name else UserError.status
+    if name == "--version":
+        print(f"gmsop_jax {gmsop_jax.__version__}")
+        return 0
     if not name.startswith("-"):
         known = [*MODES, *COMMANDS]
         raise UserError(f"there is no command {name!r}; {did_you_mean(name, known, otherwise='see gmsop --help')}")
@@ -112,7 +116,11 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
             help="training steps, counted from 1, to trace for TensorBoard's profiler",
         )
     _add_process_options(parser)
+    parser.add_argument("stray", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.stray:
+        flags = {"train": "--config", "evaluate": "--checkpoint", "predict": "--checkpoint or --input"}
+        parser.error(f"there is no flag before {options.stray[0]}; expected {flags[options.mode]}")
     _check_needed(parser, options, f"gmsop {mode}" if mode else f"--mode {options.mode}")
     return options
 

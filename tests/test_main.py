@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import gmsop_jax
 from gmsop_jax.conversion import prepare
 from gmsop_jax.errors import ArgumentParser, UserError, run_command
 from gmsop_jax.main import COMMANDS, MODES, main
@@ -62,6 +63,20 @@ def test_training_ends_with_the_error_of_the_last_epoch(monkeypatch, tmp_path, c
     assert main(["train", "--config", QUICKSTART, "--workdir", str(tmp_path)]) == 0
     expected = f"top-1 error 10.00 % after the last epoch{remark}; 61 s; results in {tmp_path}\n"
     assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [("train quickstart", "--config"), ("evaluate runs/x", "--checkpoint"), ("predict runs/x --input y", "--input")],
+)
+def test_an_argument_without_a_flag_is_named(capsys, arguments, flag):
+    stray = arguments.split()[1]
+    assert re.search(rf"there is no flag before {stray}; expected .*{flag} ", error(capsys, *arguments.split()))
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gmsop_jax {gmsop_jax.__version__}\n"
 
 
 def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
