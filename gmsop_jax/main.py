@@ -222,9 +222,12 @@ def _load_config(options: argparse.Namespace):
 
     if options.config:
         return configs.load(options.config, options.overrides)
+    from gmsop_jax.conversion.sources import NAMES
     from gmsop_jax.training.restore import read_description
 
-    config, _ = read_description(options.checkpoint or options.workdir)
+    config, inputs = read_description(options.checkpoint or options.workdir)
+    if inputs.dataset in NAMES:  # the configuration may name another source, as that of the quickstart for own images
+        config.data.source = inputs.dataset
     configs.apply_overrides(config, options.overrides)
     return config
 

@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import pwd
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +74,15 @@ def test_training_ends_with_the_error_of_the_last_epoch(monkeypatch, tmp_path, c
 def test_an_argument_without_a_flag_is_named(capsys, arguments, flag):
     stray = arguments.split()[1]
     assert re.search(rf"there is no flag before {stray}; expected .*{flag} ", error(capsys, *arguments.split()))
+
+
+def test_a_missing_data_set_of_a_network_is_made_from_the_source_of_its_images(capsys, monkeypatch, tmp_path):
+    folder = shutil.copytree(ROOT / "pretrained" / "fashion_mnist_gap", tmp_path / "network")
+    description = json.loads((folder / "config.json").read_text())
+    description["config"]["data"]["source"] = "imagenet64"
+    (folder / "config.json").write_text(json.dumps(description))
+    monkeypatch.chdir(tmp_path)
+    assert "\n  gmsop convert fashion-mnist --input" in error(capsys, "evaluate", "--checkpoint", str(folder))
 
 
 def test_version(capsys):
