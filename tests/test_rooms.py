@@ -52,7 +52,7 @@ ALLOWED = {
     "interop": {"config", "data", "models", "ops", "training"},
     "analysis": {"config", "data", "models", "inference", "training"},
     "commands": {"analysis", "config", "conversion", "data", "inference", "interop", "training"},
-    "main": {"commands", "config", "conversion", "inference", "training"},
+    "main": {"commands"},
     "__main__": {"main"},
 }
 GROUND = {"errors", "files"}

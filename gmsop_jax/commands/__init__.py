@@ -1,1 +1,1 @@
-"""The commands of `gmsop` besides train, evaluate and predict: each reads its flags and calls the library."""
+"""The commands of `gmsop`: each reads its flags and calls the library."""
