@@ -43,15 +43,15 @@ def cross_covariance_pool(
         )
     queries, keys = (jnp.asarray(x, jnp.promote_types(jnp.asarray(x).dtype, jnp.float32)) for x in (queries, keys))
     if where is None:
-        shares = jnp.full(queries.shape[:-1], 1 / queries.shape[-2], queries.dtype)
+        shares = jnp.asarray(1 / queries.shape[-2], queries.dtype)
     else:
         weights = position_weights(queries, where)
         queries, keys = clear_masked(queries, weights), clear_masked(keys, weights)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        shares = weights / jnp.where(total == 0, 1, total)
+        shares = (weights / jnp.where(total == 0, 1, total))[..., None]
     queries, keys = (x - average_pool(x, where=where)[..., None, :] for x in (queries, keys))
     precision = matrix_precision(precision, queries.dtype)
-    return jnp.einsum("...pr,...ps->...rs", shares[..., None] * queries, keys, precision=precision)
+    return jnp.einsum("...pr,...ps->...rs", shares * queries, keys, precision=precision)
 
 
 def multi_head_cross_covariance_pool(

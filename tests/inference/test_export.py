@@ -23,7 +23,7 @@ from gmsop_jax.inference import evaluate, export
 from gmsop_jax.inference.model_card import command
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.main import main
-from gmsop_jax.models import create_model
+from gmsop_jax.models import CrossCovarianceHead, DropCovHead, create_model
 from gmsop_jax.models.network import HEADS
 from gmsop_jax.training.parallel import create_mesh, replicated
 from gmsop_jax.training.transfer import read_source
@@ -236,6 +236,17 @@ def test_onnx_agrees_with_the_original(trained_run, tmp_path):
     assert max(exported.differences.values()) < 1e-4
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("head", [DropCovHead(5, (4,), True), CrossCovarianceHead(5, num_heads=2, head_width=4)])
+def test_onnx_of_a_head_takes_any_batch(head):
+    to_onnx = pytest.importorskip("jax2onnx").to_onnx
+    x = np.random.default_rng(0).normal(size=(3, 4, 4, 6)).astype(np.float32)
+    variables = head.init(jax.random.key(0), x)
+    proto = to_onnx(lambda x: head.apply(variables, x)[0], [("b", 4, 4, 6)], input_names=["x"])
+    session = pytest.importorskip("onnxruntime").InferenceSession(proto.SerializeToString())
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], head.apply(variables, x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_onnx_is_compared_in_its_runtime(trained_run, tmp_path, monkeypatch):
     """With stand-ins for jax2onnx, which only stores the function, and for ONNX Runtime, which calls it."""
     stored = []
@@ -261,8 +272,12 @@ def test_onnx_is_compared_in_its_runtime(trained_run, tmp_path, monkeypatch):
     monkeypatch.setattr(InferenceSession, "error", 0.1)
     with pytest.raises(export.ExportError, match="differ by"):
         export.export_onnx(trained_run, tmp_path)
-    monkeypatch.setattr(sys.modules["jax2onnx"], "to_onnx", lambda *args, **options: 1 // 0)
-    with pytest.raises(export.ExportError, match=r"can't convert .* 'gmsop' \(ZeroDivisionError"):
+
+    def refuse(*args, **options):
+        raise NotImplementedError("no such operation\nPlease see a page\n")
+
+    monkeypatch.setattr(sys.modules["jax2onnx"], "to_onnx", refuse)
+    with pytest.raises(export.ExportError, match=r"'gmsop' \(NotImplementedError: no such operation\); use --format"):
         export.export_onnx(trained_run, tmp_path)
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(export.ExportError, match="needs jax2onnx: pip install"):
