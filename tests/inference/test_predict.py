@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import tracemalloc
 
 import jax
@@ -160,6 +161,15 @@ def test_lists_and_folders_are_expanded(folder, tmp_path):
         list_files([tmp_path / "empty"])
     with pytest.raises(DataError, match=r"the list .*none\.txt can't be read"):
         list_files([tmp_path / "none.txt"])
+
+
+def test_the_example_of_the_docstring_runs(trained_run, folder, capsys):
+    example = textwrap.dedent(str(Predictor.__doc__).split("```")[1])
+    for name, path in (("runs/quickstart", trained_run), ("shoe.jpg", folder / "rgb.png"), ("more_images/", folder)):
+        assert name in example
+        example = example.replace(name, str(path))
+    exec(example, {"Predictor": Predictor})
+    assert str(folder / "rgb.png") in capsys.readouterr().out
 
 
 def test_predict_does_not_wait_for_a_fifo_or_socket(trained_run, tmp_path):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import pathlib
 import pickle
+import re
 import sys
 import types
 import zipfile
@@ -16,6 +17,7 @@ import pytest
 
 from gmsop_jax.config import default_config, validate
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.interop import torch_weights
 from gmsop_jax.interop.layers import triangle_order
 from gmsop_jax.interop.torch_weights import MEAN_RGB, from_torch, read_state
 from gmsop_jax.models import create_model
@@ -47,6 +49,16 @@ def test_logits_are_torchvisions(maker, network, dtype, tolerance):
         logits, _ = jax.jit(create_model(config).apply)(variables, images)
         assert logits.dtype == dtype
     np.testing.assert_allclose(logits, expected[dtype], rtol=0, atol=tolerance * np.abs(expected[dtype]).max())
+
+
+def test_the_example_of_the_docstring_runs(names_and_shapes):
+    assert torch_weights.__doc__
+    example = re.findall(r"^    (\S.*)$", torch_weights.__doc__, re.MULTILINE)
+    assert len(example) == 2, torch_weights.__doc__
+    names: dict = {"from_torch": from_torch, "create_model": create_model, "images": jnp.zeros((1, 64, 64, 3))}
+    names["read_state"] = lambda file: names_and_shapes(file.removesuffix(".safetensors"))
+    exec("\n".join(example), names)
+    assert names["logits"].shape == (1, 10)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from gmsop_jax.models import (
     BatchNorm,
     BottleneckResNet,
     CovarianceHead,
+    CrossCovarianceHead,
     DropCovHead,
     GAPHead,
     Gate,
@@ -24,7 +25,16 @@ from gmsop_jax.models import (
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
 KEY = jax.random.key(0)
-HEADS: list[Any] = [GAPHead, CovarianceHead, DropCovHead, SecondOrderHead, MPNCOVHead, MixtureHead, GatedMixtureHead]
+HEADS: list[Any] = [
+    GAPHead,
+    CovarianceHead,
+    CrossCovarianceHead,
+    DropCovHead,
+    SecondOrderHead,
+    MPNCOVHead,
+    MixtureHead,
+    GatedMixtureHead,
+]
 
 
 @pytest.mark.parametrize("head", HEADS)

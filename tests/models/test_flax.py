@@ -11,6 +11,7 @@ from flax import nnx
 
 from gmsop_jax.models import (
     CovarianceHead,
+    CrossCovarianceHead,
     DropCovHead,
     GAPHead,
     GatedMixtureHead,
@@ -27,6 +28,7 @@ HEADS: dict[str, tuple[Any, tuple, dict[str, Any]]] = {
     "sop": (CovarianceHead, (5,), {}),
     "srsop": (SecondOrderHead, (5, (4,), True), {}),
     "dropcov": (DropCovHead, (5, (4,), True), {}),
+    "sot": (CrossCovarianceHead, (5,), {"num_heads": 2, "head_width": 3}),
     "mpncov": (MPNCOVHead, (5,), {}),
     "avesop": (MixtureHead, (5,), BANK),
     "gmsop": (GatedMixtureHead, (5,), GATED),

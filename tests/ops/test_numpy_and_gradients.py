@@ -28,6 +28,17 @@ CASES: dict[str, tuple[Any, Any]] = {
     "covariance_pool": (ops.covariance_pool, normal(2, 9, 4)),
     "second_order_pool": (ops.second_order_pool, normal(2, 9, 4)),
     "newton_schulz_sqrt": (ops.newton_schulz_sqrt, SIGMA),
+    "newton_schulz_inverse_sqrt": (ops.newton_schulz_inverse_sqrt, SIGMA + np.eye(4, dtype=np.float32)),
+    "minimax": (functools.partial(ops.newton_schulz_sqrt, coefficients="minimax"), SIGMA),
+    "cross_covariance_pool": (lambda x: ops.cross_covariance_pool(x, normal(2, 9, 4)), normal(2, 9, 4) + 1),
+    "multi_head_cross_covariance_pool": (
+        lambda x: ops.multi_head_cross_covariance_pool(x, normal(2), 2),
+        normal(2, 9, 8),
+    ),
+    "channel_attention": (lambda kernel: ops.channel_attention(normal(2, 4), kernel), normal(3)),
+    "apply_gate": (lambda kernel: ops.apply_gate(normal(2, 4), kernel, num_selected=2).weights, normal(4, 3)),
+    "batch_norm": (lambda x: ops.batch_norm(x, *4 * [np.ones(4, np.float32)], train=True)[0], normal(2, 9, 4)),
+    "linear_logits": (lambda kernel: ops.linear_logits(normal(2, 4), kernel, normal(5)), normal(4, 5)),
     "matrix_power": (ops.matrix_power, SIGMA),
     "triangle_vector": (ops.triangle_vector, SIGMA),
     "triangle_matrix": (ops.triangle_matrix, normal(2, 10)),
@@ -38,6 +49,8 @@ CASES: dict[str, tuple[Any, Any]] = {
     "gather, kernels": (lambda w: BANK(normal(2, 9, 4), w, INDICES, dispatch="gather"), KERNELS),
     "loop, images": (lambda x: BANK(x, KERNELS, INDICES, dispatch="loop"), normal(2, 9, 4)),
     "loop, kernels": (lambda w: BANK(normal(2, 9, 4), w, INDICES, dispatch="loop"), KERNELS),
+    "group, images": (lambda x: BANK(x, KERNELS, INDICES, dispatch="group"), normal(2, 9, 4)),
+    "group, kernels": (lambda w: BANK(normal(2, 9, 4), w, INDICES, dispatch="group"), KERNELS),
     "auto, kernels": (lambda w: BANK(normal(2, 9, 4), w, INDICES), KERNELS),
     "all candidates": (lambda w: ops.apply_all_candidates(normal(2, 9, 4), w, ops.average_pool), KERNELS),
     "mix, vectors": (lambda y: ops.mix_candidates(y, normal(2, 3), INDICES), normal(2, 2, 6)),
@@ -59,7 +72,7 @@ def test_numpy_arrays_are_equal_to_jax_arrays(name):
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("dispatch", ["gather", "loop", "auto"])
+@pytest.mark.parametrize("dispatch", ["gather", "group", "loop", "auto"])
 def test_numpy_kernels_with_traced_images_and_indices(dispatch):
     def run(x, indices):
         return BANK(x, KERNELS, indices, dispatch=dispatch)
@@ -67,7 +80,7 @@ def test_numpy_kernels_with_traced_images_and_indices(dispatch):
     np.testing.assert_allclose(jax.jit(run)(normal(2, 9, 4), INDICES), run(normal(2, 9, 4), INDICES), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "loop" not in name and "auto" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("loop", "auto", "group"))])
 def test_no_gradient_is_a_scatter(name):
     # on a GPU a scatter adds by atomic operations, whose order differs from run to run
     function, x = CASES[name]

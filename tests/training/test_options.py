@@ -133,6 +133,17 @@ def test_an_interrupted_run_ends_in_the_same_bits(finished, tiny, tmp_path, monk
             np.testing.assert_array_equal(leaf, expected[name], err_msg=f"{item}{name}")
 
 
+def test_a_last_batch_of_one_image_is_refused(tiny):
+    """Batch norm would put the spread of a single image, 0, into its running moments."""
+    train, mesh = tiny.copy_and_resolve_references().train, parallel.create_mesh(jax.devices()[:1])
+    train.update(batch_size=8, drop_last=False)
+    with pytest.raises(ConfigError, match="leaves a last batch of 1 of 17 images, which makes batch norm take the mom"):
+        parallel.check_train_batches(train, "global", 17, mesh)
+    parallel.check_train_batches(train, "global", 18, mesh)
+    train.drop_last = True
+    parallel.check_train_batches(train, "global", 17, mesh)
+
+
 def test_an_unknown_part_is_refused_before_anything_is_written(tiny, tmp_path):
     with_options(tiny, "train.rate_factors=(('backbone/stage3', 0),)")
     with pytest.raises(ConfigError, match=r"names 'backbone/stage3', which .*; did you mean backbone/st"):
