@@ -18,11 +18,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import gmsop_jax
 from gmsop_jax.conversion import job as jobs
 from gmsop_jax.conversion.job import ConversionJob
+from gmsop_jax.conversion.progress import count_images
 from gmsop_jax.conversion.shards import ShardTask, split_order, write_shard
 from gmsop_jax.conversion.sources import Options, Request, Source, UnreadableImage, open_source
 from gmsop_jax.conversion.sources.files import check_space
@@ -71,7 +70,7 @@ def convert(
       shard_range: (i, n) converts every n-th shard, beginning with the i-th. When all n parts are converted,
         `job.join` makes them one data set.
       max_unreadable: largest share of unreadable images that is accepted.
-      progress: show a progress bar if the output is a terminal.
+      progress: show the progress on the standard error.
     Returns: the manifest, or None if only a part of the shards was converted.
     Raises:
       ConfigError: if a setting is out of range.
@@ -128,12 +127,11 @@ def _write_shards(
         functools.partial(_write_tasks, source, output, job, pending[at::workers], hash_files and at == 0)
         for at in range(workers)
     ]
-    disable = None if progress else True  # None hides the bar if the output is not a terminal
-    with tqdm(total=total, initial=total - remaining, unit=" images", desc="converting", disable=disable) as bar:
+    with count_images("converting", total, initial=total - remaining, enabled=progress) as count:
         if workers == 1:
-            shares[0](lambda: bar.update(1))
+            shares[0](lambda: count(1))
         else:
-            _run_in_processes(shares, output, bar.update)
+            _run_in_processes(shares, output, count)
 
 
 def _write_tasks(

@@ -1,11 +1,12 @@
 """Verification: reads a whole data set and compares it with everything that its manifest states."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from gmsop_jax.conversion.progress import count_images
 from gmsop_jax.conversion.shards import Statistics
 from gmsop_jax.data.manifest import Manifest, Split
 from gmsop_jax.data.records import decode
@@ -21,7 +22,7 @@ def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manif
 
     Args:
       directory: the folder of the data set.
-      progress: show a progress bar if the output is a terminal.
+      progress: show the progress on the standard error.
     Returns: the manifest, if everything agrees with it.
     Raises: DataError for the first difference.
     """
@@ -29,9 +30,9 @@ def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manif
     manifest = Manifest.load(path)
     manifest.verify_checksums(path)
     total = sum(split.num_images for split in manifest.splits.values())
-    with tqdm(total=total, unit=" images", desc="verifying", disable=None if progress else True) as bar:
+    with count_images("verifying", total, enabled=progress) as count:
         for name, split in manifest.splits.items():
-            found = _read(path, name, split, manifest.num_classes, bar)
+            found = _read(path, name, split, manifest.num_classes, count)
             _compare(path, name, split, found)
             if name == "train" and not _same_colours(found, manifest):
                 raise DataError(
@@ -47,7 +48,7 @@ def _same_colours(found: Statistics, manifest: Manifest) -> bool:
     return (found.mean, found.covariance) == (manifest.mean_rgb, manifest.covariance_rgb)
 
 
-def _read(path: Path, name: str, split: Split, num_classes: int, bar: tqdm) -> Statistics:
+def _read(path: Path, name: str, split: Split, num_classes: int, count: Callable[[int], object]) -> Statistics:
     reader = ShardReader(path, split.shards)
     found = Statistics(num_classes)
     for start in range(0, len(reader), _BLOCK):
@@ -63,7 +64,7 @@ def _read(path: Path, name: str, split: Split, num_classes: int, bar: tqdm) -> S
                     f" classes; {_REDO}"
                 )
             found.add(example["image"], example["label"])
-        bar.update(len(records))
+        count(len(records))
     return found
 
 

@@ -624,3 +624,14 @@ def test_parts_are_converted_side_by_side(imagenet: Path, tmp_path: Path):
     with FileLock(tmp_path / "set/.convert/part-1-of-2"):  # another process of the same division
         convert("imagenet64", imagenet, tmp_path / "set", shard_range=(0, 2), progress=False)
     assert list((tmp_path / "set").glob("train*"))
+
+
+def test_off_a_terminal_the_progress_is_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.setattr("gmsop_jax.conversion.progress.SECONDS_PER_LINE", 0)
+    convert("fashion-mnist", None, tmp_path / "set", limit=20, workers=1)
+    verify(tmp_path / "set")
+    lines = capfd.readouterr().err.split("\n")
+    assert "converting: 1 of 40 images" in lines
+    assert "converting: 40 of 40 images" in lines
+    assert "verifying: 40 of 40 images" in lines
+    assert not any("\r" in line for line in lines)
