@@ -39,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console() -> int:
     """Runs the command line of the process, for `gmsop` and `python -m gmsop_jax`; returns the exit status."""
-    status = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python shuts down, Ctrl-C ends it without a traceback
-    return status
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # in the background, it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the command, Ctrl-C leaves no traceback
+    return main()
 
 
 def _run_command(arguments: list[str]) -> int | None:

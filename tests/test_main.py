@@ -279,6 +279,24 @@ def test_a_signal_during_start_up_leaves_no_traceback(tmp_path, signum, status, 
     assert f"stopped by {'Ctrl-C' if signum == signal.SIGINT else 'SIGTERM'}" in errors
 
 
+@pytest.mark.parametrize(
+    "moment",
+    ["main.main = lambda: os.kill(os.getpid(), SIGINT) or 0", "atexit.register(os.kill, os.getpid(), SIGINT)"],
+    ids=["after the command", "while Python shuts down"],
+)
+def test_ctrl_c_at_the_end_leaves_no_traceback(moment):
+    program = f"import atexit, os, sys; from signal import SIGINT; from gmsop_jax import main; {moment}"
+    process = subprocess.run(
+        [sys.executable, "-c", f"{program}; sys.exit(main.console())", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == -signal.SIGINT
+    assert process.stderr == ""
+
+
 def test_a_closed_pipe_is_no_error():
     """As in `gmsop summary --all | head -1`."""
     command = "import sys; from gmsop_jax.errors import run_command; sys.exit(run_command(lambda: print('x' * 10**6)))"

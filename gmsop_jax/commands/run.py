@@ -29,10 +29,12 @@ def run_mode(arguments: Sequence[str], mode: str = "") -> int:
     from gmsop_jax.conversion.prepare import prepare_data
     from gmsop_jax.training import devices, interrupt, processes
 
-    config = _load_config(options)
-    devices.use_cpu_devices(config)
     processes.start_processes(options.coordinator, options.num_processes, options.process_id)
-    devices.use_compilation_cache()
+    with processes.ending_together():
+        config = _load_config(options)
+        devices.use_cpu_devices(config)
+        devices.use_compilation_cache()
+        processes.check_same({"--mode": options.mode})
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":
         from gmsop_jax.inference import predict_output

@@ -15,10 +15,10 @@ from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import exported, parallel
 from gmsop_jax.training.evaluation import COMPILING, create_evaluation, resolve, verify_shards
-from gmsop_jax.training.inputs import Inputs
+from gmsop_jax.training.inputs import Inputs, fingerprint
 from gmsop_jax.training.metrics import error_text
-from gmsop_jax.training.processes import ending_together
-from gmsop_jax.training.restore import folder_of, load_variables, read_description
+from gmsop_jax.training.processes import check_same, ending_together
+from gmsop_jax.training.restore import checksum, folder_of, load_variables, read_description
 from gmsop_jax.training.workdir import check_same_config
 
 
@@ -71,7 +71,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     The shards of the training split need not exist. The mean colour of the images that the network was trained on
     (`inputs.json`) is subtracted. A warning is printed if the images have other classes or another size than those.
     With `config.data.verify`, the checksums of the split's shards are verified first, as at the start of training: each
-    process verifies its share.
+    process verifies its share. Several processes must evaluate the same network on the same data.
 
     Args:
       config: the configuration; its model must fit the checkpoint.
@@ -83,11 +83,21 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     Raises:
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.
       DataError: if the data set is missing, is damaged, or has another number of classes.
+      ConfigError: if the processes have other networks, data sets or configurations.
     """
     check_same_config(config)
     _, inputs = read_description(path)
     checked = [config.eval.split] if config.data.on_corrupt == "stop" else []
     manifest = Manifest.load(config.data.dir, splits=checked)
+    size = image_size(config.data, config.eval.split, manifest)
+    data = Inputs(manifest.name, manifest.classes, inputs.mean_rgb, size, fingerprint(manifest))
+    check_same(
+        {
+            "the network": checksum(path),
+            **{f"the network's {name}": value for name, value in inputs.properties().items()},
+            **{f"the data set's {name}": value for name, value in data.properties().items()},
+        }
+    )
     verify_shards(config.data, manifest, checked)
     if manifest.num_classes != len(inputs.classes):
         raise DataError(
@@ -97,7 +107,6 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     config = resolve(config, manifest)
     mesh = parallel.create_mesh()
     evaluate = create_evaluation(config, manifest, inputs.mean_rgb, mesh)
-    size = image_size(config.data, config.eval.split, manifest)
     variables, step, _ = load_variables(create_model(config.model), (*size, 3), path, parallel.replicated(mesh))
     if jax.process_index() == 0:
         print(*_differences(inputs, manifest.classes, size), COMPILING, sep="\n", file=sys.stderr)

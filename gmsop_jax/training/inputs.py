@@ -50,11 +50,22 @@ class Inputs:
     splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     order: int = ORDER_VERSION
 
+    def properties(self) -> dict[str, object]:
+        """Returns what a run depends on, by name; each class and each split has an entry of its own."""
+        return {
+            **{f"split {name}": text for name, text in self.splits.items()},
+            **{f"class {index}": name for index, name in enumerate(self.classes)},
+            "mean_rgb": self.mean_rgb,
+            "image_size": self.image_size,
+            "order": self.order,
+        }
+
     def save(self, workdir: str | os.PathLike[str]) -> None:
         """Writes `inputs.json` into a working directory, whose checkpoints must be of the same data.
 
         Raises:
-          CheckpointError: if a split differs from the one that the checkpoints were made with.
+          CheckpointError: if a split, or the number or order of the classes, is not the one that the checkpoints were
+            made with. Classes may get other names; a warning says so.
         """
         path = pathlib.Path(workdir)
         if steps_on_disk(path / DIRECTORY) and ((path / FILE_NAME).exists() or read_copy(path, FILE_NAME)):
@@ -76,13 +87,25 @@ class Inputs:
             for name in stored.splits.keys() & self.splits.keys()
             if stored.splits[name] != self.splits[name]
         ]
+        renamed = [(old, new) for old, new in zip(stored.classes, self.classes, strict=False) if old != new]
+        if len(stored.classes) != len(self.classes):
+            lines.append(f"classes: {len(stored.classes)} → {len(self.classes)}")
+        elif moved := {old for old, _ in renamed} & {new for _, new in renamed}:
+            lines.append(f"order of the classes: {min(moved)!r} is at another place")
         if lines:
-            if stored.classes != self.classes:
-                lines.append(f"classes: {len(stored.classes)} → {len(self.classes)}, or other names")
             raise CheckpointError(
                 f"{workdir} was trained on other data than data set {self.dataset!r} in config.data.dir:\n  "
                 + "\n  ".join(sorted(lines))
                 + "\npoint config.data.dir to that run's data (the folder may have moved), or name another --workdir"
+            )
+        if renamed and stored.splits:  # without splits, the network was imported, perhaps without names
+            logging.getLogger(__name__).warning(
+                "%d of %d classes have other names than those %s was trained with (%r is now %r); the new names are"
+                " stored",
+                len(renamed),
+                len(self.classes),
+                workdir,
+                *renamed[0],
             )
 
     @classmethod

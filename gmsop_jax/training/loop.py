@@ -72,8 +72,8 @@ def train_and_evaluate(
     find_backends(config.log.backends)
     run = prepare(config, pathlib.Path(workdir))
     with Workdir(workdir, run.config) as folder, folder.explaining_errors():
+        check_same({f"the data set's {name}": value for name, value in run.inputs.properties().items()})
         verify_shards(run.config.data, run.manifest)
-        check_same({f"the data set's split {name}": text for name, text in run.inputs.splits.items()})
         first_process_does(lambda: run.inputs.save(folder.path))
         with Checkpoints(folder.path / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
             progress = _train(run, folder, checkpoints, profile, started)

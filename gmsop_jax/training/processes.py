@@ -21,7 +21,8 @@ from jax._src import distributed  # JAX has no public access to its key-value st
 
 from gmsop_jax.errors import ConfigError, UserError
 
-JOIN_SECONDS = 60  # time limit for all processes to start and find each other, and for each exchange of values
+JOIN_SECONDS = 40  # time limit for all processes to start and find each other
+ANSWER_SECONDS = 60  # time limit for each exchange of values
 HEARTBEAT_SECONDS = 20  # after this time without a heartbeat, JAX considers a process dead and ends the others
 SHUTDOWN_SECONDS = 30  # time limit for all processes to reach the end
 _POLL_SECONDS = 0.5
@@ -41,8 +42,8 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
       num_processes, process_id: required with an address; with `auto`, the cluster provides them.
 
     Raises:
-      ConfigError: if the arguments contradict each other, the port is in use, or the processes don't find each
-        other within `JOIN_SECONDS`.
+      ConfigError: if the arguments contradict each other, the port is in use, or JAX can't join the processes. If
+        they don't find each other within `JOIN_SECONDS`, the process ends with the same message and status 2.
     """
     if coordinator is None:
         if num_processes is not None or process_id is not None:
@@ -60,21 +61,22 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
         _check_numbers(num_processes, process_id)
         if process_id == 0:
             _check_port(coordinator, int(port))
+    timer = threading.Timer(JOIN_SECONDS, _give_up_joining)  # at its own limit, JAX aborts with a stack trace
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             address,
             num_processes,
             process_id,
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=JOIN_SECONDS + 10,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(
-            f"the processes of this run can't be joined ({error}); give --coordinator host:port, reachable from"
-            " all of them, --num-processes and a --process-id from 0, or --coordinator auto on a cluster that"
-            " JAX supports"
-        ) from error
+        raise ConfigError(_not_joined(error)) from error
+    finally:
+        timer.cancel()
     stopped = threading.Event()
     atexit.register(_leave, stopped)  # runs before JAX's own, which was registered earlier
     threading.Thread(target=_watch, args=(_client(), stopped), name="failures of other processes", daemon=True).start()
@@ -114,7 +116,7 @@ def check_same(values: Mapping[str, object]) -> None:
     _client().key_value_set(f"gmsop_jax/values/{number}/{jax.process_index()}", json.dumps(here))
     everywhere = [_read_values(number, index) for index in range(jax.process_count())]
     for index, there in enumerate(everywhere):
-        for name in everywhere[0].keys() | there.keys():
+        for name in everywhere[0] | there:
             first, other = (found.get(name, "absent") for found in (everywhere[0], there))
             if first != other:
                 raise ConfigError(
@@ -125,11 +127,11 @@ def check_same(values: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends all processes of a run if one of them fails inside this context, or has ended."""
+    """Ends all processes of a run if one of them fails inside this context, or has ended. Initialises no device."""
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1 or getattr(error, "saved", False):
+        if distributed.global_state.num_processes == 1 or getattr(error, "saved", False):
             raise
         if isinstance(error, UserError):
             _report_failure(str(error))
@@ -165,15 +167,33 @@ def _check_port(coordinator: str, port: int) -> None:
             raise ConfigError(f"--coordinator {coordinator}: port {port} can't be used ({error})") from error
 
 
+def _not_joined(reason: object) -> str:
+    return (
+        f"the processes of this run can't be joined ({reason}); give --coordinator host:port, reachable from all of"
+        " them, --num-processes and a --process-id from 0, or --coordinator auto on a cluster that JAX supports"
+    )
+
+
+def _give_up_joining() -> None:
+    _exit(_not_joined(f"some of them did not start within {JOIN_SECONDS} s"))
+
+
+def _exit(message: str) -> None:
+    """Ends this process from a thread, while the main one may be waiting inside JAX."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2)
+
+
 def _client() -> Any:
     return distributed.global_state.client
 
 
 def _read_values(number: int, index: int) -> dict[str, str]:
     try:
-        text = _client().blocking_key_value_get(f"gmsop_jax/values/{number}/{index}", JOIN_SECONDS * 1000)
+        text = _client().blocking_key_value_get(f"gmsop_jax/values/{number}/{index}", ANSWER_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"process {index} of this run did not answer within {JOIN_SECONDS} s") from error
+        raise UserError(f"process {index} of this run did not answer within {ANSWER_SECONDS} s") from error
     return json.loads(text)
 
 
@@ -194,16 +214,15 @@ def _watch(client: Any, stopped: threading.Event) -> None:
             return
         if failures and not _failed.is_set():
             key, message = failures[0]
-            print(f"error: process {key.removeprefix(_FAILURES)} of this run failed: {message}", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(2)
+            _exit(f"process {key.removeprefix(_FAILURES)} of this run failed: {message}")
 
 
 def _leave(stopped: threading.Event) -> None:
     """Runs at exit. After a failure, skips JAX's shutdown, which would wait for processes that have already ended."""
     stopped.set()
     if _failed.is_set():
-        time.sleep(4 * _POLL_SECONDS)  # until the others have read the failure from this process's store
+        if distributed.global_state.process_id == 0:
+            time.sleep(4 * _POLL_SECONDS)  # until the others have read the failure from this process's store
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)

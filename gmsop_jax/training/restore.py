@@ -12,12 +12,13 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from gmsop_jax import config as configs
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.files import CHECKSUMS, sha256
 from gmsop_jax.models import Network, create_model
 from gmsop_jax.models.network import GATED
 from gmsop_jax.training import exported
 from gmsop_jax.training.checkpoint import Checkpoints
 from gmsop_jax.training.inputs import Inputs
-from gmsop_jax.training.layout import locate, read_file
+from gmsop_jax.training.layout import locate, read_file, steps_on_disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,19 @@ def read_description(path: str | os.PathLike[str]) -> tuple[ConfigDict, Inputs]:
         return exported.read_description(exported_folder)
     folder = locate(path)[0].parent
     return configs.from_json(read_file(folder, "config.json"), str(folder / "config.json")), Inputs.load(folder)
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """Returns a text that identifies the arrays of a trained network, without reading those of a checkpoint.
+
+    Args, Raises: as in `load`.
+    """
+    if exported_folder := exported.find(path):
+        return f"sha256 {sha256(exported_folder / exported.WEIGHTS)}"
+    folder, step = locate(path)
+    step = steps_on_disk(folder)[-1] if step is None else step
+    file = folder / str(step) / CHECKSUMS
+    return f"step {step}, {CHECKSUMS} of sha256 {sha256(file) if file.is_file() else 'absent'}"
 
 
 def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gmsop_jax.conversion.convert import convert
+from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.training.history import read_metrics
 from gmsop_jax.training.processes import start_processes
@@ -32,14 +34,14 @@ def two_processes(
     start,
     workdir: Path,
     *arguments: object,
-    second: list[object] | None = None,
+    second: Sequence[object] = (),
     prologues: tuple[str, str] = ("", ""),
     devices: int = 2,
 ) -> list[subprocess.Popen[str]]:
     """Starts both processes; `second` is added to the second one's arguments."""
     common = ["--workdir", workdir, "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, *arguments]
     return [
-        start(*common, "--process-id", i, *(second or [] if i else []), prologue=prologues[i], devices=devices)
+        start(*common, "--process-id", i, *(second if i else ()), prologue=prologues[i], devices=devices)
         for i in range(2)
     ]
 
@@ -105,6 +107,21 @@ def test_stopped_in_two_processes_goes_on_in_one(start, alone, tmp_path):
     process.communicate(timeout=300)
     assert process.returncode == 75
     np.testing.assert_allclose(training_losses(workdir)[:6], training_losses(alone)[:6], rtol=1e-4)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_other_signals_stop_both_processes(start, tmp_path, signum):
+    """They are passed on as SIGTERM, so that both stop after the same step."""
+    processes = two_processes(start, tmp_path / "run", "--config.train.num_epochs=500")
+    stderr = processes[0].stderr
+    assert stderr is not None
+    next(line for line in stderr if "epoch   1/" in line)
+    processes[1].send_signal(signum)
+    logged = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], logged
+    steps = {errors.partition("stopped by SIGTERM at step ")[2].partition(",")[0] for errors in logged}
+    (step,) = steps
+    assert (tmp_path / "run" / "checkpoints" / step).is_dir()
 
 
 def test_bad_coordinates(start, tmp_path):
@@ -180,6 +197,46 @@ def test_other_data_in_a_process(start, tmp_path):
         assert "Traceback" not in errors
 
 
+def test_another_mode_in_a_process(start, tmp_path):
+    for errors in failures(two_processes(start, tmp_path / "run", second=["--mode", "evaluate"])):
+        assert "--mode is 'train' in process 0 and 'evaluate' in process 1" in errors
+        assert "Traceback" not in errors
+
+
+def with_manifest(data: Path, directory: Path, **fields: object) -> Path:
+    """Copies a data set and sets fields of its dataset.json."""
+    file = shutil.copytree(data, directory) / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return directory
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_other_names_of_classes_in_a_process(start, alone, fault_data, tmp_path, mode):
+    names = ["shirt", *Manifest.load(fault_data).classes[1:]]
+    data = with_manifest(fault_data, tmp_path / "data", classes=names)
+    workdir = tmp_path / "run" if mode == "train" else alone
+    second = [f"--config.data.dir={data}"]
+    for errors in failures(two_processes(start, workdir, "--mode", mode, WITHOUT_NEAR_TIES, second=second)):
+        assert "the data set's class 0 is 'T-shirt/top' in process 0 and 'shirt' in process 1" in errors
+        assert "Traceback" not in errors
+
+
+def test_another_mean_colour_in_a_process(start, fault_data, tmp_path):
+    data = with_manifest(fault_data, tmp_path / "data", mean_rgb=[1.0, 2.0, 3.0])
+    for errors in failures(two_processes(start, tmp_path / "run", second=[f"--config.data.dir={data}"])):
+        assert "the data set's mean_rgb is" in errors
+        assert "(1.0, 2.0, 3.0) in process 1" in errors
+
+
+def test_another_checkpoint_is_evaluated_in_a_process(start, alone, tmp_path):
+    steps = sorted((alone / "checkpoints").iterdir())
+    processes = two_processes(start, alone, "--mode", "evaluate", WITHOUT_NEAR_TIES, second=["--checkpoint", steps[0]])
+    for errors in failures(processes):
+        assert "the network is 'step 9, checksums.json of sha256" in errors
+        assert f"and 'step {steps[0].name}, " in errors
+        assert "Traceback" not in errors
+
+
 def damage(shard: Path) -> None:
     """Flips a bit of a shard; its size stays."""
     content = bytearray(shard.read_bytes())
@@ -237,6 +294,23 @@ def test_killed_process(start, tmp_path, index):
     began = time.monotonic()
     assert failures([processes[1 - index]], 60)[0]
     assert time.monotonic() - began < 60
+
+
+def test_an_error_in_the_configuration_of_a_process_ends_the_other(start, tmp_path):
+    first, second = failures(two_processes(start, tmp_path / "run", second=["--config.sed=1"]), 60)
+    assert second == "error: there is no field config.sed; did you mean seed?\n"
+    assert first == "error: process 1 of this run failed: there is no field config.sed; did you mean seed?\n"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_is_never_joined_ends(start, tmp_path, index):
+    """As if a wrong flag had ended the other one at once."""
+    processes = two_processes(start, tmp_path / "run")
+    processes[1 - index].kill()
+    processes[1 - index].communicate()
+    (errors,) = failures([processes[index]], 60)
+    assert errors.startswith("error: the processes of this run can't be joined (some of them did not start within ")
+    assert errors.count("\n") == 1
 
 
 def test_taken_port(start, tmp_path):
