@@ -398,6 +398,34 @@ def test_rolls_back(config, tmp_path, poisoned, capsys, steps):
     assert np.isfinite(classifier(tmp_path / "run")).all()
 
 
+def test_rates_after_a_rollback_are_those_of_an_undisturbed_run(config, tmp_path, poisoned, monkeypatch):
+    """The rates that are applied as well as those that are logged."""
+    config.train.on_nonfinite = "rollback"
+    config.train.optimizer, config.train.momentum = "adamw", 0.9
+    config.train.schedule, config.train.learning_rates = "cosine", ((0.001, 3),)
+    create_schedule, applied = setup.create_schedule, []
+
+    def create_recorded(*arguments):
+        schedule = create_schedule(*arguments)
+
+        def recorded(step):
+            rate = schedule(step)
+            if isinstance(step, jax.Array):  # inside the training step
+                jax.debug.callback(lambda value: applied.append(float(value)), rate)
+            return rate
+
+        return recorded
+
+    monkeypatch.setattr(setup, "create_schedule", create_recorded)
+    poisoned({5, 6})
+    train_and_evaluate(config, tmp_path / "run")
+    jax.effects_barrier()
+    undisturbed = [0.001 * (1 + np.cos(np.pi * step / 9)) / 2 for step in range(9)]
+    logged = {r["step"]: r["learning_rate"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"}
+    assert logged == {step: pytest.approx(undisturbed[step - 1], rel=1e-5) for step in (1, 2, 3, 4, 7, 8, 9)}
+    assert sorted(set(applied), reverse=True) == pytest.approx(undisturbed, rel=1e-5)
+
+
 def test_rolling_back_gives_up(config, tmp_path, poisoned):
     config.train.on_nonfinite = "rollback"
     config.train.num_epochs = 10
