@@ -5,6 +5,7 @@ ways to run it on the mesh, with the same results: `jit` of `shard_map`, and `pm
 """
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gmsop_jax.errors import ConfigError
 
 AXIS = "batch"  # the axis of the mesh, and of pmap and shard_map
+OPTIONS = {  # of XLA, by backend; see `compiler_options`
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    "gpu": {"xla_gpu_deterministic_ops": True},
+}
 
 HostBatch = Mapping[str, np.ndarray]
 
@@ -100,23 +105,25 @@ def place_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 @functools.cache
-def compiler_options() -> dict[str, str]:
-    """Returns the XLA options for training steps; empty if the installed jaxlib does not know them.
+def compiler_options() -> dict[str, Any]:
+    """Returns the XLA options for training steps; empty, with a warning, if the installed jaxlib does not know them.
 
     On CPUs, reductions (above all those of batch norm) use XLA's library of fused loops, which runs on all cores. The
     library's other fusion types don't help: matrix products become no faster, and elementwise operations copy arrays
-    that a loop updates in place. On GPUs, only deterministic kernels are allowed, so that a resumed run repeats an
-    uninterrupted one bit for bit. Options that the user sets in XLA_FLAGS are not changed.
+    that a loop updates in place. On GPUs, only deterministic kernels are allowed, also for evaluation steps, so that a
+    resumed run repeats an uninterrupted one bit for bit. Options that the user sets in XLA_FLAGS are not changed.
     """
-    options = {
-        "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
-        "gpu": {"xla_gpu_deterministic_ops": True},
-    }
     flags = os.environ.get("XLA_FLAGS", "")
-    chosen = {name: value for name, value in options.get(jax.default_backend(), {}).items() if name not in flags}
+    chosen = {name: value for name, value in OPTIONS.get(jax.default_backend(), {}).items() if name not in flags}
     try:
         jax.jit(lambda x: x, compiler_options=chosen).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
+        logging.getLogger(__name__).warning(
+            "jaxlib %s refuses the options %s, so steps may be slower, or on a GPU not repeat bit for bit (%s)",
+            jax.lib.__version__,
+            ", ".join(chosen),
+            str(error).partition("\n")[0],
+        )
         return {}
     return chosen
 
@@ -166,4 +173,5 @@ def compile_eval_step(step: Callable, mesh: Mesh) -> Callable:
       mesh: the devices.
     """
     part, whole = PartitionSpec(AXIS), PartitionSpec()
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, part), out_specs=whole, check_vma=False))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, part), out_specs=whole, check_vma=False)
+    return jax.jit(mapped, compiler_options=None if jax.default_backend() == "cpu" else compiler_options())
