@@ -47,7 +47,9 @@ def test_other_names_of_classes_are_said_and_stored(trained, caplog):
 def test_one_of_two_classes_of_the_same_name_may_be_renamed(tmp_path):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     dataclasses.replace(INPUTS, classes=("crane", "crane")).save(tmp_path)
-    dataclasses.replace(INPUTS, classes=("crane", "crane (machine)")).save(tmp_path)
+    renamed = dataclasses.replace(INPUTS, classes=("crane", "crane (machine)"))
+    renamed.save(tmp_path)
+    assert Inputs.load(tmp_path) == renamed
 
 
 @pytest.mark.parametrize(
