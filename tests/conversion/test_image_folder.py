@@ -59,6 +59,20 @@ def test_hidden_files_and_empty_folders_are_no_classes(folder: Path, caplog: pyt
     assert "notes.txt" in caplog.text
 
 
+def test_a_single_class_is_mentioned(folder: Path, caplog: pytest.LogCaptureFixture):
+    """As if the folders of the classes were one level too deep."""
+    with caplog.at_level(logging.WARNING):
+        opened(folder)
+        assert "single class" not in caplog.text
+        for split in ("train", "val"):
+            deeper = folder / split / "images"
+            deeper.mkdir()
+            for name in ("cat", "dog"):
+                (folder / split / name).rename(deeper / name)
+        opened(folder)
+    assert f"{folder / 'train'} has a single class folder, images; if the classes are the folders in it" in caplog.text
+
+
 def test_a_class_without_validation_images_is_mentioned(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for file in (folder / "val/dog").iterdir():
         file.unlink()

@@ -38,6 +38,12 @@ def open_source(request: Request) -> ImageTable:
     folders = _split_folders(request)
     found = {split: _find_images(request, folder) for split, folder in folders.items()}
     classes = tuple(sorted(found["train"]))
+    if len(classes) == 1:
+        _LOG.warning(
+            "%s has a single class folder, %s; if the classes are the folders in it, they need to be moved up",
+            folders["train"],
+            classes[0],
+        )
     for split, images in found.items():
         if unknown := sorted(images.keys() - found["train"].keys()):
             raise DataError(f"{folders[split].absolute()} has classes that train lacks: {', '.join(unknown[:5])}")
