@@ -155,7 +155,7 @@ def test_numbers_of_processes_that_contradict_each_other(count, index, message):
 # ---- processes that differ or fail: all of them end, and say why
 
 
-def failures(processes: list[subprocess.Popen[str]], seconds: float = 90) -> list[str]:
+def failures(processes: list[subprocess.Popen[str]], seconds: float = 60) -> list[str]:
     """What each process says; all must end with an error status, `seconds` (with their start) after this call."""
     deadline = time.monotonic() + seconds
     try:
@@ -292,12 +292,12 @@ def test_killed_process(start, tmp_path, index):
     processes[index].kill()
     processes[index].communicate()
     began = time.monotonic()
-    assert failures([processes[1 - index]], 60)[0]
+    assert failures([processes[1 - index]])[0]
     assert time.monotonic() - began < 60
 
 
 def test_an_error_in_the_configuration_of_a_process_ends_the_other(start, tmp_path):
-    first, second = failures(two_processes(start, tmp_path / "run", second=["--config.sed=1"]), 60)
+    first, second = failures(two_processes(start, tmp_path / "run", second=["--config.sed=1"]))
     assert second == "error: there is no field config.sed; did you mean seed?\n"
     assert first == "error: process 1 of this run failed: there is no field config.sed; did you mean seed?\n"
 
@@ -308,7 +308,7 @@ def test_a_process_that_is_never_joined_ends(start, tmp_path, index):
     processes = two_processes(start, tmp_path / "run")
     processes[1 - index].kill()
     processes[1 - index].communicate()
-    (errors,) = failures([processes[index]], 60)
+    (errors,) = failures([processes[index]])
     assert errors.startswith("error: the processes of this run can't be joined (some of them did not start within ")
     assert errors.count("\n") == 1
 
@@ -319,6 +319,6 @@ def test_taken_port(start, tmp_path):
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         process = start("--workdir", tmp_path, "--coordinator", address, "--num-processes", 2, "--process-id", 0)
-        (errors,) = failures([process], 60)
+        (errors,) = failures([process])
     assert f"--coordinator {address}: port" in errors
     assert "can't be used" in errors
