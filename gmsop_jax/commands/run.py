@@ -99,6 +99,8 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.stray:
         flags = {"train": "--config", "evaluate": "--checkpoint", "predict": "--checkpoint or --input"}
+        if {"train": options.config, "evaluate": options.checkpoint}.get(options.mode):
+            parser.error(f"unrecognized arguments: {' '.join(options.stray)}")
         parser.error(f"there is no flag before {options.stray[0]}; expected {flags[options.mode]}")
     _check_needed(parser, options, f"gmsop {mode}" if mode else f"--mode {options.mode}")
     return options
