@@ -1,4 +1,4 @@
-"""What N, K, the gate's start, noise and gradient, and the number of iterations change in GM-SOP.
+"""What N, K, the gate's start, noise and gradient, the iterations, and the classifier's rate change in GM-SOP.
 
     python tools/sweep.py configs/studies/ablations.py
 
@@ -29,6 +29,8 @@ STUDY = dataclasses.replace(
     title="Ablations of the gated mixture on 450 images of Fashion-MNIST",
     grids={method: _grid(method) for method in _METHODS.ABLATIONS},
     reference="gmsop",
-    notes="Each row changes one thing in GM-SOP with N = 8, K = 4. The balance weight α is chosen from 0, 20 and 100.",
+    notes="""\
+Each row changes one thing in GM-SOP with N = 8, K = 4. The balance weight α is chosen from 0, 20 and 100. In
+`gmsop_slow_classifier`, the learning rate of the classifier is a tenth of that of the other layers.""",
 )
 get_config = _TENTH.get_config

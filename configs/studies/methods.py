@@ -36,6 +36,11 @@ _ABLATIONS = {
     "gmsop_noise_per_candidate": {**_GATED, "gate_noise": "candidate"},
     "gmsop_masked": {**_GATED, "gate_gradient": "masked"},
     "gmsop_5_iterations": {**_GATED, "num_iters": 5},
+    "gmsop_slow_classifier": _GATED,
+}
+_RATE_FACTORS = {
+    "gmsop_random_gate": (("head/mixture/gate", 0),),
+    "gmsop_slow_classifier": (("head/classifier", 0.1),),
 }
 ABLATIONS = ("gmsop", *_ABLATIONS)
 
@@ -51,8 +56,7 @@ def create_config(method: str, *, epochs: int, batch_size: int = 50) -> ConfigDi
     c.model.stage_strides = (2, 2, 1)
     c.model.gate_widths = (32, 16)
     c.model.update(fields)
-    if method == "gmsop_random_gate":
-        c.train.rate_factors = (("head/mixture/gate", 0),)
+    c.train.rate_factors = _RATE_FACTORS.get(method, ())
     c.train.batch_size = batch_size
     c.train.schedule = "cosine"
     c.train.learning_rates = ((0.05, epochs),)
