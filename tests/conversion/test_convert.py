@@ -523,7 +523,7 @@ def test_too_many_open_files_are_not_damage(tmp_path: Path, monkeypatch: pytest.
     def fail(path: Path) -> bytes:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr("gmsop_jax.conversion.sources.image_folder.read_bytes", fail)
     with pytest.raises(FileAccessError, match="Too many open files") as caught:
         convert("image-folder", tmp_path / "in", tmp_path / "set", max_unreadable=1, progress=False)
     assert "damage" not in str(caught.value)

@@ -11,7 +11,7 @@ from batches import eval_batches
 import gmsop_jax
 from gmsop_jax.config import from_json
 from gmsop_jax.errors import CheckpointError, DataError
-from gmsop_jax.files import write_checksums
+from gmsop_jax.files import write_checksums, write_json
 from gmsop_jax.inference.evaluate import evaluate_checkpoint
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.step import normalize
@@ -71,7 +71,7 @@ def test_evaluation_warns_of_images_unlike_those_of_training(trained_run, tmp_pa
     config, inputs = from_json((run / "config.json").read_text()), Inputs.load(run)
 
     def warnings(**changed) -> list[str]:
-        dataclasses.replace(inputs, **changed).save(run)
+        write_json(run / "inputs.json", dataclasses.asdict(dataclasses.replace(inputs, **changed)))
         evaluate_checkpoint(config, run)
         return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
 
@@ -98,7 +98,8 @@ def test_damaged_inputs_are_reported(trained_run, tmp_path, text):
 def test_inputs_of_another_run_are_refused(trained_run, tmp_path):
     shutil.copytree(trained_run, tmp_path / "run")
     inputs = Inputs.load(trained_run)
-    dataclasses.replace(inputs, classes=inputs.classes[:3]).save(tmp_path / "run")
+    changed = dataclasses.replace(inputs, classes=inputs.classes[:3])
+    write_json(tmp_path / "run" / "inputs.json", dataclasses.asdict(changed))
     with pytest.raises(CheckpointError, match="10 classes, inputs"):
         gmsop_jax.load(tmp_path / "run")
 
