@@ -70,8 +70,8 @@ gmsop train --config configs/studies/elpv.py:gmsop --config.data.dir=data/elpv-6
 Its balanced error on the test images was 25.85 ± 2.53 % instead of the study's 31.98 ± 2.80 %, which is 6.1 points
 less [4.1, 8.1] over the folds; that of SR-SOP is 23.67 ± 2.70 %. The study's GM-SOP has dropout 0.2 and balance
 weight 100, which were chosen for the full rate; with the settings above and the full rate, the balanced error on
-the validation images of the first fold was 29.3 % instead of 19.5 %. So most of the distance between GM-SOP and SR-
-SOP on these images comes from the classifier's learning rate, and not from the gate. The factor was not searched,
+the validation images of the first fold was 29.3 % instead of 19.5 %. So most of the distance between GM-SOP and
+SR-SOP on these images comes from the classifier's learning rate, and not from the gate. The factor was not searched,
 and it was tried after the results of the study were known; `gmsop_slow_classifier` in `ablations.py` repeats it on
 other images.
 
