@@ -306,9 +306,7 @@ def _remove_if_abandoned(path: Path, expiry_seconds: float) -> None:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OverflowError:  # no system has such a process
+    except (ProcessLookupError, OverflowError):  # OverflowError: no system has such a number
         return False
     except PermissionError:
         pass

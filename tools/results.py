@@ -73,7 +73,7 @@ weight 100, which were chosen for the full rate; with the settings above and the
 the validation images of the first fold was 29.3 % instead of 19.5 %. So most of the distance between GM-SOP and
 SR-SOP on these images comes from the classifier's learning rate, and not from the gate. The factor was not searched,
 and it was tried after the results of the study were known; `gmsop_slow_classifier` in `ablations.py` repeats it on
-other images.
+other images. The raw results are in `results/elpv_slow_classifier/`.
 
 ## Run a study
 

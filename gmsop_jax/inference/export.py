@@ -110,10 +110,10 @@ def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) ->
     try:
         proto = to_onnx(predict, [_any_images(info)], input_names=["images"], output_names=list(OUTPUTS))
     except Exception as error:  # jax2onnx has no error class of its own
-        reason, *_ = str(error).splitlines() or [""]
+        first_line, *_ = str(error).splitlines() or [""]
         raise ExportError(
             f"jax2onnx can't convert this network with the head {info.config.model.head!r}"
-            f" ({type(error).__name__}: {reason}); use --format stablehlo"
+            f" ({type(error).__name__}: {first_line}); use --format stablehlo"
         ) from error
     files = _write(output, {ONNX_FILE: proto.SerializeToString(), JSON_FILE: _json(_describe(info, variables))})
     session = onnxruntime.InferenceSession(str(files[0]), providers=["CPUExecutionProvider"])

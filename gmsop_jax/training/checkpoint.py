@@ -133,9 +133,10 @@ class Checkpoints:
     def _refuse_special_files(self) -> None:
         """Raises CheckpointError for a named pipe, for example, because Orbax would wait for it forever."""
         for step in steps_on_disk(self.directory):
-            for file in self._folder_of(step).rglob("*"):
-                if file.exists() and not (file.is_file() or file.is_dir()):
-                    raise CheckpointError(f"{file} is not a regular file; copy the checkpoint back, or delete it")
+            with contextlib.suppress(FileNotFoundError):  # the run deletes an old checkpoint while another reads it
+                for file in self._folder_of(step).rglob("*"):
+                    if file.exists() and not (file.is_file() or file.is_dir()):
+                        raise CheckpointError(f"{file} is not a regular file; copy the checkpoint back, or delete it")
 
     def _delete_discarded(self) -> None:
         with self._write_failure_as_error():

@@ -1,7 +1,6 @@
 """Readers of files under random truncation and bit flips: a clear error, or what was written; nothing else."""
 
 import contextlib
-import gc
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -98,15 +97,7 @@ def test_checksums(saved, tmp_path):
     assert find_damage(folder) is None
 
 
-@pytest.fixture
-def collected() -> Iterator[None]:
-    """What a test leaves is collected within it, and not in whichever test the collector next runs."""
-    yield
-    gc.collect()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax gave up
-def test_checkpoint_files(collected, saved, tmp_path):
+def test_checkpoint_files(saved, tmp_path):
     """What the checksums don't cover: the file that Orbax writes last."""
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
     state = saved[1]
