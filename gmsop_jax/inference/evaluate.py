@@ -59,7 +59,7 @@ def _differences(inputs: Inputs, classes: Sequence[str], size: tuple[int, int]) 
             f"warning: class {i} of the data set is {classes[i]!r}, but class {i} of the network is"
             f" {inputs.classes[i]!r}; {len(other)} of {len(classes)} classes differ"
         )
-    if size != inputs.image_size:
+    if inputs.splits and size != inputs.image_size:  # without splits, the network was imported, and its size assumed
         given, trained = ("×".join(map(str, sides)) for sides in (size, inputs.image_size))
         yield f"warning: the images have {given} pixels, but those that the network was trained on have {trained}"
 

@@ -80,7 +80,7 @@ def test_evaluation_warns_of_images_unlike_those_of_training(trained_run, tmp_pa
         " 2 of 10 classes differ",
         "warning: the images have 28×28 pixels, but those that the network was trained on have 32×30",
     ]
-    assert warnings(classes=tuple(map(str, range(10)))) == []  # imported, without names
+    assert warnings(classes=tuple(map(str, range(10))), image_size=(64, 64), splits={}) == []  # imported, without names
     with pytest.raises(DataError, match=r"has 3 classes, but the data set .* has 10; give a data set with the same"):
         warnings(classes=inputs.classes[:3])
 
