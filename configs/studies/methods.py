@@ -73,7 +73,7 @@ def grid(method: str, *, epochs: int, size: int = 4) -> list[tuple[str, ...]]:
     Args:
       method: the method.
       epochs: number of epochs, over which the rates decay.
-      size: number of points.
+      size: number of points for each factor of the classifier's learning rate: 1, and 0.1.
     """
     rates = (0.05, 0.1, 0.02, 0.2)
     if not (METHODS | _ABLATIONS)[method]["head"].startswith(("ave", "gm")):
@@ -82,7 +82,7 @@ def grid(method: str, *, epochs: int, size: int = 4) -> list[tuple[str, ...]]:
         pairs = [(rate, dropout, 20) for dropout in (0.0, 0.2) for rate in rates[:2]]
     else:
         pairs = [(rate, dropout, balance) for dropout, balance in ((0.0, 20), (0.2, 100)) for rate in rates[:2]]
-    return [
+    points = [
         (
             f"train.learning_rates=(({rate}, {epochs}),)",
             f"model.dropout_rate={dropout}",
@@ -90,3 +90,5 @@ def grid(method: str, *, epochs: int, size: int = 4) -> list[tuple[str, ...]]:
         )
         for rate, dropout, balance in pairs[:size]
     ]
+    slow_classifier = (*_RATE_FACTORS.get(method, ()), ("head/classifier", 0.1))
+    return points + [(*point, f"train.rate_factors={slow_classifier}") for point in points]
