@@ -11,7 +11,7 @@ from gmsop_jax.analysis.costs import abstract_network
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.models import count_parameters
 from gmsop_jax.models.network import GATED
-from gmsop_jax.training.losses import cross_entropy
+from gmsop_jax.training.step import cross_entropy
 
 _FLOAT = 4  # bytes
 _ROWS = 8  # images in the batch whose operations XLA counts

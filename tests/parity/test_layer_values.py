@@ -17,8 +17,8 @@ from gmsop_jax.ops import (
     second_order_pool,
     triangle_vector,
 )
-from gmsop_jax.training.losses import cross_entropy
 from gmsop_jax.training.metrics import count_errors
+from gmsop_jax.training.step import cross_entropy
 
 COVARIANCES = cases("layers/cov_*.npz")
 WITH_COVARIANCE = [path for path in COVARIANCES if "cov_f64" in load(path)]

@@ -18,9 +18,8 @@ from gmsop_jax.interop.matconvnet import from_params, to_params
 from gmsop_jax.interop.parameters import to_trained
 from gmsop_jax.models import create_model
 from gmsop_jax.models.layers import Dropout
-from gmsop_jax.training.losses import cross_entropy
 from gmsop_jax.training.optimizer import create_optimizer
-from gmsop_jax.training.step import create_state, make_train_step
+from gmsop_jax.training.step import create_state, cross_entropy, make_train_step
 
 pytestmark = pytest.mark.usefixtures("optimized")  # the networks take longer to run than to compile
 

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gmsop_jax.training.losses import cross_entropy
+from gmsop_jax.training.step import cross_entropy
 
 
 def test_by_hand():

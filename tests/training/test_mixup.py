@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.training.losses import MIXUP_STREAM, draw_share, mix_batch, swap_neighbours
-from gmsop_jax.training.step import step_rngs
+from gmsop_jax.training.step import MIXUP_STREAM, draw_share, mix_batch, step_rngs, swap_neighbours
 
 
 def test_by_hand():

@@ -10,8 +10,7 @@ import pytest
 from gmsop_jax.config import default_config
 from gmsop_jax.models import BatchNorm, GatedMixtureHead, Network
 from gmsop_jax.training import step
-from gmsop_jax.training.losses import draw_share
-from gmsop_jax.training.step import TrainState, create_state, make_eval_step, normalize, step_rngs
+from gmsop_jax.training.step import TrainState, create_state, draw_share, make_eval_step, normalize, step_rngs
 
 MEAN = np.array([100.0, 50.0, 0.0], np.float32)
 
