@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, checksums and locks."""
+"""Files: atomic writes, JSON, checksums, limits of memory, and locks."""
 
 import contextlib
 import errno
@@ -20,6 +20,10 @@ from gmsop_jax.errors import FileAccessError, UserError
 
 CHECKSUMS = "checksums.json"
 _MAX_CHECKSUMS_BYTES = 2**24  # some 100,000 entries
+_FREE_BYTES = 2**27
+_BYTES_PER_BYTE = 64  # compressed parameters and images expand by less than 2, but arrays of zeros by up to 1,000
+_MAX_NODES = 1_000_000  # a checkpoint of the authors' largest network has some 20,000
+_MAX_TEXT = 2**20
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -174,6 +178,41 @@ def _covered_files(folder: Path) -> list[str]:
 
 def _measure(path: Path) -> list[int | str]:
     return [path.stat().st_size, sha256(path)]
+
+
+# ---- memory
+
+
+class Budget:
+    """The memory and the number of objects that a file may still claim. Methods raise ValueError beyond a limit.
+
+    A few bytes of a hostile file can claim gigabytes.
+
+    Args:
+      file_bytes: the size of the file.
+    """
+
+    def __init__(self, file_bytes: int):
+        self.bytes = max(_FREE_BYTES, _BYTES_PER_BYTE * file_bytes)
+        self._total = self.bytes
+        self._nodes = _MAX_NODES
+
+    def take_bytes(self, count: int) -> None:
+        """Accounts for an array in memory."""
+        self.bytes -= count
+        if self.bytes < 0:
+            raise ValueError(f"its arrays claim more than {self._total:,} bytes, too many for a file of its size")
+
+    def take_nodes(self, count: int = 1) -> None:
+        """Accounts for arrays, cells and fields of structs."""
+        self._nodes -= count
+        if self._nodes < 0:
+            raise ValueError(f"it has more than {_MAX_NODES:,} cells and fields")
+
+    def check_text(self, count: int) -> None:
+        """Refuses text that is too long to be a name or a note."""
+        if count > _MAX_TEXT:
+            raise ValueError(f"it has a text of {count:,} characters")
 
 
 # ---- locks

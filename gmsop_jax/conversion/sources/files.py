@@ -20,8 +20,7 @@ from typing import IO, Literal
 import numpy as np
 
 from gmsop_jax.errors import DataError
-from gmsop_jax.files import replacing
-from gmsop_jax.interop.matfile.budget import Budget
+from gmsop_jax.files import Budget, replacing
 
 # What the standard library raises for damaged or unsupported archives and headers.
 _ZIP_ERRORS = (

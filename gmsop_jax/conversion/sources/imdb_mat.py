@@ -17,10 +17,9 @@ from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.files import FileArray, check_space
 from gmsop_jax.conversion.sources.table import ImageTable
 from gmsop_jax.errors import CheckpointError, DataError
-from gmsop_jax.files import replacing
+from gmsop_jax.files import Budget, replacing
 from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matfile import hdf5
-from gmsop_jax.interop.matfile.budget import Budget
 
 OPTIONS: frozenset[str] = frozenset()
 _SETS = {1: "train", 2: "val", 3: "test"}

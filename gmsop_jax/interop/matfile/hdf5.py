@@ -12,8 +12,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from gmsop_jax.files import Budget
 from gmsop_jax.interop.matfile import isolated
-from gmsop_jax.interop.matfile.budget import Budget
 
 _MAX_DEPTH = 32  # of structs within structs; a deeper one contains itself
 SECONDS, BYTES_PER_SECOND = 30, 2**22  # the time limit for a file

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gmsop_jax.files import read_bytes
-from gmsop_jax.interop.matfile.budget import Budget
+from gmsop_jax.files import Budget, read_bytes
 
 _HEAD_BYTES = 2**12  # of a compressed variable: enough for its name
 _MATRIX, _COMPRESSED = 14, 15

@@ -15,7 +15,7 @@ import numpy as np
 from gmsop_jax.conversion.sources import Request
 from gmsop_jax.conversion.sources.table import ImageTable, subset
 from gmsop_jax.errors import DataError
-from gmsop_jax.interop.matfile.budget import Budget
+from gmsop_jax.files import Budget
 
 OPTIONS = frozenset({"val_fraction", "train_fraction"})
 CLASSES = (
