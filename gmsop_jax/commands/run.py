@@ -17,12 +17,7 @@ MODES = {
 
 
 def run_mode(arguments: Sequence[str], mode: str = "") -> int:
-    """Runs a command of `MODES`, or without a command the one that the flag `--mode` names.
-
-    Args:
-      arguments: the flags.
-      mode: the command.
-    """
+    """Runs a command of `MODES`, or without a command the one that the flag `--mode` names."""
     options = _parse(arguments, mode)
 
     from gmsop_jax import config as configs
@@ -107,12 +102,10 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
 
 
 def _check_needed(parser: ArgumentParser, options: argparse.Namespace, command: str) -> None:
-    trained = options.checkpoint or options.workdir
     if options.mode == "train" and not options.config:
         parser.error("--config is needed; start with --config quickstart")
-    if options.mode == "evaluate" and not (trained or options.config):
-        parser.error(f"{command} needs --checkpoint, the working directory of a training run")
-    if options.mode == "predict" and not trained:
+    trained = options.checkpoint or options.workdir or (options.mode == "evaluate" and options.config)
+    if options.mode != "train" and not trained:
         parser.error(f"{command} needs --checkpoint, the working directory of a training run")
     if options.mode == "predict" and not options.input:
         parser.error(f"{command} needs --input: images, folders, or .txt files that list images")

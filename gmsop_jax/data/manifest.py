@@ -84,6 +84,21 @@ class Manifest:
             raise DataError(f"data set {self.name!r} has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]
 
+    def image_size(self, split: str, side: int) -> tuple[int, int]:
+        """Returns the height and width of a split's images after resizing to `side`; 0 means that they keep their size.
+
+        Raises:
+          DataError: if there is no such split, or its images differ in size and `side` is 0.
+        """
+        size = self.split(split).image_size
+        if side:
+            return side, side
+        if size is None:
+            raise DataError(
+                f"the images of split {split!r} of data set {self.name!r} differ in size: set config.data.image_size"
+            )
+        return size
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes dataset.json, completely or not at all."""
         write_json(Path(directory) / FILE_NAME, dataclasses.asdict(self))

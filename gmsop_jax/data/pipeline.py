@@ -59,20 +59,6 @@ def steps_per_epoch(num_images: int, batch_size: int, drop_last: bool) -> int:
     return steps
 
 
-def image_size(data: Any, split: str, manifest: Manifest) -> tuple[int, int]:
-    """Returns the height and width of the images in the batches of a split.
-
-    Raises:
-      DataError: if there is no such split, or its images differ in size and `data.image_size` is not set.
-    """
-    size = manifest.split(split).image_size
-    if data.image_size:
-        return data.image_size, data.image_size
-    if size is None:
-        raise DataError(f"the images of split {split!r} in {data.dir} differ in size: set config.data.image_size")
-    return size
-
-
 def train_batches(
     data: Any,
     train: Any,
@@ -185,12 +171,12 @@ def _open(
     process_count: int,
     padding_rgb: Sequence[float] | None = None,
 ) -> "_Rows":
-    size = image_size(data, name, manifest)
+    size, shards = manifest.image_size(name, data.image_size), manifest.split(name).shards
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)")
     if batch_size % process_count:
         raise DataError(f"batch_size {batch_size} doesn't divide over {process_count} processes; use a multiple")
-    reader = ShardReader(Path(data.dir), manifest.split(name).shards)
+    reader = ShardReader(Path(data.dir), shards)
     padding = np.round(padding_rgb or manifest.mean_rgb).astype(np.uint8)
     return _Rows(
         reader, size, prepare, padding, manifest.num_classes, process_index, process_count, data.on_corrupt == "skip"

@@ -9,12 +9,11 @@ import jax
 
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.data.manifest import Manifest
-from gmsop_jax.data.pipeline import image_size
 from gmsop_jax.errors import DataError
 from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import exported, parallel
-from gmsop_jax.training.evaluation import COMPILING, create_evaluation, resolve, verify_shards
+from gmsop_jax.training.evaluation import COMPILING, create_evaluation, resolve
 from gmsop_jax.training.inputs import Inputs, fingerprint
 from gmsop_jax.training.metrics import error_text
 from gmsop_jax.training.processes import check_same, ending_together
@@ -89,7 +88,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     _, inputs = read_description(path)
     checked = [config.eval.split] if config.data.on_corrupt == "stop" else []
     manifest = Manifest.load(config.data.dir, splits=checked)
-    size = image_size(config.data, config.eval.split, manifest)
+    size = manifest.image_size(config.eval.split, config.data.image_size)
     data = Inputs(manifest.name, manifest.classes, inputs.mean_rgb, size, fingerprint(manifest))
     check_same(
         {
@@ -98,7 +97,9 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
             **{f"the data set's {name}": value for name, value in data.properties().items()},
         }
     )
-    verify_shards(config.data, manifest, checked)
+    if config.data.verify:
+        here, processes = jax.process_index(), jax.process_count()
+        manifest.verify_checksums(config.data.dir, splits=checked, process_index=here, process_count=processes)
     if manifest.num_classes != len(inputs.classes):
         raise DataError(
             f"the network in {path} has {len(inputs.classes)} classes, but the data set {config.data.dir} has"

@@ -92,7 +92,7 @@ def summarize(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def error_text(values: Mapping[str, float], num_classes: int) -> str:
-    """The errors in words, without the top-5 error if there are at most five classes, since it is then always 0.
+    """Returns the errors in words; with at most five classes without the top-5 error, which is then always 0.
 
     Example:
       >>> error_text({"top1_error": 8.0, "top5_error": 0.15}, num_classes=10)

@@ -140,9 +140,7 @@ def compile_train_step(step: Callable, mesh: Mesh, mode: str) -> tuple[Any, Call
       maps the state and a placed batch to the new state and metrics. It donates the old state's memory.
     """
     if mode == "jit":
-        part, whole = PartitionSpec(AXIS), PartitionSpec()
-        mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, part), out_specs=whole, check_vma=False)
-        program = jax.jit(mapped, donate_argnums=0, compiler_options=compiler_options())
+        program = jax.jit(_map_over(step, mesh), donate_argnums=0, compiler_options=compiler_options())
         return program, functools.partial(place_batch, mesh=mesh)
     devices = list(mesh.devices.flat)
     program = jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)  # pyright: ignore[reportArgumentType]
@@ -172,6 +170,11 @@ def compile_eval_step(step: Callable, mesh: Mesh) -> Callable:
       step: the same for one device's part of a batch, with collectives over `AXIS`.
       mesh: the devices.
     """
-    part, whole = PartitionSpec(AXIS), PartitionSpec()
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, part), out_specs=whole, check_vma=False)
-    return jax.jit(mapped, compiler_options=None if jax.default_backend() == "cpu" else compiler_options())
+    options = None if jax.default_backend() == "cpu" else compiler_options()
+    return jax.jit(_map_over(step, mesh), compiler_options=options)
+
+
+def _map_over(step: Callable, mesh: Mesh) -> Callable:
+    """Maps a step over the devices: each gets the whole first argument, and its part of the batch."""
+    whole = PartitionSpec()
+    return jax.shard_map(step, mesh=mesh, in_specs=(whole, PartitionSpec(AXIS)), out_specs=whole, check_vma=False)

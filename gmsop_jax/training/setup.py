@@ -20,7 +20,6 @@ from gmsop_jax.training.evaluation import create_evaluation, resolve
 from gmsop_jax.training.inputs import Inputs, fingerprint
 from gmsop_jax.training.layout import DIRECTORY, steps_on_disk
 from gmsop_jax.training.optimizer import create_optimizer, create_schedule
-from gmsop_jax.training.restore import read_description
 from gmsop_jax.training.step import TrainState, create_state, make_train_step
 from gmsop_jax.training.transfer import Path, choose, merge, read_source
 
@@ -80,18 +79,18 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
       DataError: if the data set is damaged, lacks a split or has too few images.
     """
     manifest = Manifest.load(config.data.dir, splits=None if config.data.on_corrupt == "stop" else ())
-    config = resolve(config, manifest)
-    image_size = pipeline.image_size(config.data, config.eval.split, manifest)
+    image_size = manifest.image_size(config.eval.split, config.data.image_size)
     num_images = manifest.split("train").num_images
     steps_per_epoch = pipeline.steps_per_epoch(num_images, config.train.batch_size, config.train.drop_last)
     mesh = parallel.create_mesh()
     parallel.check_train_batches(config.train, config.parallel.batch_norm, num_images, mesh)
     sharding = parallel.replicated(mesh)
 
-    init_from, resumes = config.train.init_from, bool(steps_on_disk(workdir / DIRECTORY))
-    source = read_source(init_from, config.model.pixel_scale, sharding) if init_from and not resumes else None
-    mean_rgb = _mean_rgb(init_from, manifest, workdir if resumes else None)
+    mean_rgb, init_from = _stored_mean_rgb(workdir), config.train.init_from
+    source = read_source(init_from, config.model.pixel_scale, sharding) if init_from and mean_rgb is None else None
+    mean_rgb = mean_rgb or (source or manifest).mean_rgb
     inputs = Inputs(manifest.name, manifest.classes, mean_rgb, image_size, fingerprint(manifest))
+    config = resolve(config, manifest)
     evaluate = create_evaluation(config, manifest, mean_rgb, mesh)
 
     schedule = create_schedule(config.train, steps_per_epoch)
@@ -133,12 +132,10 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     )
 
 
-def _mean_rgb(init_from: str, manifest: Manifest, resumed: pathlib.Path | None) -> tuple[float, float, float]:
-    """Returns the colour to subtract: the mean of the data set, or of that on which the network was first trained."""
-    with contextlib.suppress(CheckpointError):  # if the file is lost, the colour is determined as at the start
-        if resumed:
-            return Inputs.load(resumed).mean_rgb
-    return read_description(init_from)[1].mean_rgb if init_from else manifest.mean_rgb
+def _stored_mean_rgb(workdir: pathlib.Path) -> tuple[float, float, float] | None:
+    """Returns the mean colour with which the network was trained so far; None at the start, or if the file is lost."""
+    with contextlib.suppress(CheckpointError):
+        return Inputs.load(workdir).mean_rgb if steps_on_disk(workdir / DIRECTORY) else None
 
 
 def _batches(

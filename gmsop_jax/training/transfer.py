@@ -21,11 +21,13 @@ class Source:
     Attributes:
       path: the value of `config.train.init_from`.
       step: number of optimizer steps for which it was trained.
+      mean_rgb: mean colour that was subtracted from its images.
       variables: parameters and moments in the memory of the host; the averages, if its run computed them.
     """
 
     path: str
     step: int
+    mean_rgb: tuple[float, float, float]
     variables: Mapping[str, Any]
 
 
@@ -50,7 +52,7 @@ def read_source(path: str, pixel_scale: float, sharding: Sharding) -> Source:
             f"config.model.pixel_scale = {pixel_scale}, but the network of config.train.init_from = {path!r} was"
             f" trained with {theirs}; set --config.model.pixel_scale={theirs}"
         )
-    return Source(path, info.step, jax.device_get(variables))
+    return Source(path, info.step, info.inputs.mean_rgb, jax.device_get(variables))
 
 
 def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], str]:

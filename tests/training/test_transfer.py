@@ -19,7 +19,7 @@ def network(value: float, classes: int = 2, **head) -> dict:
 
 
 def source(variables: dict) -> Source:
-    return Source("runs/x", 7, variables)
+    return Source("runs/x", 7, (0.0, 0.0, 0.0), variables)
 
 
 def test_the_same_network_is_taken_whole():
