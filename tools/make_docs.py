@@ -25,7 +25,7 @@ CODE = ROOT / "docs" / "code.md"
 _TREE_MARKS = ("<!-- tree: python tools/make_docs.py -->", "<!-- end of tree -->")
 _INTRODUCTION = """# Configuration
 
-<!-- made by tools/make_docs.py from gmsop_jax/config.py -->
+<!-- made by tools/make_docs.py from gmsop_jax/config/fields.py -->
 
 A configuration is a Python file with a function `get_config()` that starts from
 `gmsop_jax.config.default_config()`; see `configs/` for examples. `--config` takes the path of such a file, or the name
@@ -64,7 +64,7 @@ def configuration_reference() -> str:
       DocsError: if a field has no description.
     """
     if missing := [name for name, field in configs.FIELDS.items() if not field.meaning]:
-        raise DocsError(f"gmsop_jax/config.py: {', '.join(missing)} have no description")
+        raise DocsError(f"gmsop_jax/config/fields.py: {', '.join(missing)} have no description")
     sections: dict[str, list[str]] = {}
     for name, field in configs.FIELDS.items():
         values = ", ".join(f"`{choice!r}`" for choice in field.allowed.choices) or field.allowed.description

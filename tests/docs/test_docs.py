@@ -17,7 +17,7 @@ make_docs = runpy.run_path(str(ROOT / "tools" / "make_docs.py"))
 
 
 def test_configuration_reference_is_that_of_the_code():
-    """After a change of config.py run tools/make_docs.py."""
+    """After a change of config/fields.py run tools/make_docs.py."""
     assert (ROOT / "docs" / "configuration.md").read_text("utf-8") == make_docs["configuration_reference"]()
 
 
