@@ -40,13 +40,7 @@ def without_checkpoints(folder: str | pathlib.Path) -> pathlib.Path:
 
 
 def initial_state(config: ConfigDict, variables: Any, num_steps: int = 1) -> TrainState:
-    """Returns the state of a run at step 0, with the given variables in float32.
-
-    Args:
-      config: the configuration of the run.
-      variables: `params` and `batch_stats` of its network.
-      num_steps: steps per epoch.
-    """
+    """Returns the state of a run at step 0, with the given variables in float32; an epoch has `num_steps` steps."""
     optimizer = create_optimizer(config.train, create_schedule(config.train, num_steps), config.model.pixel_scale)
     return create_state(to_float32(variables), optimizer, averaged=config.train.ema_decay > 0)
 

@@ -26,13 +26,7 @@ def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) 
     """Checks that a state is worth saving, before it replaces a good checkpoint.
 
     An update may have ruined the parameters without making them infinite, which only the next loss would show.
-    Therefore, the last batch is run once more with the new parameters, and the result is discarded.
-
-    Args:
-      state: the state to save.
-      step: the last step that was trained.
-      train_step: (state, batch) → (state, metrics).
-      batch: the batch of that step.
+    Therefore, the batch of the last trained step is run once more with the new parameters, and the result is discarded.
 
     Raises:
       NonFiniteError: if the state, its loss or its gradient is not finite, or the loss is absurdly large.

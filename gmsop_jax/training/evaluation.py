@@ -25,7 +25,7 @@ def create_evaluation(
 
     Args:
       config: a resolved configuration.
-      manifest: of the data set.
+      manifest: of its data set.
       mean_rgb: the mean colour that the network was trained with.
       mesh: the devices.
 

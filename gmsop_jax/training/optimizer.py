@@ -24,8 +24,6 @@ def create_schedule(train: Any, steps_per_epoch: int) -> optax.Schedule:
       train: `config.train`, of which `schedule`, `learning_rates` and `warmup_epochs` are used.
       steps_per_epoch: optimiser steps in an epoch.
 
-    Returns: step → learning rate.
-
     Raises:
       ValueError: if the schedule is unknown, or cosine is given several rates.
     """

@@ -92,13 +92,9 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def place_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Copies this process's rows of a batch onto its devices.
+    """Copies this process's contiguous rows of a batch, as many as in every process, onto its devices.
 
-    Args:
-      batch: this process's contiguous rows, the same number in each process.
-      mesh: the devices, which must divide the number of rows.
-
-    Returns: the global batch, split over the devices.
+    Returns: the global batch, split evenly over the devices of the mesh.
     """
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
@@ -164,12 +160,7 @@ def _split_rows(batch: HostBatch, parts: int) -> dict[str, np.ndarray]:
 
 
 def compile_eval_step(step: Callable, mesh: Mesh) -> Callable:
-    """Prepares an evaluation step for a mesh: (variables, placed batch) → metrics.
-
-    Args:
-      step: the same for one device's part of a batch, with collectives over `AXIS`.
-      mesh: the devices.
-    """
+    """Prepares an evaluation step, (variables, part of a batch) → metrics with collectives over `AXIS`, for a mesh."""
     options = None if jax.default_backend() == "cpu" else compiler_options()
     return jax.jit(_map_over(step, mesh), compiler_options=options)
 

@@ -106,13 +106,9 @@ def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:
 def load_variables(
     model: Network, image_shape: tuple[int, int, int], path: str | os.PathLike[str], sharding: Sharding
 ) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
-    """Restores the parameters and moments of a network, or their averages if the run computed them.
+    """Restores the parameters and moments of a network for images of a shape [h, w, c]; `path` is as in `load`.
 
-    Args:
-      model: the network.
-      image_shape: height, width and channels of its images.
-      path: as in `load`.
-      sharding: where the arrays are placed.
+    If the run computed averages, they are restored instead.
 
     Returns: (variables, step, evaluation metrics of that step).
 

@@ -141,11 +141,7 @@ def _stored_mean_rgb(workdir: pathlib.Path) -> tuple[float, float, float] | None
 def _batches(
     config: ConfigDict, manifest: Manifest, mean_rgb: Sequence[float], place: Callable, start_step: int
 ) -> Iterator[Any]:
-    """Yields the placed batches after `start_step` steps, for ever.
-
-    Raises:
-      DataError: if a shard or record is damaged, or a process that reads the data died.
-    """
+    """Yields the placed batches after `start_step` steps, for ever."""
     iterator = pipeline.train_batches(
         config.data,
         config.train,
@@ -157,5 +153,4 @@ def _batches(
         process_count=jax.process_count(),
     )
     with contextlib.closing(iterator):
-        for batch in iterator:
-            yield place(batch)
+        yield from map(place, iterator)

@@ -32,12 +32,7 @@ class Source:
 
 
 def read_source(path: str, pixel_scale: float, sharding: Sharding) -> Source:
-    """Reads the network that `config.train.init_from` names.
-
-    Args:
-      path: the value of that field.
-      pixel_scale: `config.model.pixel_scale` of the new run.
-      sharding: where the arrays are placed while they are read, on devices of all processes.
+    """Reads the network that `config.train.init_from` names, onto devices of all processes.
 
     Raises:
       ConfigError: if there is no such network, or its `pixel_scale` is different.
