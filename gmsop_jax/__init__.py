@@ -1,13 +1,23 @@
 """Second-order pooling in JAX: covariance pooling, iSQRT-COV and GM-SOP as Flax (Linen) modules."""
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gmsop_jax import models as models
+    from gmsop_jax import nnx as nnx
+    from gmsop_jax import ops as ops
     from gmsop_jax.models import Network
     from gmsop_jax.training.restore import Info
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("models", "nnx", "ops"):  # after `import gmsop_jax` alone; imported late, as in `load`
+        return importlib.import_module(f"gmsop_jax.{name}")
+    raise AttributeError(f"module 'gmsop_jax' has no attribute {name!r}")
 
 
 def load(path: str | os.PathLike[str]) -> "tuple[Network, dict[str, Any], Info]":

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gmsop_jax
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -97,3 +99,11 @@ def test_messages_name_no_file_of_the_checkout(file):
     tree = ast.parse(file.read_text())
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert not [text for text in texts if re.search(r"tools/\w+|configs/\w+\.py|python -m gmsop_jax\.main ", text)]
+
+
+def test_the_packages_are_attributes():
+    """In a process of its own, in which nothing else has imported them."""
+    code = "import gmsop_jax; print(gmsop_jax.ops.second_order_pool, gmsop_jax.models.GAPHead, gmsop_jax.nnx.GAPHead)"
+    assert "gmsop_jax.nnx.heads.GAPHead" in run(sys.executable, "-c", code, folder=ROOT)
+    with pytest.raises(AttributeError, match="module 'gmsop_jax' has no attribute 'op'"):
+        gmsop_jax.op  # noqa: B018

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 
 def is_count(value: Any) -> bool:
@@ -68,6 +69,16 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "power": (lambda value: _is_number(value, 0) and value > 0, "a positive number"),
     "pixel_scale": (lambda value: _is_number(value, 0) and value > 0, "a positive number"),
 }
+
+
+def check_train(train: Any) -> None:
+    """Checks that `train` is not an array, such as a mask, which most heads would ignore.
+
+    Raises:
+      TypeError: if it is.
+    """
+    if np.ndim(train):
+        raise TypeError(f"train must be True or False, got an array of shape {np.shape(train)}; pass a mask as where=…")
 
 
 class CheckedModule(nn.Module):

@@ -20,7 +20,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from gmsop_jax.models.checks import CheckedModule
+from gmsop_jax.models.checks import CheckedModule, check_train
 from gmsop_jax.models.gate import GateFields, PoolingFields, shared_fields
 from gmsop_jax.models.layers import (
     BatchNorm,
@@ -90,6 +90,7 @@ class _PoolingHead(CheckedModule):
         self, x: _Features, train: bool = False, gate_noise: AnyArray | None = None, where: _Mask = None
     ) -> _Output:
         """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
+        check_train(train)
         x, where = flatten_positions(x, where)
         for i, width in enumerate(self.projection_widths, 1):
             name, batch_norm = f"projection{i}", self.projection_batch_norm
@@ -281,6 +282,7 @@ class MixtureHead(_MixtureHead):
         self, x: _Features, train: bool = False, gate_noise: AnyArray | None = None, where: _Mask = None
     ) -> _Output:
         """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
+        check_train(train)
         features = Mixture(**shared_fields(self, Mixture), name="mixture")(x, where)
         return self._finish(features, without_gate(features), train, where)
 
@@ -314,6 +316,7 @@ class GatedMixtureHead(_MixtureHead, GateFields):
         self, x: _Features, train: bool = False, gate_noise: AnyArray | None = None, where: _Mask = None
     ) -> _Output:
         """Pools and classifies. `gate_noise` replaces the draw from the stream `gating`; see `Gate`."""
+        check_train(train)
         mixture = GatedMixture(**shared_fields(self, GatedMixture), name="mixture")
         features, aux = mixture(x, train, gate_noise, where)
         return self._finish(features, aux, train, where)

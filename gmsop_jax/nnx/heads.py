@@ -6,6 +6,7 @@ the same name. `head(x, train, gate_noise, where)` takes and returns the same as
 `nnx.view(head, deterministic=…)` switch the mode, and the argument `train` takes precedence over it.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -42,6 +43,22 @@ def _triangle(width: int) -> int:
     return width * (width + 1) // 2
 
 
+class _Signature:
+    """The signature of a head's class with all fields, for `help` and editors; not that of its instances."""
+
+    def __get__(self, head: Any, cls: Any) -> inspect.Signature:
+        if head is not None or "linen" not in vars(cls):
+            raise AttributeError("__signature__")
+        of_linen = inspect.signature(cls.linen).parameters
+        in_features, num_classes, rngs = list(inspect.signature(Head.__init__).parameters.values())[1:4]
+        fields = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in of_linen.items()
+            if name not in ("num_classes", "parent", "name")
+        ]
+        return inspect.Signature([in_features, num_classes, rngs, *fields])
+
+
 class Head(ReluConvolutions):
     """Base class of the heads, with their Linen counterpart and the mode.
 
@@ -57,6 +74,7 @@ class Head(ReluConvolutions):
     """
 
     linen: ClassVar[Any]
+    __signature__ = _Signature()
 
     def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
         if not is_count(in_features):

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax import models
+from gmsop_jax.models.checks import check_train
 from gmsop_jax.models.layers import he_normal
 from gmsop_jax.ops import batch_norm, dropout, linear_logits
 from gmsop_jax.ops.arrays import AnyArray
@@ -36,6 +37,7 @@ class ModuleWithMode(nnx.Module):
             self.deterministic = deterministic
 
     def _is_training(self, train: bool | None) -> bool:
+        check_train(train)
         return not self.deterministic if train is None else train
 
 

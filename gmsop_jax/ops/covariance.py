@@ -27,13 +27,14 @@ def average_pool(x: Float[AnyArray, "*b p c"], *, where: Where | None = None) ->
     μ = (1/p) Σ xₚ,  or  μ = Σ wₚ xₚ / Σ wₚ  with weights w
 
     Args:
-      x: features of p positions. Half precision is converted to float32.
+      x: features of p positions; for a map [b, h, w, c], see `flatten_positions`. Half precision is converted to
+        float32.
       where: the positions to include, or their weights; see `covariance_pool`.
 
     Returns: the means over positions, float32 or float64. If all weights are 0, the mean is zero, with zero gradient.
 
     Raises:
-      ValueError: if `where` does not have one entry for each position.
+      ValueError: if x has no position or fewer than two axes, or if `where` does not have one entry for each position.
       TypeError: if `where` is complex.
 
     Example:
@@ -41,6 +42,7 @@ def average_pool(x: Float[AnyArray, "*b p c"], *, where: Where | None = None) ->
       Array([2.], dtype=float32)
     """
     x = _at_least_float32(x)
+    _check_positions(x, "average_pool")
     if where is None:
         return jnp.mean(x, axis=-2)
     weights = position_weights(x, where)
@@ -62,7 +64,8 @@ def covariance_pool(
     With weights w, Σ = Σ wₚ (xₚ − μ)(xₚ − μ)ᵀ / Σ wₚ with the weighted mean μ.
 
     Args:
-      x: features of p positions. Half precision is converted to float32 before the mean is subtracted.
+      x: features of p positions; for a map [b, h, w, c], see `flatten_positions`. Half precision is converted to
+        float32 before the mean is subtracted.
       where: the positions to include (bool), or non-negative weights, of which only the ratios matter. The result
         equals that of the input without the positions of weight 0, whose values may be NaN or infinite. Gradients
         flow into x and into weights, and are 0 at positions of weight 0. A weight that is negative, NaN or infinite
@@ -87,8 +90,7 @@ def covariance_pool(
              [2., 4.]], dtype=float32)
     """
     x = jnp.asarray(x)
-    if x.ndim < 2 or x.shape[-2] == 0:
-        raise ValueError(f"covariance_pool needs [..., p, c] with p ≥ 1 positions, got {x.shape}")
+    _check_positions(x, "covariance_pool")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"covariance_pool needs floating features, got {x.dtype}")
     precision = matrix_precision(precision, jnp.promote_types(x.dtype, jnp.float32))
@@ -184,6 +186,11 @@ def position_weights(x: Float[AnyArray, "*b p c"], where: Where) -> Float[Array,
 def clear_masked(x: Float[AnyArray, "*b p c"], weights: Float[Array, "*b p"]) -> Float[Array, "*b p c"]:
     """Sets the features at positions of weight 0 to 0, so that NaN and infinity there reach no result."""
     return jnp.where(weights[..., None] == 0, 0, x)
+
+
+def _check_positions(x: Array, caller: str) -> None:
+    if x.ndim < 2 or x.shape[-2] == 0:
+        raise ValueError(f"{caller} needs [..., p, c] with p ≥ 1 positions, got {x.shape}")
 
 
 def _at_least_float32(x: AnyArray) -> Array:

@@ -54,8 +54,9 @@ def apply_candidates(
     Returns: the pooled vector of each pair.
 
     Raises:
-      ValueError: if `dispatch` is unknown.
+      ValueError: if `dispatch` is unknown, or if the shapes of x and the kernels do not fit together.
     """
+    _check_shapes(x, kernels)
     x, where = _masked(x, where)
     indices = jnp.asarray(indices)
     kernels = tuple(jnp.asarray(kernel) for kernel in kernels)
@@ -76,7 +77,11 @@ def apply_all_candidates(
     """Runs every image through every candidate. The arguments are those of `apply_candidates`.
 
     Returns: the pooled vectors, in the order of the candidates.
+
+    Raises:
+      ValueError: if the shapes of x and the kernels do not fit together.
     """
+    _check_shapes(x, kernels)
     return _tiles(*_masked(x, where), kernels, pool)
 
 
@@ -98,6 +103,17 @@ def mix_candidates(
     weights = jnp.asarray(weights)
     selected = jnp.sum(weights[:, None] * jax.nn.one_hot(indices, weights.shape[-1], dtype=weights.dtype), axis=-1)
     return jnp.einsum("bk,bkf->bf", selected, pooled, precision=_HIGHEST)
+
+
+def _check_shapes(x: AnyArray, kernels: Sequence[AnyArray]) -> None:
+    shapes = [jnp.shape(kernel) for kernel in kernels]
+    channels = [jnp.shape(x)[-1:], *(shape[2:] for shape in shapes)]
+    fits = all(len(shape) == 3 and shape[1:2] == given for shape, given in zip(shapes, channels, strict=False))
+    if jnp.ndim(x) != 3 or not shapes or not fits or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "candidates need features [b, p, c] and kernels [n, c, d], [n, d, e], … of one n, layer by layer, got"
+            f" {jnp.shape(x)} and {', '.join(map(str, shapes)) or 'no kernel'}"
+        )
 
 
 def _masked(x: AnyArray, where: Where | None) -> tuple[Array, Array | None]:

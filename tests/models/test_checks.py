@@ -1,11 +1,14 @@
 """Fields and inputs that the modules refuse."""
 
+import functools
 from typing import Any
 
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import pytest
 
+import gmsop_jax
 from gmsop_jax.models import (
     BatchNorm,
     BottleneckResNet,
@@ -120,3 +123,11 @@ def test_backbones_need_an_entry_for_each_stage(backbone, field):
 def test_a_head_needs_three_or_four_axes(module, shape):
     with pytest.raises(ValueError, match=rf"\[b, h, w, c\] or tokens \[b, l, c\], got shape \({shape[0]}, ?"):
         module.init(KEY, jnp.ones(shape))
+
+
+@pytest.mark.parametrize("head", [*HEADS, gmsop_jax.nnx.SecondOrderHead, gmsop_jax.nnx.MixtureHead])
+def test_a_mask_in_the_place_of_train_is_refused(head):
+    x, mask = jnp.ones((2, 7, 4)), jnp.ones((2, 7), bool)
+    call = functools.partial(head(5).init, KEY) if head in HEADS else head(4, 5, rngs=flax.nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"got an array of shape \(2, 7\); pass a mask as where="):
+        call(x, mask)

@@ -1,6 +1,7 @@
 """The NNX heads equal the Linen heads, and work with NNX's own tools."""
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -184,6 +185,21 @@ def test_other_batch_norms_and_wrong_fields_are_refused():
 def test_features_of_another_width_are_refused(name):
     with pytest.raises(ValueError, match=r"must have in_features=6 channels, got shape \(3, 7, 5\)"):
         create(name, nnx.Rngs(0))(jnp.ones((3, 7, 5)))
+
+
+def test_the_signature_of_a_head_has_its_fields():
+    parameters = inspect.signature(heads.SecondOrderHead).parameters
+    assert list(parameters)[:4] == ["in_features", "num_classes", "rngs", "projection_widths"]
+    assert parameters["num_iters"].default == 3
+    assert not {"parent", "name", "fields"} & set(parameters)
+    assert "dispatch" in inspect.signature(heads.GatedMixtureHead).parameters
+    assert "where" in inspect.signature(create("gap", nnx.Rngs(0))).parameters  # of a call
+
+    class Own(heads.GAPHead):
+        def __init__(self, rngs: nnx.Rngs):
+            super().__init__(6, 5, rngs=rngs)
+
+    assert "num_iters" not in inspect.signature(Own).parameters
 
 
 # ---- modes and random draws

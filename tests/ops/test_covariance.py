@@ -74,6 +74,8 @@ def test_integers_are_refused(dtype):
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 0, 3)])
 def test_shapes_without_positions_are_refused(shape):
+    with pytest.raises(ValueError, match=r"average_pool needs .* p ≥ 1 positions, got"):
+        average_pool(jnp.ones(shape))
     with pytest.raises(ValueError, match=r"p ≥ 1 positions, got"):
         covariance_pool(jnp.ones(shape))
 

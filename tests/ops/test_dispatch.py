@@ -1,12 +1,13 @@
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.ops import apply_candidates, average_pool, second_order_pool, select_top_k
+from gmsop_jax.ops import apply_all_candidates, apply_candidates, average_pool, second_order_pool, select_top_k
 
 WIDTHS = (3, 6, 4)
 every_dispatch = pytest.mark.parametrize("dispatch", ["gather", "group", "loop"])
@@ -135,6 +136,28 @@ def test_gradients_of_groups_have_no_scatter_of_numbers():
 
 
 @pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("x", "kernels"),
+    [
+        ((2, 7, 4), [(3, 5, 2)]),
+        ((2, 7, 4), [(3, 4, 5), (3, 4, 2)]),
+        ((2, 7, 4), [(3, 4, 5), (2, 5, 2)]),
+        ((2, 7, 4), [(4, 2)]),
+        ((2, 7, 4), []),
+        ((2, 3, 3, 4), [(3, 4, 2)]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(x, kernels):
+    arrays = [jnp.ones(shape) for shape in kernels]
+    told = ", ".join(map(str, kernels)) or "no kernel"
+    message = re.escape(f"of one n, layer by layer, got {x} and {told}")
+    with pytest.raises(ValueError, match=message):
+        apply_candidates(jnp.ones(x), arrays, jnp.zeros((2, 1), int), average_pool)
+    with pytest.raises(ValueError, match=message):
+        apply_all_candidates(jnp.ones(x), arrays, average_pool)
+
+
 def test_an_unknown_dispatch_is_refused():
     with pytest.raises(ValueError, match="'sorted'"):
         apply_candidates(images(), bank(4), select(5, 4, 2), average_pool, "sorted")  # pyright: ignore[reportArgumentType]
