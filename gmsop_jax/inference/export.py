@@ -5,8 +5,10 @@ After writing, each artefact is read back and compared with the original on rand
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,8 +109,10 @@ def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) ->
         outputs = step(variables, images)
         return tuple(outputs[name] for name in OUTPUTS)
 
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # its warnings and those of jax2onnx are about itself
     try:
-        proto = to_onnx(predict, [_any_images(info)], input_names=["images"], output_names=list(OUTPUTS))
+        with warnings.catch_warnings(action="ignore"):
+            proto = to_onnx(predict, [_any_images(info)], input_names=["images"], output_names=list(OUTPUTS))
     except Exception as error:  # jax2onnx has no error class of its own
         first_line, *_ = str(error).splitlines() or [""]
         raise ExportError(

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gmsop_jax
 from gmsop_jax import config, main
 from gmsop_jax.analysis import summary
 from gmsop_jax.analysis.published import find_published
+from gmsop_jax.nnx import from_linen
 
 ROOT = pathlib.Path(__file__).parents[2]
 make_docs = runpy.run_path(str(ROOT / "tools" / "make_docs.py"))
@@ -77,6 +79,30 @@ def test_python_of_the_page_about_own_models_runs():
         exec(block, names)
     assert names["loss"] < 0.5 * np.log(4)  # the head learns the number of tokens
     np.testing.assert_allclose(names["same_head"](names["tokens"], where=names["mask"])[0], names["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("page", ["heads.md", "accuracy.md"])
+def test_python_of_a_page_runs(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_python_about_a_trained_network_runs(trained_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(trained_run)
+    names: dict = {"gmsop_jax": gmsop_jax, "from_linen": from_linen}
+    for page in ("README.md", "docs/own-model.md"):
+        [block] = re.findall(r"```py\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+        exec(block, names)
+    model, variables, images = names["model"], names["variables"], np.zeros((1, 28, 28, 3), np.float32)
+    of_backbone = {name: collection["backbone"] for name, collection in variables.items()}
+    logits, _ = model.apply(variables, images)
+    np.testing.assert_allclose(
+        names["head"](model.backbone.apply(of_backbone, images))[0], logits, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_picture_of_the_method(trained_run, tmp_path, monkeypatch, capsys):

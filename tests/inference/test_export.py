@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import gmsop_jax
-from gmsop_jax.config import load, model_defaults
+from gmsop_jax.config import ConfigDict, load, model_defaults
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.inference import evaluate, export
 from gmsop_jax.inference.model_card import command
@@ -113,6 +113,11 @@ def test_an_exported_folder_opens_as_a_run_does(trained_run, safetensors, tmp_pa
     )
 
 
+def _configuration(command: str) -> ConfigDict:
+    _, _, _, name, *flags = shlex.split(command.replace("\\\n", ""))
+    return load(name, [flag.removeprefix("--config.") for flag in flags])
+
+
 def test_the_model_card_names_data_recipe_result_command_and_licence(trained_run, safetensors, tmp_path, monkeypatch):
     _, _, info = gmsop_jax.load(trained_run)
     card = safetensors.files[2].read_text()
@@ -121,20 +126,24 @@ def test_the_model_card_names_data_recipe_result_command_and_licence(trained_run
     for text in ("fashion-mnist", "10 classes (t-shirt/top,", "28×28", f"{info.metrics['top1_error']:.2f} %"):
         assert text in card
     assert str(trained_run.parent) not in card + safetensors.files[1].read_text()  # no names of the user's folders
-    command = re.findall(r"```sh\n(gmsop train .*?)```", card, re.S)[0].replace("\\\n", "")
-    _, _, _, name, *flags = shlex.split(command)
-    again = load(name, [flag.removeprefix("--config.") for flag in flags])
+    again = _configuration(re.findall(r"```sh\n(gmsop train .*?)```", card, re.S)[0])
     again.data.dir, again.model.num_classes = info.config.data.dir, info.config.model.num_classes
     assert again.to_dict() == info.config.to_dict()
+
+
+def test_the_command_of_a_quickstart_names_it(trained_run):
+    _, _, info = gmsop_jax.load(trained_run)
+    info = dataclasses.replace(info, config=load("quickstart", ["train.num_epochs=1"]))
+    assert command(info) == "gmsop train --config quickstart \\\n  --config.train.num_epochs=1"
 
 
 def test_the_command_of_a_network_of_own_images_does_not_ask_for_the_embedded_ones(trained_run):
     _, _, info = gmsop_jax.load(trained_run)
     info.config.data.auto_convert = True
-    assert "--config.data.auto_convert=True" in command(info)
-    own = command(dataclasses.replace(info, inputs=dataclasses.replace(info.inputs, dataset="image-folder")))
-    assert "--config.data.source=image-folder" in own
-    assert "auto_convert" not in own
+    assert _configuration(command(info)).data.auto_convert
+    own = dataclasses.replace(info, inputs=dataclasses.replace(info.inputs, dataset="image-folder"))
+    data = _configuration(command(own)).data
+    assert (data.source, data.auto_convert) == ("image-folder", False)
 
 
 def test_a_repository_is_downloaded_by_its_name(trained_run, safetensors, tmp_path, monkeypatch, capsys):
