@@ -23,7 +23,7 @@ MIXUP_STREAM = 2
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The arrays that training carries from step to step.
+    """The arrays that training carries from step to step, or their shapes.
 
     Attributes:
       step: number of optimiser steps that are done, an int32 scalar.
@@ -33,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
       ema: moving averages of `params` and `batch_stats`; None in a run without averages.
     """
 
-    step: Array
+    step: Any
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
