@@ -6,8 +6,11 @@ from pathlib import Path
 import bench_accelerator
 import bench_timing
 import benchmark
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_lowering import count, lower, lowering_rows, lowering_table
 from bench_roots import METHODS, case_name, covariances, root_case, root_table
 from bench_timing import Case
 
@@ -71,6 +74,28 @@ def test_roots_that_are_exact_equal_each_other():
         np.testing.assert_allclose(root @ root, sigma, rtol=1e-4, atol=1e-5)
     value, (gradient,) = root_case(METHODS[0], 4, 2, gradient=True).run()
     assert value.shape == gradient.shape == (2, 4, 4)
+
+
+def test_counts_of_the_program_for_a_gpu_by_hand():
+    counts = count(lower("gather", 2, 3, 1))
+    layers = 2 * 64 * (512 * 256 + 256 * 128)  # of one pair
+    sums = 2 * 3 * (512 * 256 + 256 * 128)  # of the weights' gradients of one pair, by candidate
+    assert counts["gflop"] == pytest.approx(2 * (3 * layers + sums) / 1e9)
+    assert counts["copied_gb"] == pytest.approx(2 * 4 * (512 * 256 + 256 * 128) / 1e9)
+    assert counts["scatters"] == 0
+
+
+def test_scatters_of_numbers_are_counted():
+    def program(dtype) -> str:
+        return jax.jit(lambda x, i: x.at[i].add(1)).lower(jnp.zeros((8, 2), dtype), jnp.zeros(3, int)).as_text()
+
+    assert count(program("float32"))["scatters"] == 1
+    assert count(program("int32"))["scatters"] == 0
+
+
+def test_documented_counts_of_the_program_for_a_gpu():
+    """After a change of the dispatches run `python tools/benchmark.py lowering --docs docs/performance.md`."""
+    assert lowering_table(lowering_rows()) in (ROOT / "docs" / "performance.md").read_text("utf-8")
 
 
 QUICK = ("device", "ceilings", "layers", "gradients")

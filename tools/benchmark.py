@@ -2,13 +2,15 @@
 
     python tools/benchmark.py {ops,roots,mixture,step,pipeline,all} [--peer torch] [--json FILE]
     python tools/benchmark.py accelerator --out FILE [--docs docs/performance.md]
+    python tools/benchmark.py lowering [--docs docs/performance.md]
 
 All cases of a table are run in turn, in one process. The table shows the median time and the quartiles. Operations (a
 multiply-add counts as two) and bytes are those that the work needs, not those that the code performs. The share is the
 time that the work would take at the measured ceilings, the fastest matrix product and a copy, divided by its time.
 
 `roots` compares the square root with those of other libraries that are installed. `accelerator` measures correctness,
-speed and memory on a GPU or TPU in at most 8 minutes; run it again to continue, or to repeat what failed.
+speed and memory on a GPU or TPU in at most 8 minutes; run it again to continue, or to repeat what failed. `lowering`
+measures nothing: it counts products and copies in the programs that JAX makes for a GPU, and needs none.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import Any
 
 import bench_data
 import jax
+from bench_lowering import lowering_rows, lowering_table
 from bench_ops import mixture_cases, pooling_cases
 from bench_roots import root_cases, root_table
 from bench_step import peak_memory, step_cases
@@ -36,7 +39,7 @@ _KINDS = ("ops", "roots", "mixture", "step", "pipeline")
 def main() -> None:
     """Parses the command line and prints the tables."""
     parser = ArgumentParser(description="Measures speed, and compares it with the machine's ceilings and with PyTorch.")
-    parser.add_argument("what", choices=(*_KINDS, "all", "accelerator"))
+    parser.add_argument("what", choices=(*_KINDS, "all", "accelerator", "lowering"))
     parser.add_argument("--peer", choices=("torch",), help="compare with PyTorch (pip install '.[bench]')")
     parser.add_argument("--batch", type=int, default=16, help="images in a batch of the mixture and of the step")
     parser.add_argument("--pool-batch", type=int, default=64, help="images in a batch of the pooling (default: 64)")
@@ -45,12 +48,14 @@ def main() -> None:
     parser.add_argument("--compute-dtype", default="", choices=("", "bfloat16"), help="dtype of the convolutions")
     parser.add_argument("--json", "--out", metavar="FILE", type=pathlib.Path, help="write the results to this file")
     parser.add_argument(
-        "--docs", metavar="PAGE", type=pathlib.Path, help="put the table of `roots` or `accelerator` there"
+        "--docs", metavar="PAGE", type=pathlib.Path, help="put the table of `roots`, `accelerator` or `lowering` there"
     )
     parser.add_argument("--toy", action="store_true", help="accelerator: tiny sizes, to try the tool on a CPU")
     options = parser.parse_args()
     if options.what == "accelerator":
         return measure_accelerator(options)
+    if options.what == "lowering":
+        return count_lowering(options)
     print(f"{device()}, jax {jax.__version__}, Python {platform.python_version()}")
     results: dict[str, Any] = {}
     for kind in _KINDS if options.what == "all" else (options.what,):
@@ -72,6 +77,16 @@ def measure_accelerator(options: argparse.Namespace) -> None:
     print(f"\n{text}")
     if options.docs:
         write_section(options.docs, "accelerator", text)
+
+
+def count_lowering(options: argparse.Namespace) -> None:
+    """Prints the counts of each dispatch in the program for a GPU."""
+    rows = lowering_rows()
+    print(lowering_table(rows))
+    if options.json:
+        write_json(options.json, rows)
+    if options.docs:
+        write_section(options.docs, "lowering", lowering_table(rows))
 
 
 def write_section(page: pathlib.Path, name: str, text: str) -> None:

@@ -135,6 +135,19 @@ def test_gradients_of_groups_have_no_scatter_of_numbers():
     assert len(scatters) == 1  # which pair is in which slot
 
 
+@pytest.mark.parametrize("b", [6, 48])  # the default for these on a GPU is gather and group
+def test_the_default_on_gpus_has_no_scatter_of_numbers(monkeypatch, b):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def loss(x, kernels):
+        return jnp.sum(apply_candidates(x, kernels, select(b, 4, 2), second_order_pool) ** 2)
+
+    arguments = images(b).astype("float32"), [kernel.astype("float32") for kernel in bank(4)]
+    text = jax.jit(jax.grad(loss, (0, 1))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    scattered = [part[part.index("}) : ") :].partition("-> ")[2] for part in text.split('stablehlo.scatter"')[1:]]
+    assert [kind.split(">")[0].rpartition("x")[2] for kind in scattered] == ["i32"] * (b > 6)
+
+
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
