@@ -8,6 +8,7 @@ from typing import Literal
 Coefficients = Literal["newton_schulz", "minimax"]
 Step = tuple[float, float]  # (a, b)
 Steps = tuple[Step, ...]
+Factors = tuple[tuple[float, float], tuple[float, float], float]  # (p₁, q₁), (p₂, q₂), g
 
 # For n = 1, 2, …: the lower end l of the interval of √λ on which the n minimax steps are optimal. Each l
 # minimises the largest error of the root on the whole interval 0 ≤ λ ≤ 1; tools/minimax_coefficients.py computes them.
@@ -69,7 +70,7 @@ def minimax_steps(num_iters: int, lower_end: float) -> Steps:
 
 
 @functools.cache
-def two_step_factors(first: Step, second: Step) -> tuple[Step, Step, float]:
+def two_step_factors(first: Step, second: Step) -> Factors:
     """Factors two steps into two quadratics, whose product costs one matrix product besides w².
 
     With w = ZY, two steps multiply Y and Z by the quartic

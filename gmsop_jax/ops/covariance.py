@@ -13,10 +13,9 @@ from jax.lax import PrecisionLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gmsop_jax.ops.arrays import AnyArray
-from gmsop_jax.ops.coefficients import Coefficients
-from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt
+from gmsop_jax.ops.coefficients import Coefficients, iteration_steps
+from gmsop_jax.ops.matrix_sqrt import newton_schulz_sqrt, root_vector
 from gmsop_jax.ops.precision import matrix_precision
-from gmsop_jax.ops.triangle import triangle_vector
 
 Where = Bool[AnyArray, "*b p"] | Int[AnyArray, "*b p"] | Float[AnyArray, "*b p"]
 
@@ -132,10 +131,10 @@ def second_order_pool(
       (2, 36)
     """
     sigma = covariance_pool(x, where=where, centered=centered, forward_mode=forward_mode, precision=precision)
-    root = newton_schulz_sqrt(
-        sigma, num_iters, coefficients=coefficients, forward_mode=forward_mode, precision=precision
-    )
-    return root[(..., *np.triu_indices(root.shape[-1]))] if forward_mode else triangle_vector(root)
+    if forward_mode:
+        root = newton_schulz_sqrt(sigma, num_iters, coefficients=coefficients, forward_mode=True, precision=precision)
+        return root[(..., *np.triu_indices(root.shape[-1]))]
+    return root_vector(sigma, iteration_steps(num_iters, coefficients), matrix_precision(precision, sigma.dtype))
 
 
 def pool_features(
@@ -238,7 +237,8 @@ def _covariance_forward(x, weights, centered, precision):
 
 def _covariance_backward(centered, precision, residuals, g):
     # One product, where automatic differentiation makes two. The weighted rows sum to 0, so the mean needs no gradient.
-    x, weights = residuals
+    # The barrier makes XLA center the features again, so that it keeps no centered copy of them from the forward pass.
+    (x, weights), g = jax.lax.optimization_barrier((residuals, g))
     rows = _rows(x, weights, centered)
     slopes = jnp.einsum("...pc,...cd->...pd", rows, g + jnp.swapaxes(g, -1, -2), precision=precision)
     if weights is None:

@@ -9,8 +9,9 @@ from jax.lax import PrecisionLike
 from jaxtyping import Array, Float
 
 from gmsop_jax.ops.arrays import AnyArray
-from gmsop_jax.ops.coefficients import Coefficients, Steps, iteration_steps, two_step_factors
+from gmsop_jax.ops.coefficients import Coefficients, Factors, Steps, iteration_steps, two_step_factors
 from gmsop_jax.ops.precision import matrix_precision
+from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
 
 def newton_schulz_sqrt(
@@ -142,10 +143,14 @@ def _normalize(sigma: Array) -> tuple[Array, Array, Array]:
     return sigma / safe_trace, trace, safe_trace
 
 
-def _polynomial(a: Array, steps: Steps, inverse: bool, precision: PrecisionLike) -> Array:
-    """Yₙ, or Zₙ for the inverse, as a polynomial of the trace-normalised matrix."""
+def _polynomial(a: Array, steps: Steps, inverse: bool, precision: PrecisionLike, symmetric: bool = False) -> Array:
+    """Yₙ, or Zₙ for the inverse, as a polynomial of the trace-normalised matrix.
+
+    If `symmetric`, the tangents of `jax.jvp` must be symmetric too, and take fewer products.
+    """
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     product = functools.partial(jnp.matmul, precision=precision)
+    square, quartic = (_symmetric_square, _symmetric_quartic) if symmetric else (_square, _quartic)
 
     def times(x: Array, y: Array) -> Array:
         return y if x is eye else product(x, y)
@@ -153,9 +158,7 @@ def _polynomial(a: Array, steps: Steps, inverse: bool, precision: PrecisionLike)
     w = a  # Z Y
     result = eye if inverse else w
     for i in range(1, len(steps), 2):
-        (p1, q1), (p2, q2), gain = two_step_factors(steps[i - 1], steps[i])
-        square = product(w, w)
-        q = product(square + p1 * w + q1 * eye, gain * (square + p2 * w + q2 * eye))
+        q = quartic(w, square(w, precision), two_step_factors(steps[i - 1], steps[i]), precision)
         wq = product(w, q)
         result = wq if result is w else times(result, q)
         if i < len(steps) - 1:
@@ -164,6 +167,45 @@ def _polynomial(a: Array, steps: Steps, inverse: bool, precision: PrecisionLike)
         scale, b = steps[-1]
         result = scale * result - b * times(result, w)
     return result
+
+
+def _square(w: Array, precision: PrecisionLike) -> Array:
+    return jnp.matmul(w, w, precision=precision)
+
+
+def _quartic(w: Array, square: Array, factors: Factors, precision: PrecisionLike) -> Array:
+    """g·(w² + p₁w + q₁)·(w² + p₂w + q₂)."""
+    eye = jnp.eye(w.shape[-1], dtype=w.dtype)
+    (p1, q1), (p2, q2), gain = factors
+    return jnp.matmul(square + p1 * w + q1 * eye, gain * (square + p2 * w + q2 * eye), precision=precision)
+
+
+# The tangent of w² is w·dw + dw·w. If both are symmetric, the second product is the transpose of the first. The quartic
+# is g·(s² + γw + δ) with s = w² + αw + β, so its tangent is that of a square as well.
+_symmetric_square = jax.custom_jvp(_square, nondiff_argnums=(1,))
+_symmetric_quartic = jax.custom_jvp(_quartic, nondiff_argnums=(2, 3))
+
+
+@_symmetric_square.defjvp
+def _symmetric_square_jvp(precision, primals, tangents):
+    (w,), (dw,) = primals, tangents
+    return _symmetric_square(w, precision), _twice_symmetric_part(jnp.matmul(w, dw, precision=precision))
+
+
+@_symmetric_quartic.defjvp
+def _symmetric_quartic_jvp(factors, precision, primals, tangents):
+    (w, square), (dw, dsquare) = primals, tangents
+    (p1, q1), (p2, q2), gain = factors
+    alpha = (p1 + p2) / 2
+    beta = (q1 + q2 + p1 * p2 - alpha**2) / 2
+    gamma = p1 * q2 + p2 * q1 - 2 * alpha * beta
+    s = square + alpha * w + beta * jnp.eye(w.shape[-1], dtype=w.dtype)
+    ds2 = _twice_symmetric_part(jnp.matmul(s, dsquare + alpha * dw, precision=precision))
+    return _symmetric_quartic(w, square, factors, precision), gain * (ds2 + gamma * dw)
+
+
+def _twice_symmetric_part(x: Array) -> Array:
+    return x + jnp.swapaxes(x, -1, -2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -194,3 +236,31 @@ def _inner(x: Array, y: Array) -> Array:
 
 
 _with_lean_backward.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def root_vector(sigma: Array, steps: Steps, precision: PrecisionLike) -> Any:
+    """The upper triangle of the root.
+
+    The gradient is symmetric. For n = 3, it takes 8 products besides those of the forward pass, instead of 10.
+    """
+    return triangle_vector(_evaluate(sigma, steps, False, precision))
+
+
+def _root_vector_forward(sigma, steps, precision):
+    vector = root_vector(sigma, steps, precision)
+    return vector, (sigma, vector)
+
+
+def _root_vector_backward(steps, precision, residuals, g):
+    sigma, vector = residuals
+    a, trace, safe_trace = _normalize(sigma)
+    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    direction = triangle_matrix(g) * ((1 + eye) / 2)  # each entry off the diagonal occurs twice
+    _, da = jax.jvp(lambda a: _polynomial(a, steps, False, precision, symmetric=True), (a,), (direction,))
+    root = jnp.sqrt(safe_trace)
+    through_trace = jnp.sum(g * vector, axis=-1)[..., None, None] / (2 * root) - _inner(da, a)
+    return (jnp.where(trace == 0, 0, (da + through_trace * eye) / root),)
+
+
+root_vector.defvjp(_root_vector_forward, _root_vector_backward)

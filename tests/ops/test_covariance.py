@@ -87,6 +87,38 @@ def test_second_order_pool_is_its_three_parts():
     assert expected.shape == (2, 10)
 
 
+@pytest.mark.parametrize("coefficients", ["newton_schulz", "minimax"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_gradient_of_second_order_pool_is_that_of_its_three_parts(x64, n, coefficients):
+    def parts(x):
+        return triangle_vector(newton_schulz_sqrt(covariance_pool(x), n, coefficients=coefficients))
+
+    def pool(x):
+        return second_order_pool(x, n, coefficients=coefficients)
+
+    x, g = jnp.asarray(features(2, 9, 4)), jnp.asarray(np.random.default_rng(1).normal(size=(2, 10)))
+    (slope,), (expected,) = (jax.vjp(function, x)[1](g) for function in (pool, parts))
+    np.testing.assert_allclose(slope, expected, rtol=0, atol=1e-13)
+
+    def directional(function):
+        slope = jax.grad(lambda x: jnp.sum(jnp.sin(function(x))))
+        return jax.grad(lambda x: jnp.sum(jnp.cos(slope(x))))(x)
+
+    np.testing.assert_allclose(directional(pool), directional(parts), rtol=0, atol=1e-12)
+
+
+def test_second_order_pool_of_constant_features_has_zero_gradient():
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(second_order_pool(x)))(jnp.ones((2, 9, 4))), 0)
+
+
+def test_number_of_products_of_second_order_pool():
+    """The covariance takes one product in each direction, and the root 5 forward and 13 backward, from Σ alone."""
+    x = jnp.ones((9, 4))
+    assert str(jax.make_jaxpr(second_order_pool)(x)).count("dot_general") == 1 + 5
+    _, pullback = jax.vjp(second_order_pool, x)
+    assert str(jax.make_jaxpr(pullback)(jnp.ones(10))).count("dot_general") == 1 + 13
+
+
 # ---- masks and weights
 
 POOLS = {
