@@ -22,9 +22,9 @@ _DENSE = "mixture, dense"
 def pooling_flops(positions: int, width: int) -> float:
     """Operations of one pooling, forward and backward.
 
-    The covariance takes one product forward and one backward; three iterations of the root take 5 and 10.
+    The covariance takes one product forward and one backward; three iterations of the root take 5 and 8.
     """
-    return 2 * 2 * positions * width**2 + 15 * 2 * width**3
+    return 2 * 2 * positions * width**2 + 13 * 2 * width**3
 
 
 def pooling_cases(peer: str | None, batch: int = 64) -> list[Case]:
