@@ -120,7 +120,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         manifest=manifest,
         inputs=inputs,
         batches=functools.partial(_batches, config, manifest, mean_rgb, place),
-        initial_state=functools.partial(jax.jit(initial_state, out_shardings=sharding), taken),
+        initial_state=functools.partial(_compile_initialization(initial_state, sharding), taken),
         abstract_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state),
         train_step=train_step,
         evaluate=evaluate,
@@ -154,3 +154,9 @@ def _batches(
     )
     with contextlib.closing(iterator):
         yield from map(place, iterator)
+
+
+def _compile_initialization(initial_state: Callable, sharding: Any) -> Callable:
+    """Compiles with fewer optimisations on a CPU, because the program runs once and its values are the same."""
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(initial_state, out_shardings=sharding, compiler_options=options)

@@ -1,5 +1,6 @@
 """The training options together, through whole runs on tiny networks."""
 
+import functools
 import json
 import shutil
 import signal
@@ -76,6 +77,14 @@ def test_a_frozen_part_is_as_it_was(finished, tiny, tmp_path):
         name = jax.tree_util.keystr(path)
         same = np.array_equal(params[name], leaf)
         assert same == name.startswith("['backbone']['stem']["), name
+
+
+def test_the_first_weights_are_those_of_the_seed(tiny, tmp_path):
+    run = prepare(with_options(tiny), tmp_path)
+    model, images = create_model(run.config.model), jax.numpy.zeros((1, *run.inputs.image_size, 3))
+    expected = jax.jit(lambda: model.init(jax.random.key(run.config.seed), images))()
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, run.initial_state().params, expected["params"])
 
 
 def test_the_step_is_the_configured_one(tiny, tmp_path):
