@@ -146,8 +146,8 @@ def _main_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
         chosen = ", ".join(map(short_form, method.point)) or "–"
         seconds = statistics.median(run["epoch_seconds"] for run in method.runs)
         lines.append(
-            f"| {method.method} | {len(method.errors[split])} | {_spread(list(method.errors[split].values()))} |"
-            f" {_spread(list(top1[method.method].errors[split].values()))} | {_interval(delta)} |"
+            f"| {method.method} | {len(method.errors[split])} | {spread(list(method.errors[split].values()))} |"
+            f" {spread(list(top1[method.method].errors[split].values()))} | {interval(delta)} |"
             f" {first['parameters']:,} | {first['macs'] / 1e6:.2f} | {seconds:.1f} | {chosen} |"
         )
     return lines
@@ -165,7 +165,7 @@ def _two_class_table(study: Study, methods: Sequence[MethodResults]) -> list[str
         counts = [np.array(run["splits"][study.test_splits[0]]["confusion"]) for run in method.runs]
         accuracies = [100 * float(np.trace(count) / count.sum()) for count in counts]
         scores = [100 * float(2 * count[1, 1] / (count[1].sum() + count[:, 1].sum())) for count in counts]
-        lines.append(f"| {method.method} | {_spread(accuracies)} | {_spread(scores)} |")
+        lines.append(f"| {method.method} | {spread(accuracies)} | {spread(scores)} |")
     return lines
 
 
@@ -177,7 +177,7 @@ def _split_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
     splits = study.test_splits[1:]
     lines = [f"| method | {' | '.join(splits)} |", "|---" * (len(splits) + 1) + "|"]
     for method in methods:
-        cells = [_spread(list(method.errors[split].values())) for split in splits]
+        cells = [spread(list(method.errors[split].values())) for split in splits]
         lines.append(f"| {method.method} | {' | '.join(cells)} |")
     return lines
 
@@ -268,12 +268,19 @@ def _provenance(study: Study, methods: Sequence[MethodResults], results: Results
     ]
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Formats mean ± standard deviation.
+
+    Example:
+      >>> spread([1.0, 2.0, 3.0])
+      '2.00 ± 1.00 %'
+    """
     estimate = Estimate.of(values)
     return f"{estimate.mean:.2f}" + (f" ± {estimate.deviation:.2f}" if estimate.count > 1 else "") + " %"
 
 
-def _interval(delta: Estimate | None) -> str:
+def interval(delta: Estimate | None) -> str:
+    """Formats a difference with its 95 % interval; a dash for none."""
     if delta is None:
         return "–"
     if delta.count < 2:
@@ -313,7 +320,7 @@ def overview(collected: Mapping[str, Sequence[MethodResults]]) -> str:
     lines = [f"| method | parameters | MMAC | {' | '.join(titles)} |", "|---" * (len(titles) + 3) + "|"]
     for name in COMPARED:
         methods = [_by_name(collected[title])[name] for title in titles]
-        cells = [_spread(list(next(iter(method.errors.values())).values())) for method in methods]
+        cells = [spread(list(next(iter(method.errors.values())).values())) for method in methods]
         cost = methods[0].runs[0]
         lines.append(f"| {name} | {cost['parameters']:,} | {cost['macs'] / 1e6:.2f} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

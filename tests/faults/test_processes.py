@@ -16,7 +16,7 @@ from gmsop_jax.conversion.convert import convert
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.errors import ConfigError
 from gmsop_jax.training.history import read_metrics
-from gmsop_jax.training.processes import start_processes
+from gmsop_jax.training.processes import JOIN_SECONDS, start_processes
 from gmsop_jax.training.restore import load
 
 
@@ -305,7 +305,9 @@ def test_an_error_in_the_configuration_of_a_process_ends_the_other(start, tmp_pa
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_that_is_never_joined_ends(start, tmp_path, index):
     """As if a wrong flag had ended the other one at once."""
-    processes = two_processes(start, tmp_path / "run")
+    assert JOIN_SECONDS <= 50  # ends within a minute; the test waits for less
+    shorter = "from gmsop_jax.training import processes\nprocesses.JOIN_SECONDS = 10"
+    processes = two_processes(start, tmp_path / "run", prologues=(shorter, shorter))
     processes[1 - index].kill()
     processes[1 - index].communicate()
     (errors,) = failures([processes[index]])
