@@ -1,4 +1,4 @@
-"""Every head, and gates with other options, on the quickstart's backbone, images and recipe.
+"""Every head, and gates with other options, on the quickstart's backbone and images, with one plain recipe.
 
     gmsop train --config heads:HEAD
 
@@ -43,5 +43,6 @@ def get_config(head: str = "gmsop") -> ConfigDict:
     if head not in ROWS:
         raise ConfigError(f"configs/heads.py:{head}: HEAD is one of {', '.join(ROWS)}")
     c = load(pathlib.Path(__file__).with_name("quickstart.py"))
+    c.train.update(learning_rates=((0.05, 12), (0.005, 4)), schedule="steps", warmup_epochs=0.0, rate_factors=())
     c.model.update(_HEADS[head])
     return c

@@ -21,7 +21,10 @@ def get_config() -> ConfigDict:
     c.model.num_candidates = 8
     c.model.num_selected = 4
     c.train.batch_size = 50
-    c.train.learning_rates = ((0.05, 12), (0.005, 4))
+    c.train.learning_rates = ((0.1, 16),)
+    c.train.schedule = "cosine"
+    c.train.warmup_epochs = 1.0
+    c.train.rate_factors = (("head/classifier", 0.1),)  # batch norm before it makes its steps larger
     c.train.num_epochs = 16
     c.train.log_every_steps = 50
     c.eval.batch_size = 200

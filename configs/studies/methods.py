@@ -36,12 +36,9 @@ _ABLATIONS = {
     "gmsop_noise_per_candidate": {**_GATED, "gate_noise": "candidate"},
     "gmsop_masked": {**_GATED, "gate_gradient": "masked"},
     "gmsop_5_iterations": {**_GATED, "num_iters": 5},
-    "gmsop_slow_classifier": _GATED,
+    "gmsop_full_rate": _GATED,
 }
-_RATE_FACTORS = {
-    "gmsop_random_gate": (("head/mixture/gate", 0),),
-    "gmsop_slow_classifier": (("head/classifier", 0.1),),
-}
+_RATE_FACTORS = {"gmsop_random_gate": (("head/mixture/gate", 0),)}
 ABLATIONS = ("gmsop", *_ABLATIONS)
 
 
@@ -73,7 +70,7 @@ def grid(method: str, *, epochs: int, size: int = 4) -> list[tuple[str, ...]]:
     Args:
       method: the method.
       epochs: number of epochs, over which the rates decay.
-      size: number of points for each factor of the classifier's learning rate: 1, and 0.1.
+      size: number of points for each factor of the classifier's learning rate, 1 and 0.1.
     """
     rates = (0.05, 0.1, 0.02, 0.2)
     if not (METHODS | _ABLATIONS)[method]["head"].startswith(("ave", "gm")):
