@@ -49,21 +49,22 @@ soon as it has results, whatever they are.
 - Controls isolate what the gated mixture adds: SR-SOP with as many parameters (`matched_srsop`), all candidates
   selected (`gmsop_all_selected`), K candidates with equal weights for every image (`avesop_k`), and a gate that keeps
   its random initial weights (`gmsop_random_gate`).
-- Learning rate, that of the classifier, dropout and balance weight, as far as a method has them, are chosen for each method from a grid of the
-  same size, by the balanced error on validation images that were set aside from the training data, with one seed. The
-  test images are used only once, after the last epoch of the final runs. No result is that of the best epoch.
+- Learning rate, that of the classifier, dropout and balance weight, as far as a method has them, are chosen for each
+  method from a grid of the same size, by the balanced error on validation images that were set aside from the training
+  data, with one seed. The test images are used only once, after the last epoch of the final runs. No result is that of
+  the best epoch.
 - Every method is trained at least five times: with five seeds, or on five folds. The pages give the mean and the
   standard deviation over the runs, and the differences to a reference method, paired by seed and data set, with 95 %
   intervals.
 
 ## The classifier's learning rate
 
-Like the authors' code, mixtures apply batch norm to the pooled vector before the classifier, which makes the steps of the
-classifier larger. The other heads have no batch norm there. Therefore, half of the points of each grid have a tenth of
-the learning rate for the classifier. A first version of the grids lacked these points, and the studies were extended after
-their results were known. The table has the methods for which one of the new points was chosen: the balanced error
-on the test images with the best point of the full rate, and how much it changed. The superseded runs are
-in `results/STUDY_full_rate/`.
+Like the authors' code, mixtures apply batch norm to the pooled vector before the classifier, which makes the steps of
+the classifier larger. The other heads have no batch norm there. Therefore, half of the points of each grid have a tenth
+of the learning rate for the classifier. The first version of the grids lacked these points; they were added after its
+results on the test images were known. The table lists the methods for which a new point was chosen, with the balanced
+error on the test images at the best point of the full rate, and the difference that the new point makes. The superseded
+runs are in `results/STUDY_full_rate/`.
 
 {rates}
 ## Run a study

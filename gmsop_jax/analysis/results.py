@@ -119,7 +119,7 @@ def page(study: Study, results: Results, config_file: str) -> str:
     lines = [f"# {study.title}", "", study.notes.strip(), ""] if study.notes else [f"# {study.title}", ""]
     if not methods:
         return "\n".join([*lines, "There are no results yet.", ""])
-    lines += [f"![Errors of each method]({study.name}.svg)", "", *_main_table(study, methods), ""]
+    lines += [f"![Errors of each method]({study.name}.svg)", "", *_main_table(study, methods, results), ""]
     lines += [_reading(study, methods), ""]
     if len(methods[0].runs[0]["classes"]) == 2:
         lines += [*_two_class_table(study, methods), ""]
@@ -131,7 +131,7 @@ def page(study: Study, results: Results, config_file: str) -> str:
     return "\n".join(lines)
 
 
-def _main_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
+def _main_table(study: Study, methods: Sequence[MethodResults], results: Results) -> list[str]:
     split = study.test_splits[0]
     reference = next((method for method in methods if method.method == study.reference), None)
     lines = [
@@ -144,7 +144,7 @@ def _main_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
         first = method.runs[0]
         delta = difference(method, reference, split) if reference and method is not reference else None
         chosen = ", ".join(map(short_form, method.point)) or "–"
-        seconds = statistics.median(run["epoch_seconds"] for run in method.runs)
+        seconds = min(run["epoch_seconds"] for run in results if run["method"] == method.method and run["splits"])
         lines.append(
             f"| {method.method} | {len(method.errors[split])} | {spread(list(method.errors[split].values()))} |"
             f" {spread(list(top1[method.method].errors[split].values()))} | {interval(delta)} |"
@@ -254,8 +254,8 @@ def _provenance(study: Study, methods: Sequence[MethodResults], results: Results
         "is the mean of the errors of the classes. Values are mean ± standard deviation over runs. Differences are",
         f"paired by {_pairing(study)}, with 95 % intervals by Student's t that take the pairs as independent.",
         "Hyperparameters were chosen by the balanced error on the split `val`, with the first seed on the first data",
-        f"set, from {' or '.join(map(str, sorted(sizes)))} points for each method. Seconds per epoch were measured",
-        "while other jobs ran on the machine, so they can only be compared roughly.",
+        f"set, from {' or '.join(map(str, sorted(sizes)))} points for each method. Seconds per epoch are those of the",
+        "fastest run of each method, because other jobs ran on the machine.",
         "",
         f"- Command: `python tools/sweep.py {config_file}`, then `python tools/results.py`",
         f"- Runs: {len(results)} in {hours:.1f} hours, of which {len(runs)} were measured on the test images and"
