@@ -149,7 +149,6 @@ def test_the_default_on_gpus_has_no_scatter_of_numbers(monkeypatch, b):
 
 
 @pytest.mark.usefixtures("unchecked_types")
-@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("x", "kernels"),
     [
@@ -171,6 +170,7 @@ def test_shapes_that_do_not_fit_are_refused(x, kernels):
         apply_all_candidates(jnp.ones(x), arrays, average_pool)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_an_unknown_dispatch_is_refused():
     with pytest.raises(ValueError, match="'sorted'"):
         apply_candidates(images(), bank(4), select(5, 4, 2), average_pool, "sorted")  # pyright: ignore[reportArgumentType]
