@@ -63,8 +63,8 @@ Like the authors' code, mixtures apply batch norm to the pooled vector before th
 the classifier larger. The other heads have no batch norm there. Therefore, half of the points of each grid have a tenth
 of the learning rate for the classifier. The first version of the grids lacked these points; they were added after its
 results on the test images were known. The table lists the methods for which a new point was chosen, with the balanced
-error on the test images at the best point of the full rate, and the difference that the new point makes. The superseded
-runs are in `results/STUDY_full_rate/`.
+error on the test images at the best point of the full rate, and the difference that the new point makes (a dash if the
+full rate was chosen). The superseded runs are in `results/STUDY_full_rate/`.
 
 {rates}
 ## Run a study
