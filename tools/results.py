@@ -75,10 +75,10 @@ python tools/sweep.py configs/studies/emoji.py --input FOLDER  # a study whose d
 python tools/results.py                                        # make these pages from the raw results
 ```
 
-The published runs were made with `taskset -c 0` before the first command, so that each used a single core. At the commit
-that a page names, on the same kind of processor, this repeats them exactly. With another version of the package, or
-another number of cores, numbers are rounded differently, and the error of a run changes about as much as with another
-seed.
+The published runs were made with `taskset -c 0` before the first command, so that each used a single core. At the
+commit that a page names, on the same kind of processor, this repeats them exactly. With another version of the package,
+or another number of cores, numbers are rounded differently, and the error of a run changes about as much as with
+another seed.
 
 The result of each run is one file in `results/STUDY/`, with the configuration, the commit, the versions, the device,
 the run time, and the confusion matrix of each split. A run whose file exists is not repeated. To repeat a
