@@ -68,10 +68,10 @@ def create_state(
 
 
 def normalize(
-    images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mean_rgb: Sequence[float] | AnyArray
+    images: UInt8[AnyArray, "b h w 3"] | Float[AnyArray, "b h w 3"], mean_rgb: Sequence[float] | AnyArray
 ) -> Float[Array, "b h w 3"]:
     """Subtracts the training set's mean colour (0–255) from the images, in float32."""
-    return images.astype(jnp.float32) - jnp.asarray(mean_rgb, jnp.float32)
+    return jnp.asarray(images, jnp.float32) - jnp.asarray(mean_rgb, jnp.float32)
 
 
 def step_rngs(seed: int, step: Array) -> dict[str, Array]:
@@ -82,9 +82,9 @@ def step_rngs(seed: int, step: Array) -> dict[str, Array]:
 
 
 def cross_entropy(
-    logits: Float[Array, "b classes"],
-    labels: Int[Array, "b"],
-    mask: Bool[Array, "b"] | None = None,
+    logits: Float[AnyArray, "b classes"],
+    labels: Int[AnyArray, "b"],
+    mask: Bool[AnyArray, "b"] | None = None,
     *,
     smoothing: float = 0.0,
 ) -> Float[Array, ""]:
