@@ -1,4 +1,4 @@
-"""Second-order pooling in JAX: covariance pooling, iSQRT-COV and GM-SOP as Flax (Linen) modules."""
+"""Second-order pooling in JAX: covariance pooling, iSQRT-COV and GM-SOP, as functions and as Flax modules."""
 
 import importlib
 import os

@@ -125,13 +125,17 @@ def _make_overview(collected: Collected, output: pathlib.Path) -> str:
 def _classifier_rates(collected: Collected, full_rate: Collected) -> str:
     """Returns a table of the errors with the full learning rate of the classifier, and of the differences to them."""
     titles = [title for title in results.complete_studies(collected) if full_rate[title]]
+    if not titles:
+        return "There are no results yet.\n"
     columns = [column for title in titles for column in (f"{title}: full rate", "as chosen", "difference")]
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(method.method for title in titles for method in full_rate[title]):
         cells = []
         for title in titles:
-            (chosen,) = (method for method in collected[title] if method.method == name)
-            full = next((method for method in full_rate[title] if method.method == name), None)
+            chosen, full = ({m.method: m for m in found[title]}.get(name) for found in (collected, full_rate))
+            if chosen is None:  # its final runs are not finished
+                cells += ["–"] * 3
+                continue
             split = next(iter(chosen.errors))
             errors = [results.spread(list(method.errors[split].values())) for method in (full or chosen, chosen)]
             cells += [*errors, results.interval(results.difference(chosen, full, split) if full else None)]

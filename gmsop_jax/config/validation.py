@@ -119,7 +119,7 @@ def _check_train(t: ConfigDict) -> None:
 
 
 def check_known(name: str) -> None:
-    """Raises ConfigError, with the most similar name, if there is no field of that name."""
+    """Raises ConfigError if there is no field of that name; the message suggests a similar one."""
     if name not in FIELDS:
         leaf = name.rpartition(".")[2]
         same_leaf = [field for field in FIELDS if field.rpartition(".")[2] == leaf]

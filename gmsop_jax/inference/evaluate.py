@@ -13,7 +13,7 @@ from gmsop_jax.errors import DataError
 from gmsop_jax.files import write_json
 from gmsop_jax.models import create_model
 from gmsop_jax.training import exported, parallel
-from gmsop_jax.training.evaluation import COMPILING, create_evaluation, resolve
+from gmsop_jax.training.evaluation import COMPILING, create_evaluation, resolve, verify_shards
 from gmsop_jax.training.inputs import Inputs, fingerprint
 from gmsop_jax.training.metrics import error_text
 from gmsop_jax.training.processes import check_same, ending_together
@@ -97,9 +97,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
             **{f"the data set's {name}": value for name, value in data.properties().items()},
         }
     )
-    if config.data.verify:
-        here, processes = jax.process_index(), jax.process_count()
-        manifest.verify_checksums(config.data.dir, splits=checked, process_index=here, process_count=processes)
+    verify_shards(config.data, manifest, checked)
     if manifest.num_classes != len(inputs.classes):
         raise DataError(
             f"the network in {path} has {len(inputs.classes)} classes, but the data set {config.data.dir} has"

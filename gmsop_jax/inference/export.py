@@ -109,7 +109,9 @@ def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) ->
         outputs = step(variables, images)
         return tuple(outputs[name] for name in OUTPUTS)
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # its warnings and those of jax2onnx are about itself
+    logger = logging.getLogger("onnx_ir")  # its warnings and those of jax2onnx are about themselves
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):
             proto = to_onnx(predict, [_any_images(info)], input_names=["images"], output_names=list(OUTPUTS))
@@ -119,6 +121,8 @@ def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) ->
             f"jax2onnx can't convert this network with the head {info.config.model.head!r}"
             f" ({type(error).__name__}: {first_line}); use --format stablehlo"
         ) from error
+    finally:
+        logger.setLevel(level)
     files = _write(output, {ONNX_FILE: proto.SerializeToString(), JSON_FILE: _json(_describe(info, variables))})
     session = onnxruntime.InferenceSession(str(files[0]), providers=["CPUExecutionProvider"])
 

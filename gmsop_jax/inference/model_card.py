@@ -1,8 +1,6 @@
 """Model cards: the `README.md` of an exported network."""
 
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 import gmsop_jax
 from gmsop_jax import config as configs
@@ -47,6 +45,7 @@ To train this network again, convert the data set and run
 ```
 """
 _PAPER = "https://papers.nips.cc/paper_files/paper/2018/hash/17c276c8e723eb46aef576537e9d56d0-Abstract.html"
+_BASE = "imagenet64_gmsop"  # has the defaults of `default_config`, so the command keeps its meaning
 
 
 def model_card(info: Info, num_parameters: int, *, license_name: str) -> str:
@@ -89,21 +88,13 @@ def _result(info: Info) -> str:
 
 
 def command(info: Info) -> str:
-    """The command that trains the network again, with the one of two configurations that needs fewer flags."""
+    """The command that trains the network again: every field that differs from its default is a flag."""
     stored = exported.public_config(info.config)
     if info.config.data.source != info.inputs.dataset:  # the embedded images would be other ones
         stored["data"] |= {"source": info.inputs.dataset, "auto_convert": False}
-    changes = {name: _changes(name, stored) for name in ("imagenet64_gmsop", "quickstart")}
-    name = min(changes, key=lambda name: len(changes[name]))
-    flags = [shlex.quote(f"--config.{field}={value}") for field, value in changes[name].items()]
-    return " \\\n  ".join([f"gmsop train --config {name}", *flags])
-
-
-def _changes(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a stored configuration that differ from those of a packaged one."""
-    packaged = dict(configs.flatten(configs.load(name)))
-    return {
-        field: value
-        for field, value in configs.flatten(stored)
-        if configs.as_tuples(value) != packaged[field] and field != "model.compute_dtype"
-    }
+    flags = [f"--config {_BASE}"]
+    for name, value in configs.flatten(stored):
+        field = configs.FIELDS[name]
+        if configs.as_tuples(value) != field.default and name != "model.compute_dtype":
+            flags.append(shlex.quote(f"--config.{name}={value}"))
+    return " \\\n  ".join(["gmsop train", *flags])

@@ -1,7 +1,7 @@
 """Evaluation of a network on a whole split."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +47,23 @@ def create_evaluation(
         return summarize(jax.device_get(sums))
 
     return evaluate
+
+
+def verify_shards(data: Any, manifest: Manifest, splits: Collection[str] | None = None) -> None:
+    """Verifies the checksums of this process's share of the shards, if the configuration asks for that.
+
+    Args:
+      data: `config.data`. Nothing is verified without `verify`, or if damaged records are to be skipped.
+      manifest: of the data set.
+      splits: names of the splits to verify; all of them by default.
+
+    Raises:
+      DataError: if a shard is missing or its bytes changed.
+      FileAccessError: if the system refuses to read one.
+    """
+    if data.verify and data.on_corrupt == "stop":
+        index, count = jax.process_index(), jax.process_count()
+        manifest.verify_checksums(data.dir, splits=splits, process_index=index, process_count=count)
 
 
 def resolve(config: ConfigDict, manifest: Manifest) -> ConfigDict:

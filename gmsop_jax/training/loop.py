@@ -16,7 +16,7 @@ from gmsop_jax.errors import ConfigError
 from gmsop_jax.files import write_json
 from gmsop_jax.training.checkpoint import Checkpoints, Progress
 from gmsop_jax.training.divergence import check_evaluation, check_state, explain, step_to_skip
-from gmsop_jax.training.evaluation import COMPILING
+from gmsop_jax.training.evaluation import COMPILING, verify_shards
 from gmsop_jax.training.history import RESULT, plot_curves
 from gmsop_jax.training.interrupt import Interrupted, SignalCatcher
 from gmsop_jax.training.layout import DIRECTORY
@@ -73,28 +73,12 @@ def train_and_evaluate(
     run = prepare(config, pathlib.Path(workdir))
     with Workdir(workdir, run.config) as folder, folder.explaining_errors():
         check_same({f"the data set's {name}": value for name, value in run.inputs.properties().items()})
-        if config.data.verify and config.data.on_corrupt == "stop":
-            here, processes = jax.process_index(), jax.process_count()
-            run.manifest.verify_checksums(config.data.dir, process_index=here, process_count=processes)
+        verify_shards(run.config.data, run.manifest)
         first_process_does(lambda: run.inputs.save(folder.path))
         with Checkpoints(folder.path / DIRECTORY, keep=config.checkpoint.keep) as checkpoints:
             progress = _train(run, folder, checkpoints, profile, started)
             checkpoints.wait()
-            best_step = checkpoints.best_step
-            assert best_step is not None  # a finished run was evaluated at the end of its last epoch
-            best, last = (checkpoints.metrics(step) or {} for step in (best_step, progress.step))
-        result = {
-            "last_top1_error": last["top1_error"],
-            "last_top5_error": last["top5_error"],
-            "step": progress.step,
-            "best_top1_error": best["top1_error"],
-            "best_step": best_step,
-            "num_classes": run.config.model.num_classes,
-            "parameters": run.parameters,
-            "feature_dimension": run.feature_dimension,
-            "wall_seconds": round(progress.wall_seconds, 1),
-            "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        }
+            result = _result(run, checkpoints, progress)
         if jax.process_index() == 0:
             plot_curves(folder.path)
             write_json(folder.path / RESULT, result)
@@ -161,6 +145,7 @@ def _loop(
         return Progress(step, step // run.steps_per_epoch, seconds, start.skipped, buffer.total)
 
     with _open_writer(run, start, workdir.path) as writer, profile_steps(workdir.path, profile) as profiled:
+        _announce(writer, start, workdir.path)
         steps = range(start.step + 1, run.total_steps + 1)
         for step, batch in zip(steps, run.batches(start.step), strict=False):
             if step in start.skipped:
@@ -216,17 +201,11 @@ def _evaluate(run: Run, state: TrainState, step: int, writer: Writer, is_first: 
 
 @contextlib.contextmanager
 def _open_writer(run: Run, start: Progress, workdir: pathlib.Path) -> Iterator[Writer]:
-    """Opens the writer of a run, with its loggers in the first process, and says what the run does first."""
+    """Opens the writer of a run, with its loggers in the first process."""
     first = jax.process_index() == 0
     opened = open_loggers(run.config, workdir, start.step) if first else contextlib.nullcontext(())
     steps = {"total_steps": run.total_steps, "start_step": start.step}
     with opened as loggers, Writer(workdir, loggers=loggers, enabled=first, **steps) as writer:
-        if start.step:
-            writer.say(f"resuming from step {start.step} in {workdir}")
-        if start.skipped:
-            skipped = ", ".join(map(str, start.skipped))
-            writer.say(f"skipping the updates of steps whose loss was not finite: {skipped}")
-        writer.say("XLA is compiling the training step, which takes minutes for large networks")
         yield writer
 
 
@@ -235,3 +214,33 @@ def _say(*lines: str) -> None:
     if jax.process_index() == 0:
         for line in lines:
             print(line, file=sys.stderr)
+
+
+def _announce(writer: Writer, start: Progress, workdir: pathlib.Path) -> None:
+    if start.step:
+        writer.say(f"resuming from step {start.step} in {workdir}")
+    if start.skipped:
+        steps = ", ".join(map(str, start.skipped))
+        writer.say(f"skipping the updates of steps whose loss was not finite: {steps}")
+    writer.say("XLA is compiling the training step, which takes minutes for large networks")
+
+
+def _result(run: Run, checkpoints: Checkpoints, progress: Progress) -> dict[str, Any]:
+    """Returns the contents of `result.json`."""
+    best_step = checkpoints.best_step
+    assert best_step is not None  # a finished run was evaluated at the end of its last epoch
+    best, last = checkpoints.metrics(best_step), checkpoints.metrics(progress.step)
+    assert best
+    assert last
+    return {
+        "last_top1_error": last["top1_error"],
+        "last_top5_error": last["top5_error"],
+        "step": progress.step,
+        "best_top1_error": best["top1_error"],
+        "best_step": best_step,
+        "num_classes": run.config.model.num_classes,
+        "parameters": run.parameters,
+        "feature_dimension": run.feature_dimension,
+        "wall_seconds": round(progress.wall_seconds, 1),
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    }

@@ -131,12 +131,6 @@ def test_the_model_card_names_data_recipe_result_command_and_licence(trained_run
     assert again.to_dict() == info.config.to_dict()
 
 
-def test_the_command_of_a_quickstart_names_it(trained_run):
-    _, _, info = gmsop_jax.load(trained_run)
-    info = dataclasses.replace(info, config=load("quickstart", ["train.num_epochs=1"]))
-    assert command(info) == "gmsop train --config quickstart \\\n  --config.train.num_epochs=1"
-
-
 def test_the_command_of_a_network_of_own_images_does_not_ask_for_the_embedded_ones(trained_run):
     _, _, info = gmsop_jax.load(trained_run)
     info.config.data.auto_convert = True
