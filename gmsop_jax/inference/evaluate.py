@@ -30,11 +30,8 @@ def run(config: ConfigDict, path: str | pathlib.Path) -> None:
     Args, Raises: as in `evaluate_checkpoint`.
     """
     result = evaluate_checkpoint(config, path)
-    num_classes = len(read_description(path)[1].classes)
-    print(
-        f"step {result['step']}, {config.eval.split}: {error_text(result, num_classes)}, loss {result['loss']:.4f}",
-        flush=True,
-    )
+    errors = error_text(result, result["num_classes"])
+    print(f"step {result['step']}, {config.eval.split}: {errors}, loss {result['loss']:.4f}", flush=True)
     if jax.process_index() == 0:
         if exported.is_on_hub(path):
             where = f"{path} is a network on the Hugging Face Hub"
@@ -77,7 +74,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
       path: a working directory, the directory of one step in it, or an exported network, as in `restore.load`. In a
         working directory, the last checkpoint is evaluated.
 
-    Returns: `step`, and what the function from `create_evaluation` returns.
+    Returns: `step`, `num_classes`, and what the function from `create_evaluation` returns.
 
     Raises:
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.
@@ -109,4 +106,4 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     variables, step, _ = load_variables(create_model(config.model), (*size, 3), path, parallel.replicated(mesh))
     if jax.process_index() == 0:
         print(*_differences(inputs, manifest.classes, size), COMPILING, sep="\n", file=sys.stderr)
-    return {"step": step, **evaluate(variables)}
+    return {"step": step, "num_classes": manifest.num_classes, **evaluate(variables)}

@@ -156,6 +156,7 @@ def test_evaluate_prints_what_training_ended_with(finished, tmp_path, config_fil
         assert (top1, top5) == pytest.approx((result["last_top1_error"], result["last_top5_error"]), abs=0.005)
     written = json.loads((workdir / "evaluation-val.json").read_text())
     assert (written["step"], written["top1_error"]) == (STEPS, result["last_top1_error"])
+    assert written["num_classes"] == result["num_classes"]
 
 
 def test_a_result_that_can_not_be_written_is_printed(finished, tmp_path, config_file, capsys):
