@@ -1,5 +1,6 @@
 """Training and evaluation steps, and the training loss, as pure functions of arrays."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from gmsop_jax.training.metrics import count_errors
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
+# (params, state, batch, rngs) → (sums over the rows, aux of the model, batch_stats)
+Forward = Callable[[Any, "TrainState", Batch, dict[str, Array]], tuple[Metrics, dict[str, Any], Any]]
 
 # `step_rngs` splits a step's key into two streams; fold_in(key, i) is part i of such a split, so this is a third.
 MIXUP_STREAM = 2
@@ -183,15 +186,8 @@ def make_loss(
 
     loss = (Σ cross entropy + α · balance loss)/B for a batch of B images   (GM-SOP, eq. 7)
 
-    With `train.sub_batches` = n, the batch passes through the network in n parts, one after the other: part j consists
-    of rows j, j + n, j + 2n, … (A batch that n does not divide is cut into as many parts as divide both.) Only one
-    part's activations are in memory at a time, and each part's forward pass is computed twice. The sums, the balance
-    loss and the gradient are those of the whole batch. Two things differ: batch norm normalises each part by itself
-    (the running moments move by the mean over the parts), and each part draws its own gate noise and dropout.
-
-    With `train.mixup_alpha`, neighbouring rows of the batch are mixed before it is cut into parts. The loss is λ · the
-    cross entropy of a row's own label + (1 − λ) · that of its neighbour's. Errors are counted against the own label,
-    whose λ is at least ½.
+    With `train.mixup_alpha`, neighbouring rows of the batch are mixed first. The cross entropy is then λ · that of a
+    row's own label + (1 − λ) · that of its neighbour's. Errors are counted against the own label, as λ ≥ ½.
 
     Args: as in `make_train_step`.
 
@@ -199,6 +195,27 @@ def make_loss(
       is this device's share of that of the whole batch, and `sums` (`loss_sum`, `top1_errors`, `top5_errors`, `count`)
       are those of its rows.
     """
+    forward = _make_forward(model, train, seed, mean_rgb)
+    balance = functools.partial(balance_loss, axis_name=axis_name, ddof=balance_ddof)
+
+    def loss_function(params: Any, state: TrainState, batch: Batch):
+        rows, rngs = batch["image"].shape[0], step_rngs(seed, state.step)
+        if train.mixup_alpha:
+            batch = mix_batch(batch, draw_share(seed, state.step, train.mixup_alpha))
+        parts = math.gcd(rows, train.sub_batches)
+        compute = forward if parts == 1 else _in_parts(forward, parts, balance)
+        sums, aux, batch_stats = compute(params, state, batch, rngs)
+        # The losses of the devices add up to that of the batch, so each takes its share of the balance loss,
+        # which is the same on all of them.
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        loss = (sums["loss_sum"] + train.balance_weight * aux["balance_loss"] / devices) / (rows * devices)
+        return loss, (sums, aux["balance_loss"], batch_stats)
+
+    return loss_function
+
+
+def _make_forward(model: nn.Module, train: Any, seed: int, mean_rgb: Sequence[float] | AnyArray) -> Forward:
+    """Makes the forward pass of a batch, or of a part of one; with mixup, its rows are mixed already."""
 
     def forward(params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array]):
         (logits, aux), updates = model.apply(
@@ -217,7 +234,19 @@ def make_loss(
         sums = {"loss_sum": loss, **count_errors(logits, batch["label"])}
         return sums, aux, updates.get("batch_stats", {})
 
-    def forward_in_parts(params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array], parts: int):
+    return forward
+
+
+def _in_parts(forward: Forward, parts: int, balance: Callable[[Array], Array]) -> Forward:
+    """Makes a forward pass that computes a batch in parts, one after the other (`train.sub_batches`).
+
+    Part j of n consists of rows j, j + n, j + 2n, … Only one part's activations are in memory at a time, and each
+    part's forward pass is computed twice. The sums, the balance loss and the gradient are those of the whole batch. Two
+    things differ: batch norm normalises each part by itself (the running moments move by the mean over the parts), and
+    each part draws its own gate noise and dropout.
+    """
+
+    def forward_in_parts(params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array]):
         def one(indexed: tuple[Array, Batch]):
             index, part = indexed
             part_rngs = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
@@ -228,23 +257,9 @@ def make_loss(
         sums, batch_stats, usage = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (jnp.arange(parts), rows))
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
         batch_stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), batch_stats)
-        return sums, {"balance_loss": balance_loss(usage, axis_name, balance_ddof)}, batch_stats
+        return sums, {"balance_loss": balance(usage)}, batch_stats
 
-    def loss_function(params: Any, state: TrainState, batch: Batch):
-        rows, rngs = batch["image"].shape[0], step_rngs(seed, state.step)
-        if train.mixup_alpha:
-            batch = mix_batch(batch, draw_share(seed, state.step, train.mixup_alpha))
-        if (parts := math.gcd(rows, train.sub_batches)) == 1:
-            sums, aux, batch_stats = forward(params, state, batch, rngs)
-        else:
-            sums, aux, batch_stats = forward_in_parts(params, state, batch, rngs, parts)
-        # The losses of the devices add up to that of the batch, so each takes its share of the balance loss,
-        # which is the same on all of them.
-        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        loss = (sums["loss_sum"] + train.balance_weight * aux["balance_loss"] / devices) / (rows * devices)
-        return loss, (sums, aux["balance_loss"], batch_stats)
-
-    return loss_function
+    return forward_in_parts
 
 
 def make_train_step(
