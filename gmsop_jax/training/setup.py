@@ -21,7 +21,7 @@ from gmsop_jax.training.inputs import Inputs, fingerprint
 from gmsop_jax.training.layout import DIRECTORY, steps_on_disk
 from gmsop_jax.training.optimizer import create_optimizer, create_schedule
 from gmsop_jax.training.step import TrainState, create_state, make_train_step
-from gmsop_jax.training.transfer import Path, choose, merge, read_source
+from gmsop_jax.training.transfer import Path, choose, merge, read_mean_rgb, read_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     parallel.check_train_batches(config.train, config.parallel.batch_norm, num_images, mesh)
     sharding = parallel.replicated(mesh)
 
-    mean_rgb, init_from = _stored_mean_rgb(workdir), config.train.init_from
-    source = read_source(init_from, config.model.pixel_scale, sharding) if init_from and mean_rgb is None else None
+    resumes, init_from = bool(steps_on_disk(workdir / DIRECTORY)), config.train.init_from
+    source = read_source(init_from, config.model.pixel_scale, sharding) if init_from and not resumes else None
+    mean_rgb = _stored_mean_rgb(workdir, init_from) if resumes else None
     mean_rgb = mean_rgb or (source or manifest).mean_rgb
     inputs = Inputs(manifest.name, manifest.classes, mean_rgb, image_size, fingerprint(manifest))
     config = resolve(config, manifest)
@@ -132,10 +133,11 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     )
 
 
-def _stored_mean_rgb(workdir: pathlib.Path) -> tuple[float, float, float] | None:
-    """Returns the mean colour with which the network was trained so far; None at the start, or if the file is lost."""
+def _stored_mean_rgb(workdir: pathlib.Path, init_from: str) -> tuple[float, float, float] | None:
+    """Returns the mean colour that a resumed run was trained with; None if its file is lost, and it started afresh."""
     with contextlib.suppress(CheckpointError):
-        return Inputs.load(workdir).mean_rgb if steps_on_disk(workdir / DIRECTORY) else None
+        return Inputs.load(workdir).mean_rgb
+    return read_mean_rgb(init_from) if init_from else None
 
 
 def _batches(

@@ -1,7 +1,8 @@
 """Initializes a network from that of another run."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from gmsop_jax.errors import CheckpointError, ConfigError
-from gmsop_jax.training.restore import load
+from gmsop_jax.training.restore import load, read_description
 
 Path = tuple[str, ...]  # the path of an array: collection, backbone or head, …, name
 
@@ -37,10 +38,8 @@ def read_source(path: str, pixel_scale: float, sharding: Sharding) -> Source:
     Raises:
       ConfigError: if there is no such network, or its `pixel_scale` is different.
     """
-    try:
+    with _naming_field(path):
         _, variables, info = load(path, sharding)
-    except (CheckpointError, ConfigError) as error:
-        raise ConfigError(f"config.train.init_from = {path!r}: {error}") from error
     theirs = info.config.model.pixel_scale
     if theirs != pixel_scale:
         raise ConfigError(
@@ -48,6 +47,24 @@ def read_source(path: str, pixel_scale: float, sharding: Sharding) -> Source:
             f" trained with {theirs}; set --config.model.pixel_scale={theirs}"
         )
     return Source(path, info.step, info.inputs.mean_rgb, jax.device_get(variables))
+
+
+def read_mean_rgb(path: str) -> tuple[float, float, float]:
+    """Reads the mean colour of the network that `config.train.init_from` names, without the network's arrays.
+
+    Raises:
+      ConfigError: if there is no such network.
+    """
+    with _naming_field(path):
+        return read_description(path)[1].mean_rgb
+
+
+@contextlib.contextmanager
+def _naming_field(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        raise ConfigError(f"config.train.init_from = {path!r}: {error}") from error
 
 
 def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], str]:

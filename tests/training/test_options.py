@@ -213,6 +213,16 @@ def test_with_other_classes_all_but_the_classifier_is_taken(finished, tiny, more
     assert "arrays are copied from" not in capsys.readouterr().err
 
 
+def test_a_resumed_run_without_inputs_reads_only_the_description_of_its_source(finished, tiny, more_classes, tmp_path):
+    source = shutil.copytree(finished, tmp_path / "source")
+    for item in ("params", "batch_stats", "opt_state", "ema"):
+        shutil.rmtree(source / "checkpoints" / "8" / item)
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)  # by an older version, which stored no copies
+    config = start_from(tiny, source)
+    config.data.dir = str(more_classes)
+    assert prepare(config, tmp_path / "run").inputs.mean_rgb == Inputs.load(finished).mean_rgb != (1.0, 2.0, 3.0)
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
