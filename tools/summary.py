@@ -35,20 +35,23 @@ _INTRODUCTION = """# Networks
 This page lists the network of every configuration in `configs/`. The numbers are counted from the code, for one image
 and the number of classes of the data set; `gmsop summary --all` prints them. The columns are:
 
-- *configuration*: its name, with an argument after a colon. Train it with `gmsop train --config NAME`.
-- *network*: the head and the backbone. GM-SOP-16-8 selects 8 of 16 candidates for each image.
+- *configuration*: the name, with an argument after a colon. `gmsop train --config NAME` trains the network.
+- *network*: the head and the backbone. GM-SOP-16-8 selects 8 of 16 candidates for each image. A backbone with
+  *1 block × (16, 32, 32)* has three stages of one block each, with 16, 32 and 32 channels.
 - *side*: height and width of the images in pixels.
 - *features*: dimension of the pooled vector that the classifier receives.
 - *parameters*: number of trained parameters.
-- *GMAC*: multiply-adds of the forward pass in billions. They are those of convolutions and matrix products, including
-  covariances and square roots, for the candidates that an image selects. An eigendecomposition counts as 9 d³.
-- *GMAC, XLA*: half the number of operations that XLA counts. This includes element-wise operations, and leaves out the
-  part of a convolution that meets padding.
+- *GMAC*: multiply-adds of the forward pass, in billions. Convolutions and matrix products are counted, including those
+  of covariances and square roots, for the candidates that an image selects. An eigendecomposition of a d × d matrix
+  counts as 9 d³.
+- *GMAC, XLA*: half the number of operations that XLA counts. This includes element-wise operations, and excludes the
+  part of a convolution that covers padding.
 - *published error*: the top-1 / top-5 error that the authors report. None of these errors has been reproduced with this
   package yet.
 
-In *parameters* and *GMAC*, `= x` means that the count agrees with the published value x, and `≠ x` that it does not.
-[Differences from the original](differences.md#networks-and-figures) explains the authors' networks whose counts differ.
+In *parameters* and *GMAC*, `= x` means that the count agrees with the published value x, and `≠ x` means that it does
+not. [Differences from the original](differences.md#networks-and-published-numbers) explains where the authors' networks
+differ from their published counts.
 """
 
 
