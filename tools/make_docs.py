@@ -31,8 +31,8 @@ A configuration is a Python file with a function `get_config()` that starts from
 `gmsop_jax.config.default_config()`; see `configs/` for examples. `--config` takes the path of such a file, or the name
 of one that comes with the package, such as `quickstart` or `imagenet:resnet50,gmsop`. `--config.field=value` sets a
 field, as in `--config.train.batch_size=64`. Write tuples as in Python:
-`"--config.train.learning_rates=((0.1, 20), (0.01, 5))"`. An unknown field, or a value that is not allowed, is refused
-before anything else happens. The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet.
+`"--config.train.learning_rates=((0.1, 20), (0.01, 5))"`. Unknown fields, and values that are not allowed, are reported
+before anything else happens. The defaults are those of GM-SOP-16-8 on ResNet-18 for 64×64 ImageNet.
 """
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -67,7 +67,8 @@ def configuration_reference() -> str:
         raise DocsError(f"gmsop_jax/config/fields.py: {', '.join(missing)} have no description")
     sections: dict[str, list[str]] = {}
     for name, field in configs.FIELDS.items():
-        values = ", ".join(f"`{choice!r}`" for choice in field.allowed.choices) or field.allowed.description
+        choices = (True, False) if isinstance(field.default, bool) else field.allowed.choices
+        values = ", ".join(f"`{choice!r}`" for choice in choices) or field.allowed.description
         meaning = field.meaning.replace("|", "\\|")
         row = f"| `{name}` | `{field.default!r}` | {values} | {meaning} |"
         sections.setdefault(name.rpartition(".")[0], []).append(row)

@@ -21,10 +21,12 @@ _TABLE_MARK = "<!-- overview -->\n"
 Collected = Mapping[str, Sequence[results.MethodResults]]  # for each title of a study
 
 _OVERVIEW = """
-The table gives the balanced error (mean ± standard deviation over the runs). The picture shows the difference of each
-method to average pooling with 95 % intervals: green is better, red is worse, and grey is within chance.
+The figure shows the difference between each method and average pooling, with 95 % intervals: green is better, red is
+worse, and for grey the interval contains 0. The table gives the balanced error, which is the mean of the errors of the
+classes, as mean ± standard deviation over the runs. MMAC is the number of multiply-adds per image, in millions; it and
+the number of parameters are those of the first study in the table.
 
-![Difference of each method to average pooling, for each study](overview.svg)
+![Difference between each method and average pooling, for each study](overview.svg)
 
 <!-- overview -->
 {table}"""
@@ -33,9 +35,9 @@ _INDEX = """\
 # Results
 
 Is second-order pooling better than average pooling? Is a gated mixture better than a single pooling? Under which
-conditions, and at what cost? The studies below ask these questions on data that anyone can install ([how to get
-it](../data.md#data-sets-of-the-studies)). Every study is a file in `configs/studies`. Each study gets a page here as
-soon as it has results, whatever they are.
+conditions, and at what cost? The studies below ask these questions on [data that anyone can
+install](../data.md#data-sets-of-the-studies). Every study is a file in `configs/studies`, and gets a page here as soon
+as it has results, whatever they are.
 
 | study | final runs | page |
 |---|---|---|
@@ -45,26 +47,28 @@ soon as it has results, whatever they are.
 
 - All methods of a study have the same backbone and recipe. The methods are average pooling (`gap`, and `gap_wide` with
   as many features as the second-order heads), SR-SOP (`srsop`, and `parametric_srsop` with the convolutions of one
-  candidate), DropCov (`dropcov`), mixtures of all candidates (`avesop`), and gated mixtures (`gmgap`, `gmsop`).
+  candidate), DropCov (`dropcov`), a mixture with equal weights for all N = 8 candidates (`avesop`), and gated mixtures
+  that select K = 4 of them (`gmgap` with average pooling, `gmsop`). [Heads](../heads.md) describes them.
 - Controls isolate what the gated mixture adds: SR-SOP with as many parameters (`matched_srsop`), all candidates
   selected (`gmsop_all_selected`), K candidates with equal weights for every image (`avesop_k`), and a gate that keeps
   its random initial weights (`gmsop_random_gate`).
-- Learning rate, that of the classifier, dropout and balance weight, as far as a method has them, are chosen for each
-  method from a grid of the same size, by the balanced error on validation images that were set aside from the training
-  data, with one seed. The test images are used only once, after the last epoch of the final runs. No result is that of
-  the best epoch.
+- The learning rate, that of the classifier and, where a method has them, the dropout rate and the balance weight are
+  chosen for each method from a grid. All grids have the same size. The choice is made with one seed, by the balanced
+  error on validation images that were set aside from the training data. The test images are used only once, after the
+  last epoch of the final runs. No result is that of the best epoch.
 - Every method is trained at least five times: with five seeds, or on five folds. The pages give the mean and the
-  standard deviation over the runs, and the differences to a reference method, paired by seed and data set, with 95 %
+  standard deviation over the runs, and the differences from a reference method, paired by seed and data set, with 95 %
   intervals.
 
 ## The classifier's learning rate
 
-Like the authors' code, mixtures apply batch norm to the pooled vector before the classifier, which makes the steps of
+As in the authors' code, mixtures apply batch norm to the pooled vector before the classifier, which makes the steps of
 the classifier larger. The other heads have no batch norm there. Therefore, half of the points of each grid have a tenth
 of the learning rate for the classifier. The first version of the grids lacked these points; they were added after its
-results on the test images were known. The table lists the methods for which a new point was chosen, with the balanced
-error on the test images at the best point of the full rate, and the difference that the new point makes (a dash if the
-full rate was chosen). The superseded runs are in `results/STUDY_full_rate/`.
+results on the test images were known. The table lists the methods for which one of the new points was chosen. For each
+study, it shows the balanced error on the test images at the point that was chosen among those with the full rate, the
+error at the point that is chosen now, and their difference in percentage points (a dash if both are the same point).
+The superseded runs are in `results/STUDY_full_rate/`.
 
 {rates}
 ## Run a study
@@ -75,14 +79,14 @@ python tools/sweep.py configs/studies/emoji.py --input FOLDER  # a study whose d
 python tools/results.py                                        # make these pages from the raw results
 ```
 
-The published runs were made with `taskset -c 0` before the first command, so that each used a single core. At the
-commit that a page names, on the same kind of processor, this repeats them exactly. With another version of the package,
-or another number of cores, numbers are rounded differently, and the error of a run changes about as much as with
-another seed.
+The published runs were made with `taskset -c 0` in front of the first command, so that each run used a single core. At
+the commit that a page names, and on the same kind of processor, this command reproduces the runs exactly. With another
+version of the package, or another number of cores, numbers are rounded differently, and the error of a run changes
+about as much as with another seed.
 
 The result of each run is one file in `results/STUDY/`, with the configuration, the commit, the versions, the device,
-the run time, and the confusion matrix of each split. A run whose file exists is not repeated. To repeat a
-run, delete its file and run the study again.
+the run time, and the confusion matrix of each split. A run whose file exists is not repeated; to repeat it, delete the
+file and run the study again.
 """
 
 

@@ -22,12 +22,12 @@ STUDY = Study(
     seeds=range(1),
     test_splits=("test", "test_mono", "test_poly"),
     notes="""\
-2,624 electroluminescence photographs of solar cells, resized from 300×300. A cell is defective if the probability of a
-defect that experts gave it is at least ½. There are five folds, stratified by class and by kind of cell. Deitsch et
-al. (2019) report an accuracy of 82.44 % (SVM) and 88.42 % (fine-tuned VGG-19 at the full size) with a single random
-split, 75 % for training and 25 % for the test. Here, 70 % are for training, the network is small and not pretrained,
-and each image is tested once: there is one seed, and five folds. The data set does not name the modules that the cells
-belong to, so that cells of one module can be both in training and in the test.""",
+The data are 2,624 electroluminescence photographs of solar cells, resized from 300×300. A cell counts as defective if
+experts rated the probability of a defect as at least ½. There are five folds, stratified by class and by kind of cell.
+Deitsch et al. (2019) report an accuracy of 82.44 % (SVM) and 88.42 % (fine-tuned VGG-19 at the full size) with a single
+random split into 75 % for training and 25 % for testing. Here, 70 % are for training, the network is small and not
+pretrained, and there are one seed and five folds, so each image is tested once. The data set does not say which module
+a cell belongs to, so cells of the same module can be in both the training and the test images.""",
 )
 
 

@@ -21,9 +21,10 @@ STUDY = Study(
     data=[StudyData("emoji-64-fold0", "emoji", {"fold": 0})],
     test_splits=("test", "test_google", "test_twitter", "test_fluent"),
     notes="""\
-1,852 emoji, each drawn by Google, Twitter and Microsoft, in nine groups. The three drawings of an emoji are in the same
-split: 70 % of the emoji are for training, 10 % for validation and 20 % for the test. Each method chooses from two
-learning rates, with and without a slower classifier, and is trained for 10 epochs.""",
+The data are 1,852 emoji, each drawn by Google, Twitter and Microsoft. The classes are nine groups of emoji. The three
+drawings of an emoji are in the same split: 70 % of the emoji are for training, 10 % for validation and 20 % for
+testing. Each method chooses from two learning rates, each with the full rate or a tenth of it for the classifier, and
+is trained for 10 epochs.""",
 )
 
 

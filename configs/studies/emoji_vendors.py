@@ -20,8 +20,9 @@ STUDY = dataclasses.replace(
     data=[StudyData(f"emoji-64-without-{vendor}", "emoji", {"leave_out": vendor}) for vendor in _VENDORS],
     test_splits=("test",),
     notes="""\
-1,852 emoji, each drawn by Google, Twitter and Microsoft, in nine groups. The drawings of one vendor are the test
-images, and those of the other two are for training (90 % of the emoji) and validation. The error is the mean over the
-three vendors that can be left out. The emoji themselves were seen in training, as the other vendors draw them.""",
+The data are 1,852 emoji, each drawn by Google, Twitter and Microsoft. The classes are nine groups of emoji. The
+drawings of one vendor are the test images, and those of the other two are for training (90 % of the emoji) and
+validation. The error is the mean over the three vendors that can be left out. Most of the emoji themselves were seen in
+training, in the drawings of the other vendors.""",
 )
 get_config = _EMOJI.get_config

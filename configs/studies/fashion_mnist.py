@@ -19,7 +19,7 @@ STUDY = Study(
     title="Fashion-MNIST, all images",
     grids={method: _METHODS.grid(method, epochs=_EPOCHS) for method in _METHODS.METHODS},
     data=[StudyData("fashion-mnist-full", "fashion-mnist", {"val_fraction": 0.1})],
-    notes="54,000 training images of the official split, 10 epochs, on the quickstart's backbone.",
+    notes="The backbone is that of the quickstart. Each run trains for 10 epochs on 54,000 images.",
 )
 
 

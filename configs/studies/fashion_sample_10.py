@@ -18,7 +18,7 @@ STUDY = Study(
     title="Fashion-MNIST, 450 training images",
     grids={method: _METHODS.grid(method, epochs=_EPOCHS, size=3) for method in _METHODS.METHODS},
     data=(StudyData("fashion-sample-10", "fashion-mnist", {"val_fraction": 0.1, "train_fraction": 0.1}),),
-    notes="The backbone is that of the quickstart, with 16, 32 and 32 channels, trained for 20 epochs.",
+    notes="The backbone is that of the quickstart, with 16, 32 and 32 channels. Each run trains for 20 epochs.",
 )
 
 

@@ -135,7 +135,7 @@ def _main_table(study: Study, methods: Sequence[MethodResults], results: Results
     split = study.test_splits[0]
     reference = next((method for method in methods if method.method == study.reference), None)
     lines = [
-        f"| method | runs | balanced error | top-1 error | difference to {study.reference} | parameters | MMAC |"
+        f"| method | runs | balanced error | top-1 error | difference from {study.reference} | parameters | MMAC |"
         " s/epoch | chosen |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -175,7 +175,12 @@ def _of(methods: Sequence[MethodResults]) -> list[Mapping[str, Any]]:
 
 def _split_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
     splits = study.test_splits[1:]
-    lines = [f"| method | {' | '.join(splits)} |", "|---" * (len(splits) + 1) + "|"]
+    lines = [
+        "The balanced error on [parts of the test images](../data.md#data-sets-of-the-studies):",
+        "",
+        f"| method | {' | '.join(splits)} |",
+        "|---" * (len(splits) + 1) + "|",
+    ]
     for method in methods:
         cells = [spread(list(method.errors[split].values())) for split in splits]
         lines.append(f"| {method.method} | {' | '.join(cells)} |")
@@ -185,10 +190,10 @@ def _split_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
 def _gate_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
     split = study.test_splits[0]
     lines = [
-        "The information that the selected candidates give about the class of an image is 0 bits for a gate that",
-        "treats all classes alike. The entropy of the weights is log₂ K for equal weights of the K selected",
-        "candidates, and that of the use is log₂ N if all N candidates are used equally often. Values are means over",
-        "the runs.",
+        "The mutual information of an image's class and its selected candidates is 0 bits for a gate that treats all",
+        "classes alike. The entropy of an image's weights is log₂ K if its K selected candidates have equal weights.",
+        "The entropy of the use of the candidates is log₂ N if all N candidates are used equally often. Values are",
+        "means over the runs.",
         "",
         "| method | information about the class | entropy of an image's weights | entropy of the use |",
         "|---|---|---|---|",
@@ -230,7 +235,7 @@ def _reading(study: Study, methods: Sequence[MethodResults]) -> str:
         f"Compared with {study.reference} in runs with the same {_pairing(study)}, the 95 % interval of the difference"
         f" lies below 0 for {_listed(groups['better'])}, and above 0 for {_listed(groups['worse'])}.",
         f"It contains 0, or there are too few runs, for {_listed(groups['open'])}.",
-        "If no method differed from it, about one interval in twenty would still not contain 0.",
+        f"Even if no method differed from {study.reference}, about one interval in twenty would not contain 0.",
     ]
     return " ".join(sentences)
 
@@ -250,12 +255,13 @@ def _provenance(study: Study, methods: Sequence[MethodResults], results: Results
     versions = sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in runs})
     hours = sum(result.get("wall_seconds", 0) for result in results) / 3600
     return [
-        "The error is that of the last epoch on the test images, which were used for nothing else. The balanced error",
-        "is the mean of the errors of the classes. Values are mean ± standard deviation over runs. Differences are",
-        f"paired by {_pairing(study)}, with 95 % intervals by Student's t that take the pairs as independent.",
-        "Hyperparameters were chosen by the balanced error on the split `val`, with the first seed on the first data",
-        f"set, from {' or '.join(map(str, sorted(sizes)))} points for each method. Seconds per epoch are those of the",
-        "fastest run of each method, because other jobs ran on the machine.",
+        "The error is that after the last epoch on the test images, which were used for nothing else. The balanced",
+        "error is the mean of the errors of the classes. Values are mean ± standard deviation over runs. Differences",
+        f"are in percentage points and paired by {_pairing(study)}, with 95 % intervals by Student's t that treat the",
+        "pairs as independent. Hyperparameters were chosen by the balanced error on the split `val`, with the first",
+        f"seed on the first data set, from {' or '.join(map(str, sorted(sizes)))} points for each method. Seconds per",
+        "epoch are those of the fastest run of each method, because other jobs ran on the machine.",
+        "[Results](README.md#protocol) describes the methods.",
         "",
         f"- Command: `python tools/sweep.py {config_file}`, then `python tools/results.py`",
         f"- Runs: {len(results)} in {hours:.1f} hours, of which {len(runs)} were measured on the test images and"
@@ -340,7 +346,7 @@ def _by_name(methods: Sequence[MethodResults]) -> dict[str, MethodResults]:
 
 
 def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathlib.Path) -> None:
-    """Draws each method's difference to average pooling, with its 95 % interval, in one panel for each study."""
+    """Draws the difference of each method from average pooling, with its 95 % interval, in one panel for each study."""
     from matplotlib.figure import Figure
 
     titles, names = complete_studies(collected), COMPARED[1:]

@@ -74,7 +74,7 @@ def _is_area(value: tuple) -> bool:
 
 LOG_BACKENDS = ("tensorboard", "wandb", "trackio")
 
-_ANY = Allowed(lambda value: True, "anything")
+_ANY = Allowed(lambda value: True, "any string")  # or bool
 _FRACTION = Allowed(lambda value: 0 <= value < 1, "in [0, 1)")
 _POSITIVE = Allowed(lambda value: value > 0, "positive")
 _SHARE = Allowed(lambda value: 0 < value <= 1, "in (0, 1]")
@@ -119,10 +119,10 @@ class Field:
 # its own, it is taken from there.
 # fmt: off
 FIELDS = {
-    "seed": Field(0, "seed of initialization, data order, augmentation, gate noise and dropout", _between(0, 2**32 - 1)),
-    "compute_dtype": Field("", "dtype of the convolutions; '' means that of the parameters, float32", _DTYPES),
+    "seed": Field(0, "seed of initialisation, data order, augmentation, gate noise and dropout", _between(0, 2**32 - 1)),
+    "compute_dtype": Field("", "dtype of the convolutions; '' means float32, the dtype of the parameters", _DTYPES),
     "model.num_classes": Field(0, "number of classes; 0 means as many as the data set has", _between(0, 10**6)),
-    "model.compute_dtype": Field("", "the same value as `compute_dtype`", _DTYPES),
+    "model.compute_dtype": Field("", "always equal to `compute_dtype`; set that field instead", _DTYPES),
     # backbone
     "model.backbone": Field("narrow", "`narrow` (the authors' ResNet of basic blocks), or a ResNet or ResNeXt for ImageNet", _one_of(*BACKBONES)),
     "model.blocks_per_stage": Field(ResNet.blocks_per_stage, "narrow: 2 gives ResNet-18, 4 gives WRN-36, 6 gives the authors' 64×64 ResNet-50", _between(1, 1000)),
@@ -130,8 +130,8 @@ FIELDS = {
     "model.stage_widths": Field(ResNet.stage_widths, "narrow: channels of each stage", _SIZES),
     "model.stem_width": Field(ResNet.stem_width, "narrow: channels of the first convolution", _between(1, 2**16)),
     "model.stem": Field("small", "`small`: 3×3, stride 1; `large`: 7×7, stride 2, max-pooling, for 224×224 (not narrow)", _one_of("small", "large")),
-    "model.stage_strides": Field(ResNet.stage_strides, "stride of the first block of each stage; the last one is 2 for first-order heads", _SIZES),
-    "model.pixel_scale": Field(ResNet.pixel_scale, "typical pixel value; the stem's kernel starts smaller by this factor, and learns slower by its square", _POSITIVE),
+    "model.stage_strides": Field(ResNet.stage_strides, "stride of the first block of each stage; first-order heads use 2 in the last stage", _SIZES),
+    "model.pixel_scale": Field(ResNet.pixel_scale, "typical size of a pixel value, by which the stem's kernel starts smaller; its updates are smaller too, see docs/training.md", _POSITIVE),
     "model.batch_norm_rate": Field(0.3, "weight of the current batch in the running moments of batch norm", _SHARE),
     # head
     "model.head": Field("gmsop", "pooling and classifier, see docs/heads.md", _one_of(*HEADS)),
@@ -147,33 +147,33 @@ FIELDS = {
     "model.num_candidates": Field(GatedMixtureHead.num_candidates, "N, the number of candidates in the bank", _between(1, 10**6)),
     "model.num_selected": Field(GatedMixtureHead.num_selected, "K, the number of candidates selected per image; gated mixtures only", _between(1, 10**6)),
     "model.candidate_widths": Field(GatedMixtureHead.candidate_widths, "channels of a candidate's 1×1 convolutions; the last one is pooled", _SIZES),
-    "model.dispatch": Field(GatedMixtureHead.dispatch, "how the selected candidates are computed; `auto` decides by the backend", _one_of("auto", "gather", "group", "loop"), resumable=True),
+    "model.dispatch": Field(GatedMixtureHead.dispatch, "how the selected candidates are computed, see docs/performance.md; `auto` depends on the backend", _one_of("auto", "gather", "group", "loop"), resumable=True),
     "model.dropout_rate": Field(GatedMixtureHead.dropout_rate, "dropout before the classifier of a mixture", _FRACTION),
     # gate
     "model.gate_widths": Field(GatedMixtureHead.gate_widths, "channels of the 1×1 convolutions of the gate", _SIZES),
-    "model.gate_order": Field(GatedMixtureHead.gate_order, "pooling of the gate: 1 averages, 2 covariances, 0 the order of the candidates", _one_of(0, 1, 2)),
+    "model.gate_order": Field(GatedMixtureHead.gate_order, "pooling of the gate: 1 average, 2 covariance, 0 the same as the candidates", _one_of(0, 1, 2)),
     "model.gate_init": Field(GatedMixtureHead.gate_init, "initial gate weights; with `constant`, all logits are equal at first", _one_of("constant", "random")),
-    "model.gate_noise": Field(GatedMixtureHead.gate_noise, "noise of the logits: `image` or `candidate` (one draw per …, learned scale), `fixed` (1/N), `none`", _one_of("image", "candidate", "fixed", "none")),
+    "model.gate_noise": Field(GatedMixtureHead.gate_noise, "noise of the logits: one draw per `image` or per `candidate` with a learned scale, the `fixed` scale 1/N, or `none`", _one_of("image", "candidate", "fixed", "none")),
     "model.gate_softmax": Field(GatedMixtureHead.gate_softmax, "softmax over the `selected` logits, or over `all` N with the other weights set to 0", _one_of("selected", "all")),
-    "model.gate_gradient": Field(GatedMixtureHead.gate_gradient, "gradient of the weights; the authors' is `masked`", _one_of("straight_through", "masked")),
+    "model.gate_gradient": Field(GatedMixtureHead.gate_gradient, "gradient of the gate's weights; the authors use `masked`", _one_of("straight_through", "masked")),
     "model.balance_on": Field(GatedMixtureHead.balance_on, "balance the gate's `weights`, or the `softmax` over all N logits", _one_of("weights", "softmax")),
     "model.balance_ddof": Field(GatedMixtureHead.balance_ddof, "1 divides the variance in the balance loss by N − 1, 0 by N", _one_of(0, 1)),
     # data
     "data.dir": Field("data/imagenet64", "folder with the shards and dataset.json that `gmsop convert` wrote", resumable=True),
-    "data.source": Field("imagenet64", "source that `gmsop convert` converted the data from"),
+    "data.source": Field("imagenet64", "SOURCE of `gmsop convert` from which the data were converted"),
     "data.auto_convert": Field(False, "convert the source's embedded sample if `data.dir` does not exist", resumable=True),
-    "data.image_size": Field(0, "side to which images are resized; 0 means that they keep their size", _between(0, 4096)),
+    "data.image_size": Field(0, "side to which images are resized; 0 keeps their size", _between(0, 4096)),
     "data.flip": Field(True, "mirror half of the training images"),
-    "data.crop": Field("none", "random crop of training images: `padded` pads and cuts, `resized` cuts and resizes", _one_of("none", "padded", "resized")),
+    "data.crop": Field("none", "random crop of training images: `padded` pads and crops, `resized` crops and resizes", _one_of("none", "padded", "resized")),
     "data.crop_padding": Field(4, "crop `padded`: pixels of mean colour added on each side", _between(0, 4096)),
     "data.crop_area": Field((0.08, 1.0), "crop `resized`: smallest and largest share of the image's area", _AREA),
-    "data.num_threads": Field(2, "batches prepared at once; more threads help only where images are resized", _between(1, 1024), resumable=True),
-    "data.num_workers": Field(0, "processes that prepare batches instead of threads; useful for slow resizing", _between(0, 1024), resumable=True),
-    "data.on_corrupt": Field("stop", "at a damaged shard or record, `stop`, or `skip` it and log that", _one_of("stop", "skip"), resumable=True),
+    "data.num_threads": Field(2, "number of threads, each of which prepares a batch; more than 2 help only if images are resized", _between(1, 1024), resumable=True),
+    "data.num_workers": Field(0, "number of processes that prepare batches instead of threads; useful if resizing is slow", _between(0, 1024), resumable=True),
+    "data.on_corrupt": Field("stop", "what to do about a damaged shard or record: `stop`, or log it and `skip` it", _one_of("stop", "skip"), resumable=True),
     "data.verify": Field(True, "verify the checksums of the shards before the first step", resumable=True),
     # training
     "train.batch_size": Field(256, "images per step, over all devices", _between(1, 2**24)),
-    "train.num_epochs": Field(60, "passes over the training split; a finished run may be given more", _between(1, 10**6), resumable=True),
+    "train.num_epochs": Field(60, "passes over the training split; increase it to continue a finished run", _between(1, 10**6), resumable=True),
     "train.optimizer": Field("sgd", "`sgd` or `adamw`", _one_of("sgd", "adamw")),
     "train.learning_rates": Field(((0.1, 40), (0.01, 10), (0.001, 5), (0.0001, 5)), "pairs (rate, epochs)", _RATES),
     "train.schedule": Field("steps", "`steps` uses the pairs in turn; `cosine` decays a single pair's rate to 0", _one_of("steps", "cosine")),
@@ -186,26 +186,26 @@ FIELDS = {
     "train.label_smoothing": Field(0.0, "share of the target that is spread over all classes", _FRACTION),
     "train.mixup_alpha": Field(0.0, "α of the Beta(α, α) that mixes pairs of images; 0 turns mixup off", _at_least(0.0)),
     "train.ema_decay": Field(0.0, "decay of the parameter averages, which are then evaluated; 0 turns them off", _FRACTION),
-    "train.init_from": Field("", "working directory of a run whose parameters this run starts from"),
-    "train.balance_weight": Field(100.0, "α; the loss is the mean cross entropy + α/B · balance loss", _at_least(0.0)),
+    "train.init_from": Field("", "working directory of a run, or a step in it, whose network this run starts from"),
+    "train.balance_weight": Field(100.0, "α: the loss is the mean cross entropy + α/B · balance loss for batches of B images", _at_least(0.0)),
     "train.drop_last": Field(True, "drop the smaller last batch of an epoch; the authors train on it"),
-    "train.sub_batches": Field(1, "parts of a batch that are computed one after the other; needs less memory and more time", _between(1, 2**24)),
+    "train.sub_batches": Field(1, "number of parts of a batch, which are computed one after the other to save memory", _between(1, 2**24)),
     "train.on_nonfinite": Field("stop", "if the loss is not finite: `stop`, or `rollback` to the last checkpoint and skip that batch", _one_of("stop", "rollback"), resumable=True),
-    "train.log_every_steps": Field(100, "log training metrics every this many steps, and at the end of each epoch", _between(1, 10**6), resumable=True),
+    "train.log_every_steps": Field(100, "number of steps between logs of the training metrics, which are also logged at the end of each epoch", _between(1, 10**6), resumable=True),
     # log
-    "log.backends": Field(("tensorboard",), "where to log, besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`, or a class `module:Class` of your own", _BACKENDS, resumable=True),
+    "log.backends": Field(("tensorboard",), "where to log in addition to `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`, or a class `module:Class` of your own", _BACKENDS, resumable=True),
     # devices
     "parallel.mode": Field("jit", "compile the step with `jit` (and shard_map) or with `pmap`; both run the same function", _one_of("jit", "pmap"), resumable=True),
-    "parallel.cpu_devices": Field(1, "number of JAX devices to split the CPU into; 0 means one per core, faster for small networks", _between(0, 1024), resumable=True),
+    "parallel.cpu_devices": Field(1, "number of JAX devices that the CPU is split into; 0 means one per core, which is faster for small networks", _between(0, 1024), resumable=True),
     "parallel.batch_norm": Field("global", "batch norm over the `global` batch or over each `device`'s part", _one_of("global", "device")),
     # evaluation
     "eval.split": Field("val", "split that is evaluated after each epoch"),
     "eval.batch_size": Field(256, "images per step in evaluation and prediction, over all devices", _between(1, 2**24), resumable=True),
-    "eval.resize": Field(0, "resize the shorter side to this and use the centre; 0 resizes the whole image to `data.image_size`", _between(0, 8192)),
+    "eval.resize": Field(0, "length to which the shorter side is resized before the centre is cropped; 0 resizes the whole image to `data.image_size`", _between(0, 8192)),
     "eval.flip_average": Field(False, "average the logits of each image and its mirror image"),
     # checkpoints
-    "checkpoint.keep": Field(3, "number of latest checkpoints to keep, besides the best", _between(1, 10**6), resumable=True),
-    "checkpoint.every_steps": Field(0, "save a checkpoint every this many steps too; 0 saves at the end of each epoch only", _between(0, 10**9), resumable=True),
+    "checkpoint.keep": Field(3, "number of latest checkpoints to keep, in addition to the best one", _between(1, 10**6), resumable=True),
+    "checkpoint.every_steps": Field(0, "number of steps between additional checkpoints within an epoch; 0 saves only at the end of each epoch", _between(0, 10**9), resumable=True),
 }
 # fmt: on
 
