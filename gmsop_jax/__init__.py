@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("models", "nnx", "ops"):  # after `import gmsop_jax` alone; imported late, as in `load`
+    if name in ("models", "nnx", "ops"):  # available after `import gmsop_jax` alone, but imported only when used
         return importlib.import_module(f"gmsop_jax.{name}")
     raise AttributeError(f"module 'gmsop_jax' has no attribute {name!r}")
 
@@ -23,8 +23,8 @@ def __getattr__(name: str) -> Any:
 def load(path: str | os.PathLike[str]) -> "tuple[Network, dict[str, Any], Info]":
     """Restores a trained network: `model, variables, info = gmsop_jax.load(PATH)`.
 
-    The path is the working directory of a run, an exported folder, or a repository's name on the Hugging Face Hub; see
-    `restore.load`.
+    The path is the working directory of a run, an exported folder, or the name of a repository on the Hugging Face Hub;
+    see `gmsop_jax.training.restore.load`.
     """
     from gmsop_jax.training import restore  # imported late: Orbax takes seconds, and the layers don't need it
 

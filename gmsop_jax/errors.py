@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and how `main` and the tools report them: in one line, without a traceback."""
+"""Errors that a user can fix, which `main` and the tools report in one line, without a traceback."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from typing import TextIO
 
 
 class UserError(Exception):
-    """Something that the user provided is wrong. The message says what, with its value, and what to do.
+    """An error that the user can fix. The message states what is wrong, with its value, and how to fix it.
 
     Attributes:
       status: the exit status of a command that ends with this error.
@@ -30,7 +30,7 @@ class ConfigError(UserError, ValueError):
 
 
 class DataError(UserError, ValueError):
-    """A data set, shard, record or source file is missing, foreign or damaged."""
+    """A data set, shard, record or source file is missing, damaged, or not in the expected format."""
 
 
 class CheckpointError(UserError, ValueError):
@@ -38,15 +38,15 @@ class CheckpointError(UserError, ValueError):
 
 
 class FileAccessError(UserError):
-    """The system refuses to open or read a file; what the file holds may be perfectly fine.
+    """A file can't be opened or read, for example because of its permissions; its contents may be intact.
 
-    It is neither a DataError, which `data.on_corrupt=skip` may skip, nor an OSError, which is blamed on the working
-    directory.
+    It is not a DataError, because `data.on_corrupt=skip` must not skip it, and not an OSError, because training reports
+    an OSError as a failure of the working directory.
     """
 
     @classmethod
     def from_os_error(cls, path: str | os.PathLike[str], error: OSError) -> "FileAccessError":
-        """Names the file, the system's reason, and what to do about it."""
+        """Creates the error for an OSError: its message states the file, the reason and the remedy."""
         remedy = {
             errno.EMFILE: "; raise the limit of open files (ulimit -n)",
             errno.ENFILE: "; the machine's limit of open files is reached",
@@ -56,12 +56,12 @@ class FileAccessError(UserError):
 
 
 def reason(error: Exception) -> str:
-    """Returns the system's reason for an OSError, and the message of any other error."""
+    """Returns the operating system's message for an OSError, and the message of any other error."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 1, quote: bool = False, otherwise: str = "") -> str:
-    """Suggests the known names that are most similar, at most `limit`; without one, `otherwise` or all known names.
+    """Suggests up to `limit` similar names; if there are none, returns `otherwise`, or a list of all known names.
 
     Example:
       >>> did_you_mean("bacth_size", ["batch_size", "seed"])
@@ -76,11 +76,11 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 1, quote: bool
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Parses a command line. A mistake is a UserError, and suggests the flag that was probably meant.
+    """Parses a command line. Raises UserError for a mistake, and suggests the flag that was probably meant.
 
     Args:
-      takes_overrides: accept `--config.field=value` too, and return them as `overrides`, a list of `field=value`.
-      **options: of `argparse.ArgumentParser`.
+      takes_overrides: whether to accept `--config.field=value`, returned as `overrides`, a list of `field=value`.
+      **options: passed to `argparse.ArgumentParser`.
     """
 
     def __init__(self, *, takes_overrides: bool = False, **options):
@@ -88,7 +88,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._takes_overrides = takes_overrides
 
     def parse_args(self, args: Iterable[str] | None = None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Returns the options; UserError for a flag that does not exist or a value that does not fit."""
+        """Returns the options. Raises UserError for an unknown flag or an invalid value."""
         args = sys.argv[1:] if args is None else list(args)
         overrides = [item for item in args if self._takes_overrides and item.startswith("--config.")]
         rest = [item for item in args if item not in overrides]
@@ -111,10 +111,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Runs a command for the shell or a notebook. A mistake of the user's is one line on standard error.
+    """Runs a command. An error that the user can fix is printed in one line on standard error.
 
-    Returns: the exit status: what `command` returns, or 0; 2 for a UserError or if the system refuses a file; 130 after
-      Ctrl-C; 75 ("start me again") after SIGTERM or SIGHUP.
+    Returns: the exit status: what `command` returns, or 0 for None; 2 after a UserError or an OSError; 130 after
+      Ctrl-C; 75 (EX_TEMPFAIL: try again) after SIGTERM or SIGHUP.
     """
     output = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -124,7 +124,7 @@ def run_command(command: Callable[[], int | None]) -> int:
             return status
     except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)
-    except BrokenPipeError:  # as in `… | head`: the reader has enough
+    except BrokenPipeError:  # the reader has closed the pipe, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
@@ -141,7 +141,7 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 @contextlib.contextmanager
 def _escaping(output: TextIO) -> Iterator[None]:
-    """Prints what the output can't encode as escapes, such as "±" in ASCII, or the name of a file that is not UTF-8."""
+    """Escapes what the output can't encode, such as "±" in ASCII, or the name of a file that is not UTF-8."""
     if not isinstance(output, io.TextIOWrapper):  # as in a notebook
         yield
         return
@@ -157,7 +157,7 @@ _stopped_by: list[int] = []  # the signals that stopped the running command
 
 
 def raise_if_stopped() -> None:
-    """Raises KeyboardInterrupt if a signal has stopped the command, but a library suppressed the exception."""
+    """Raises KeyboardInterrupt again if a library suppressed the one that a signal raised."""
     if _stopped_by:
         raise KeyboardInterrupt
 
@@ -185,8 +185,8 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
 
     A signal that was ignored before, as SIGHUP is under nohup, is still ignored. Outside the main thread, Python allows
     no signal handlers. While a module is being imported, a signal is postponed, because an exception can crash the
-    initialization of a C extension. The signal is repeated if Python ignored the exception, as it does in destructors
-    and in callbacks of the garbage collector, of which JAX has one.
+    initialization of a C extension. A signal is sent again if Python ignored the exception, as it does in destructors
+    and in callbacks of the garbage collector; JAX registers one.
     """
 
     def repeat(signum: int) -> None:
@@ -218,14 +218,14 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.unraisablehook is repeat_ignored:  # or another hook was put on top, which stays
+        if sys.unraisablehook is repeat_ignored:  # otherwise, keep the hook that was installed since
             sys.unraisablehook = unraisable_hook
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
 def _cancel_timers() -> None:
-    """Cancels timers of interrupted code, such as JAX's of 60 s, for which Python would wait before it exits."""
+    """Cancels timers of interrupted code, such as JAX's 60-second timer, because Python waits for them at exit."""
     for thread in threading.enumerate():
         if isinstance(thread, threading.Timer):
             thread.cancel()

@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, checksums, limits of memory, and locks."""
+"""Files: atomic writes, JSON, checksums, memory limits, and locks."""
 
 import contextlib
 import errno
@@ -21,21 +21,21 @@ from gmsop_jax.errors import FileAccessError, UserError
 CHECKSUMS = "checksums.json"
 _MAX_CHECKSUMS_BYTES = 2**24  # some 100,000 entries
 _FREE_BYTES = 2**27
-_BYTES_PER_BYTE = 64  # compressed parameters and images expand by less than 2, but arrays of zeros by up to 1,000
+_MAX_EXPANSION = 64  # parameters and images expand by less than 2 when decompressed, arrays of zeros by up to 1,000
 _MAX_NODES = 1_000_000  # a checkpoint of the authors' largest network has some 20,000
 _MAX_TEXT = 2**20
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Opens a regular file for reading. OSError for anything else: opening a named pipe could wait forever."""
+    """Opens a regular file for reading. Raises OSError for anything else: opening a named pipe could block forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return open(path, "rb")
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Returns the contents of a regular file; OSError as `open_file` raises it."""
+    """Returns the contents of a regular file. Raises OSError like `open_file`."""
     with open_file(path) as file:
         return file.read()
 
@@ -60,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes what `replacing` left in a folder when a process was killed."""
+    """Removes the temporary files of `replacing` that killed processes left in a folder."""
     for file in folder.glob("*.tmp-*"):
         pid = file.name.rpartition("-")[2]
         if pid.isdecimal() and not _is_running(int(pid)):
@@ -74,9 +74,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_output(path: Path, content: str) -> None:
-    """Writes a file that a user named: atomically, or into what a link or a pipe leads to.
+    """Writes a file that the user named: atomically, unless it is a link, a pipe or a device.
 
-    `/dev/stdout` is not opened again: that would empty a file to which the output is appended.
+    `/dev/stdout` is not reopened, because that would truncate a file to which the shell appends the output.
     """
     if path == Path("/dev/stdout"):
         sys.stdout.write(content)
@@ -96,7 +96,7 @@ def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str
 
     Args:
       path: the file.
-      fields: the names and types of the fields that the object must have. An int is accepted for a float.
+      fields: the names and types of the required fields. An int is accepted for a float.
       remedy: what to do if the file is damaged, for the error message.
 
     Raises:
@@ -120,7 +120,7 @@ def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal; FileAccessError if it can't be read."""
+    """Returns the SHA-256 of a file in hexadecimal. Raises FileAccessError if the file can't be read."""
     try:
         with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -146,7 +146,7 @@ def find_damage(folder: Path, below: str = "") -> str | None:
       of checksums, or with an empty one, and a file that is not in the list, unless its name begins with a dot.
 
     Raises:
-      FileAccessError: if the system refuses to read an existing file, which doesn't mean that it is damaged.
+      FileAccessError: if an existing file can't be read, which doesn't mean that it is damaged.
     """
     file = folder / CHECKSUMS
     try:
@@ -184,16 +184,16 @@ def _measure(path: Path) -> list[int | str]:
 
 
 class Budget:
-    """The memory and the number of objects that a file may still claim. Methods raise ValueError beyond a limit.
+    """The memory and number of objects that reading a file may still allocate; methods raise ValueError above them.
 
-    A few bytes of a hostile file can claim gigabytes.
+    Without such limits, a few bytes of a malicious file could allocate gigabytes.
 
     Args:
       file_bytes: the size of the file.
     """
 
     def __init__(self, file_bytes: int):
-        self.bytes = max(_FREE_BYTES, _BYTES_PER_BYTE * file_bytes)
+        self.bytes = max(_FREE_BYTES, _MAX_EXPANSION * file_bytes)
         self._total = self.bytes
         self._nodes = _MAX_NODES
 
@@ -210,7 +210,7 @@ class Budget:
             raise ValueError(f"it has more than {_MAX_NODES:,} cells and fields")
 
     def check_text(self, count: int) -> None:
-        """Refuses text that is too long to be a name or a note."""
+        """Checks that a text is short enough to be a name or a note."""
         if count > _MAX_TEXT:
             raise ValueError(f"it has a text of {count:,} characters")
 

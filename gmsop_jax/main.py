@@ -9,14 +9,14 @@ import gmsop_jax
 from gmsop_jax.commands.run import MODES, run_mode
 from gmsop_jax.errors import UserError, did_you_mean, run_command
 
-# The rest is imported late: it takes seconds, in which a mistake in the flags or a signal should have its effect too.
+# Everything else is imported late, because it takes seconds; flags are checked and signals handled before that.
 
-COMMANDS = {  # each has its function run_… in a module of gmsop_jax.commands
+COMMANDS = {  # name: (the module of gmsop_jax.commands that defines `run_<name>`, summary)
     "convert": ("data", "convert a data set to shards"),
-    "merge": ("data", "join the parts that several `convert --shard-range` wrote"),
+    "merge": ("data", "join the parts written by `convert --shard-range`"),
     "inspect": ("data", "describe a data set and draw a contact sheet"),
     "verify": ("data", "compare a data set with its manifest"),
-    "report": ("study", "write an HTML page about one run or several"),
+    "report": ("study", "write an HTML report about one or more runs"),
     "sweep": ("study", "train several configurations with several seeds"),
     "summary": ("study", "count the parameters and multiply-adds of networks"),
     "export": ("weights", "write a trained network as safetensors, StableHLO or ONNX"),
@@ -31,16 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: a command of `MODES` or `COMMANDS` and its flags, by default those of the process. Without a command,
         `--mode` names one of `MODES` (default: train).
 
-    Returns: the exit status: 0 if all went well; 2 after an error that the user can fix, which is printed in one line;
-      130 after Ctrl-C and 75 ("start me again") after SIGTERM or SIGHUP. Training saves its state first.
+    Returns: the exit status: 0 on success; 2 after an error that the user can fix, which is printed in one line; 130
+      after Ctrl-C; and 75 (EX_TEMPFAIL: try again) after SIGTERM or SIGHUP. Training saves its state first.
     """
     return run_command(lambda: _run_command(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def console() -> int:
     """Runs the command line of the process, for `gmsop` and `python -m gmsop_jax`; returns the exit status."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # in the background, it is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after the command, Ctrl-C leaves no traceback
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a background job ignores SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes before or after the command
     return main()
 
 

@@ -1,4 +1,4 @@
-"""Flax (Linen) modules: backbones that compute a map of features, and heads that pool and classify features."""
+"""Flax (Linen) modules: backbones that compute feature maps, and heads that pool and classify features."""
 
 from gmsop_jax.models.gate import Gate
 from gmsop_jax.models.heads import (

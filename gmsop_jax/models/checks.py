@@ -31,7 +31,7 @@ def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: not isinstance(value, bool) and value in choices), f"one of {', '.join(map(repr, choices))}"
 
 
-# A field of this name has the same meaning in every module: (condition, its description).
+# Name of a field, which means the same in every module: (condition, description).
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_classes": _COUNT,
     "num_heads": _COUNT,
@@ -75,14 +75,14 @@ def check_train(train: Any) -> None:
     """Checks that `train` is not an array, such as a mask, which most heads would ignore.
 
     Raises:
-      TypeError: if it is.
+      TypeError: if it is an array.
     """
     if np.ndim(train):
         raise TypeError(f"train must be True or False, got an array of shape {np.shape(train)}; pass a mask as where=…")
 
 
 class CheckedModule(nn.Module):
-    """A module that refuses fields out of range when it is constructed.
+    """A module that checks the values of its fields when it is constructed.
 
     Raises:
       ValueError: if a field is out of range; the message names the field, its value and the values that are allowed.

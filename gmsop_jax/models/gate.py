@@ -29,7 +29,8 @@ class PoolingFields(CheckedModule, kw_only=True):
     Attributes:
       num_iters: number of Newton–Schulz steps.
       coefficients: coefficients of these steps, `newton_schulz` or `minimax`.
-      pool_precision: precision of the products in the covariance and its square root; None depends on the device.
+      pool_precision: precision of the matrix products in the covariance and its square root; the default, None,
+        depends on the device.
     """
 
     num_iters: int = 3
@@ -72,10 +73,10 @@ class Gate(GateFields, PoolingFields):
 
     h = W_gᵀf + noise,  w = softmax(h restricted to TopK(h)),  L = balance loss of w
 
-    f comes from a trunk of 1×1 convolutions, each with batch norm and ReLU, and pooling. W_g and W_n have
-    no bias. With the constant initialisation all logits tie at first, so `ops.select_top_k` draws the
+    f is the pooled output of a trunk of 1×1 convolutions, each with batch norm and ReLU. W_g and W_n have no
+    bias. With the constant initialisation, all logits are equal at first, so `ops.select_top_k` draws the
     candidates at random. As long as the columns of W_n are equal, the noise of an image shifts all its
-    logits alike and changes no weight.
+    logits by the same amount and changes no weight.
 
     The defaults are those of GM-SOP, except that the gradient is straight-through.
 
@@ -86,8 +87,8 @@ class Gate(GateFields, PoolingFields):
       gate_order: 1 pools the trunk's features by their average, 2 by their covariance. 0 means the order
         of the candidates if the gate is part of a mixture, and 2 otherwise.
       gate_noise: the noise that is added in training; γ ~ N(0, 1).
-        `image`: γ · softplus(W_nᵀf), with one γ for each image (GM-SOP, eq. 3);
-        `candidate`: γᵢ · softplus(W_nᵀf)ᵢ, with one γ for each candidate (Shazeer et al. 2017, eq. 4);
+        `image`: γ · softplus(W_nᵀf), with one γ per image (GM-SOP, eq. 3);
+        `candidate`: γᵢ · softplus(W_nᵀf)ᵢ, with one γ per image and candidate (Shazeer et al. 2017, eq. 4);
         `fixed`: γᵢ/n (V-MoE, section 2.1);
         `none`: no noise.
       gate_softmax: `selected` normalises the weights over the selected logits, `all` over all n (V-MoE).
@@ -99,7 +100,7 @@ class Gate(GateFields, PoolingFields):
       balance_ddof: the variance in the balance loss is divided by n − ddof; 0 or 1.
       num_iters, coefficients, pool_precision: see `PoolingFields`.
       axis_name: pmap or shard_map axis over which the batch is split. The balance loss and the random
-        draws are then those of the whole batch.
+        numbers are then those of the whole batch.
       norm: creates the trunk's batch norms.
       dtype: dtype of the trunk; pooling, logits and weights are at least float32.
     """
@@ -121,11 +122,11 @@ class Gate(GateFields, PoolingFields):
 
         Args:
           x: features.
-          train: whether to draw noise and normalise by the batch's moments. The RNG stream is `gating`, or
-            `params` if there is no such stream.
+          train: whether to draw noise and to normalise by the statistics of the batch. The RNG stream is `gating`,
+            or `params` if there is no such stream.
           gate_noise: γ, used instead of the draw: [b], or [b, n] if each candidate has its own.
-          where: a mask or weights of the positions; see `ops.covariance_pool`. Images without a position do not count
-            in the balance loss.
+          where: a mask or weights of the positions; see `ops.covariance_pool`. The balance loss ignores images whose
+            positions all have weight 0.
 
         Returns: the selection, its weights and the balance loss.
 
@@ -165,7 +166,7 @@ class Gate(GateFields, PoolingFields):
 
     @nn.nowrap
     def kernel_init(self, width: int) -> nn.initializers.Initializer:
-        """The initializer of W_g and W_n for pooled features of this width."""
+        """The initializer of W_g and W_n for `width` pooled features."""
         if self.gate_init == "constant":
             return nn.initializers.constant(1 / width)
         return nn.initializers.normal(width**-0.5)

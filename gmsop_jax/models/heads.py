@@ -1,13 +1,13 @@
 """Heads: from features to logits. All heads are called in the same way.
 
-`head(x, train=False, gate_noise=None, where=None)` returns `(logits, aux)`. Here x is a map of features [b, h, w, c] or
+`head(x, train=False, gate_noise=None, where=None)` returns `(logits, aux)`. Here, x is a feature map [b, h, w, c] or
 tokens [b, l, c], and `where` is a mask or weights of the positions, [b, h, w] or [b, l]. Logits are [b, num_classes],
-float32 or float64. `aux` holds `features` [b, f] (the pooled vector), `gate_weights` [b, n], `importance` [b, n] and
+float32 or float64. `aux` contains `features` [b, f] (the pooled vector), `gate_weights` [b, n], `importance` [b, n] and
 `balance_loss`. In a head without a gate, the weights and the importance are ones [b, 1] and the balance loss is 0.
 
-With a mask, the result is the same as if the positions of weight 0 were not there; their values may be NaN or infinite.
-They count neither in the pooling nor in the moments of batch norm. An image whose positions all have weight 0 has zero
-features, and counts neither in the moments of batch norm nor in the balance loss.
+With a mask, the result is the same as if the positions of weight 0 did not exist; their values may be NaN or infinite.
+The pooling and the statistics of batch norm ignore them. An image whose positions all have weight 0 has zero features;
+the statistics of batch norm and the balance loss ignore it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ _Output = tuple[Float[Array, "b classes"], Mapping[str, Array]]
 
 
 def without_gate(features: Array) -> dict[str, Array]:
-    """Returns the values that a head without a gate puts in place of the results of a gate."""
+    """Returns what `aux` contains in a head without a gate, in place of the outputs of the gate."""
     one = jnp.ones((features.shape[0], 1), features.dtype)
     return {"balance_loss": jnp.zeros((), features.dtype), "gate_weights": one, "importance": one}
 
@@ -66,7 +66,7 @@ class _PoolingHead(CheckedModule):
     Attributes:
       num_classes: number of classes.
       projection_widths: widths of the 1×1 convolutions before the pooling. They have no bias, and each is followed by
-        ReLU. With the widths of a mixture's candidate, `SecondOrderHead` is parametric SR-SOP: one candidate without
+        ReLU. With the `candidate_widths` of a mixture, `SecondOrderHead` is parametric SR-SOP: one candidate without
         a gate.
       projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
       norm: creates these batch norms.
@@ -115,7 +115,7 @@ class GAPHead(_PoolingHead):
 
 
 class CovarianceHead(_PoolingHead):
-    """Plain second-order pooling (SOP): the triangle of the covariance without normalisation, f = c(c + 1)/2.
+    """Second-order pooling without normalisation (SOP): the upper triangle of the covariance, f = c(c + 1)/2.
 
     Attributes:
       num_classes: number of classes.
@@ -129,12 +129,12 @@ class CovarianceHead(_PoolingHead):
 class SecondOrderHead(_PoolingHead):
     """SR-SOP: square-root-normalised covariance pooling, f = c(c + 1)/2.
 
-    With a projection to 256 channels, batch norm and 5 iterations this is the head of iSQRT-COV (Li et al. 2018).
+    With a projection to 256 channels, batch norm and 5 iterations, this is the head of iSQRT-COV (Li et al. 2018).
 
     Attributes:
       num_classes: number of classes.
       projection_widths: widths of the 1×1 convolutions before the pooling. They have no bias, and each is followed by
-        ReLU. With the widths of a mixture's candidate this is parametric SR-SOP: one candidate without a gate.
+        ReLU. With the `candidate_widths` of a mixture, this is parametric SR-SOP: one candidate without a gate.
       projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
       norm: creates these batch norms.
       dtype: dtype of projection and classifier; None infers it from features and parameters.
@@ -186,8 +186,8 @@ class CrossCovarianceHead(_PoolingHead):
 
     Attributes:
       num_classes: number of classes.
-      num_heads: number of cross-covariance matrices.
-      head_width: r, the side of each matrix.
+      num_heads: number of heads, each with one cross-covariance matrix.
+      head_width: r, the number of channels of a head's queries and keys.
       power: exponent α of the normalisation.
       others: see `SecondOrderHead`.
     """
@@ -205,22 +205,22 @@ class CrossCovarianceHead(_PoolingHead):
         )
 
 
-start_init = nn.initializers.normal(1.0)  # of the power iteration, as the authors initialise it
+start_init = nn.initializers.normal(1.0)  # of the start of the power iteration, as in the authors' code
 
 
 class DropCovHead(_PoolingHead):
     """DropCov: covariance pooling without normalisation, with adaptive channel dropout in training, f = c(c + 1)/2.
 
     In training, channel attention scales the features, and whole channels are dropped; see
-    `ops.adaptive_channel_dropout` (Wang et al., NeurIPS 2022). In evaluation, the head computes the same as a
-    `CovarianceHead`. Training needs the RNG stream `dropout`.
+    `ops.adaptive_channel_dropout` (Wang et al., NeurIPS 2022). In evaluation, the head is the same as `CovarianceHead`.
+    Training needs the RNG stream `dropout`.
 
     Attributes:
       num_classes: number of classes.
       projection_widths, projection_batch_norm: see `SecondOrderHead`; the authors project to 256 channels with batch
         norm.
-      axis_name: pmap or shard_map axis over which the batch is split. The dropout rate and the draw are then those of
-        the whole batch.
+      axis_name: pmap or shard_map axis over which the batch is split. The dropout rate and mask are then those of the
+        whole batch.
       others: see `SecondOrderHead`.
     """
 
@@ -237,7 +237,7 @@ class DropCovHead(_PoolingHead):
 
 
 def attention_init(key: Array, shape: tuple[int, ...]) -> Array:
-    """Initialises as PyTorch does its convolutions: uniformly in ±1/√fan_in."""
+    """PyTorch's default initializer of convolutions: uniform in ±1/√fan_in."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -254,7 +254,7 @@ class _MixtureHead(PoolingFields):
     norm: ModuleFactory = BatchNorm
     dtype: DTypeLike | None = None
 
-    def _finish(self, features: Array, aux: Mapping[str, Array], train: bool, where: _Mask) -> _Output:
+    def _classify(self, features: Array, aux: Mapping[str, Array], train: bool, where: _Mask) -> _Output:
         y = normalize(self.norm(name="bn"), features, train, nonempty_images(where))
         y = Dropout(self.dropout_rate, self.axis_name)(y, train)
         return Classifier(self.num_classes, self.dtype, name="classifier")(y), {**aux, "features": features}
@@ -269,7 +269,7 @@ class MixtureHead(_MixtureHead):
     Attributes:
       num_classes: number of classes.
       num_candidates, candidate_widths, order, num_iters, coefficients, pool_precision, combine: see `Mixture`.
-      dropout_rate: probability with which a feature is set to 0 in training; 0 turns dropout off.
+      dropout_rate: probability of setting a feature to 0 in training; 0 disables dropout.
       axis_name: pmap or shard_map axis over which the batch is split; see `Dropout`.
       norm: creates the batch norm.
       dtype: dtype of convolutions and classifier; None infers it from features and parameters.
@@ -284,19 +284,18 @@ class MixtureHead(_MixtureHead):
         """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
         check_train(train)
         features = Mixture(**shared_fields(self, Mixture), name="mixture")(x, where)
-        return self._finish(features, without_gate(features), train, where)
+        return self._classify(features, without_gate(features), train, where)
 
 
 class GatedMixtureHead(_MixtureHead, GateFields):
     """GM-SOP (order 2) or GM-GAP (order 1): `GatedMixture` → batch norm → dropout → classifier.
 
-    `aux['features']` is the mixture's vector before batch norm: f = d(d + 1)/2 or d, where d is the last of
-    `candidate_widths`. Training draws from the RNG streams `gating` (unless gate_noise is given) and
-    `dropout`.
+    `aux['features']` is the output of the mixture, before batch norm: f = d(d + 1)/2 or d, where d is the last of
+    `candidate_widths`. Training draws from the RNG streams `gating` (unless gate_noise is given) and `dropout`.
 
     Attributes:
       num_classes: number of classes.
-      dropout_rate: probability with which a feature is set to 0 in training; 0 turns dropout off.
+      dropout_rate: probability of setting a feature to 0 in training; 0 disables dropout.
       others: see `GatedMixture` and `Gate`.
 
     Example:
@@ -319,4 +318,4 @@ class GatedMixtureHead(_MixtureHead, GateFields):
         check_train(train)
         mixture = GatedMixture(**shared_fields(self, GatedMixture), name="mixture")
         features, aux = mixture(x, train, gate_noise, where)
-        return self._finish(features, aux, train, where)
+        return self._classify(features, aux, train, where)

@@ -66,17 +66,17 @@ class Classifier(CheckedModule):
 
 
 class BatchNorm(CheckedModule):
-    """Batch normalisation over all axes but the last, with MatConvNet's running moments; see `ops.batch_norm`.
+    """Batch normalisation over all axes but the last, with MatConvNet's running statistics; see `ops.batch_norm`.
 
     The collection `batch_stats` holds the running averages of μ and of σ itself (`mean`, `sigma`). They start at 0
     and 1 (in MatConvNet, at 0 and 0), so that a network can be evaluated before it is trained.
 
     Attributes:
-      running_rate: weight of the batch in the running moments: r ← (1 − rate)·r + rate·batch.
+      running_rate: weight of the batch in the running statistics: r ← (1 − rate)·r + rate·batch.
       epsilon: ε.
-      axis_name: pmap or shard_map axis over which the batch is split. With None, each device normalises by the moments
-        of its own part (under jit, by those of the whole batch).
-      dtype: dtype of the result; None infers it from x and the parameters. Moments are computed in float32 at least.
+      axis_name: pmap or shard_map axis over which the batch is split. With None, each device normalises by the
+        statistics of its own part (under jit, by those of the whole batch).
+      dtype: dtype of the result; None infers it from x and the parameters. Statistics are computed in at least float32.
     """
 
     running_rate: float = 0.3
@@ -88,12 +88,12 @@ class BatchNorm(CheckedModule):
     def __call__(
         self, x: Float[AnyArray, "*b c"], train: bool = False, where: Shaped[AnyArray, "*b"] | None = None
     ) -> Float[Array, "*b c"]:
-        """Normalises x, by the batch's moments in training and by the running ones otherwise.
+        """Normalises x by the statistics of the batch in training, and by the running statistics otherwise.
 
         Args:
           x: features.
-          train: whether to use the batch's moments and to update the running ones.
-          where: a mask or weights of the rows of x; masked rows do not count in the moments.
+          train: whether to use the statistics of the batch and to update the running ones.
+          where: a mask, or weights of the rows of x in the statistics.
         """
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
@@ -119,10 +119,10 @@ class BatchNorm(CheckedModule):
 
 
 class Dropout(CheckedModule):
-    """Sets each number to 0 with probability `rate` in training; see `ops.dropout`.
+    """Sets each element to 0 with probability `rate` in training; see `ops.dropout`.
 
     Attributes:
-      rate: the probability; 0 turns dropout off.
+      rate: the probability; 0 disables dropout.
       axis_name: pmap or shard_map axis over which the batch is split.
     """
 
@@ -131,7 +131,7 @@ class Dropout(CheckedModule):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "b ..."], train: bool = False) -> Float[Array, "b ..."]:
-        """Drops numbers in training (RNG stream `dropout`), and returns x otherwise."""
+        """Applies dropout in training (RNG stream `dropout`), and returns x otherwise."""
         x = jnp.asarray(x)
         if not train or self.rate == 0:
             return x

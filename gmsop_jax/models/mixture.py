@@ -18,7 +18,7 @@ from gmsop_jax.ops.dispatch import Dispatch
 candidate_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", batch_axis=(0,))
 
 
-class _Bank(PoolingFields):
+class _Candidates(PoolingFields):
     """The candidates and their weights, which all images share.
 
     Candidate Mᵢ (called a component module in the paper, and an expert in the mixture-of-experts literature) is
@@ -44,14 +44,14 @@ class _Bank(PoolingFields):
         return self.pool_features(x, self.order, where)
 
 
-class Mixture(_Bank):
+class Mixture(_Candidates):
     """Pools features by all candidates, without a gate.
 
     z = (1/n) Σᵢ Mᵢ(x)  (Ave-GAP, Ave-SOP), or the concatenation of all Mᵢ(x).
 
     Attributes:
-      num_candidates: n, the size of the bank; each image runs through all of them.
-      candidate_widths: widths of each candidate's convolutions; the last is the width d that is pooled.
+      num_candidates: n, the number of candidates; each image runs through all of them.
+      candidate_widths: widths of each candidate's convolutions; the last is d, the number of pooled channels.
       order: order of the candidates' pooling, 1 or 2.
       num_iters, coefficients, pool_precision: see `PoolingFields`.
       dtype: dtype of the convolutions; pooling and result are at least float32.
@@ -64,13 +64,13 @@ class Mixture(_Bank):
     def __call__(
         self, x: Float[AnyArray, "b *p c"], where: Shaped[AnyArray, "b *p"] | None = None
     ) -> Float[Array, "b f"]:
-        """Pools a map [b, h, w, c] or tokens [b, l, c]; `where` is a mask or weights of the positions."""
+        """Pools a feature map [b, h, w, c] or tokens [b, l, c]; `where` is a mask or weights of the positions."""
         x, where = flatten_positions(x, where)
         pooled = apply_all_candidates(x, self._kernels(x), self._pool, where=where)
         return jnp.mean(pooled, axis=1) if self.combine == "average" else pooled.reshape(x.shape[0], -1)
 
 
-class GatedMixture(_Bank, GateFields):
+class GatedMixture(_Candidates, GateFields):
     """Pools features by the weighted sum of the candidates that the gate selects.
 
     z = Σ_{i ∈ TopK} wᵢ(x) · Mᵢ(x)   (GM-SOP, eq. 2; order 1 is GM-GAP)
@@ -78,8 +78,8 @@ class GatedMixture(_Bank, GateFields):
     Only the selected candidates are computed.
 
     Attributes:
-      num_candidates: n, the size of the bank.
-      candidate_widths: widths of each candidate's convolutions; the last is the width d that is pooled.
+      num_candidates: n, the number of candidates.
+      candidate_widths: widths of each candidate's convolutions; the last is d, the number of pooled channels.
       order: order of the candidates' pooling, 1 or 2; also that of the gate, unless `gate_order` is set.
       num_iters, coefficients, pool_precision: see `PoolingFields`.
       dtype: dtype of the convolutions; pooling, gate weights and result are at least float32.
@@ -100,7 +100,7 @@ class GatedMixture(_Bank, GateFields):
         gate_noise: Float[AnyArray, "b ..."] | None = None,
         where: Shaped[AnyArray, "b *p"] | None = None,
     ) -> tuple[Float[Array, "b f"], Mapping[str, Array]]:
-        """Pools a map or tokens.
+        """Pools a feature map or tokens.
 
         Args:
           x: features [b, h, w, c] or [b, l, c].

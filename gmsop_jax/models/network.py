@@ -24,7 +24,7 @@ from gmsop_jax.models.layers import BatchNorm
 from gmsop_jax.models.resnet import BottleneckResNet, ResNet
 from gmsop_jax.ops.arrays import AnyArray
 
-# For each name, the class of the module, and the fields that the name stands for.
+# Name: (class of the module, fields that the name sets).
 _HEADS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "gap": (GAPHead, {}),
     "sop": (CovarianceHead, {}),
@@ -60,7 +60,7 @@ class Network(nn.Module):
 
     Attributes:
       backbone: module with `__call__(images, *, train)` → [b, h, w, c].
-      head: module that is called as described in `models.heads`.
+      head: module with the interface described in `models.heads`.
     """
 
     backbone: nn.Module
@@ -82,9 +82,9 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
 
     Args:
       config: the fields of `gmsop_jax.config.model_defaults()`, with `num_classes` set.
-      axis_name: pmap or shard_map axis over which the batch is split; batch norm, balance loss and
-        random draws are those of the whole batch.
-      per_device_bn: if True, batch norm uses the moments of each device's part instead.
+      axis_name: pmap or shard_map axis over which the batch is split; batch norm, balance loss and random numbers are
+        those of the whole batch.
+      per_device_bn: if True, batch norm uses the statistics of each device's part instead.
 
     Returns: a module for `init(rngs, images)` and `apply(variables, images, train=…, gate_noise=None)`
       → `(logits, aux)`.
@@ -123,7 +123,7 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
 
 
 def _create(module: type[nn.Module], fixed: Mapping[str, Any], given: Mapping[str, Any], config: Any) -> nn.Module:
-    """Creates a module. Fields that are neither fixed nor given are those of `config.model` with the same name."""
+    """Creates a module. Fields that are neither fixed nor given are taken from `config` by name."""
     fields = {}
     for name in (field.name for field in dataclasses.fields(module)):
         if name in fixed or name in given:
@@ -135,5 +135,5 @@ def _create(module: type[nn.Module], fixed: Mapping[str, Any], given: Mapping[st
 
 
 def count_parameters(params: Any) -> int:
-    """Returns the number of trainable parameters in a tree, which does not contain the moments of batch norm."""
+    """Returns the number of parameters in `variables["params"]`, which excludes the statistics of batch norm."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

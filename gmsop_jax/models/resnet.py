@@ -109,7 +109,7 @@ class ResNet(CheckedModule):
         map for 64×64 images), and 2 for first-order heads.
       stem_width: number of channels of the stem.
       stem: `small` is a 3×3 convolution with bias and stride 1. `large` is that of `BottleneckResNet`.
-      pixel_scale: typical size of an input value. The initial kernel of the stem is divided by it, and the
+      pixel_scale: typical magnitude of an input value. The initial kernel of the stem is divided by it, and the
         trainer scales down the updates of that kernel accordingly. Use 60 for mean-subtracted pixels of 0–255
         (as the authors do), and 1 for standardised input.
       norm: creates the batch norms.
@@ -132,9 +132,9 @@ class ResNet(CheckedModule):
 
         Args:
           images: mean-subtracted floating-point images of any size.
-          train: whether batch norm uses the batch's moments and updates the running ones.
+          train: whether batch norm uses the statistics of the batch and updates the running ones.
 
-        Returns: the map after the last block.
+        Returns: the feature map after the last block.
 
         Raises:
           TypeError: for integer images.
@@ -198,7 +198,7 @@ class BottleneckResNet(CheckedModule):
 
 
 def _stem(module, images, width, *, use_bias, train):
-    """A 3×3 convolution with stride 1, or a 7×7 convolution and max pooling, both with stride 2."""
+    """A 3×3 convolution with stride 1, or a 7×7 convolution and max pooling, each with stride 2."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"images must be floating-point, with their mean subtracted, got {images.dtype};"
@@ -223,7 +223,7 @@ def _stem(module, images, width, *, use_bias, train):
 def _max_pool(x: Array) -> Array:
     """Maximum over 3×3 windows with stride 2, and padding 1 on each side.
 
-    Computed as the maximum of nine slices, because the gradient of `nn.max_pool` adds in no fixed order on a GPU.
+    Computed as the maximum of nine slices, because the gradient of `nn.max_pool` is not deterministic on a GPU.
     """
     height, width = ((side - 1) // 2 + 1 for side in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)), constant_values=-jnp.inf)

@@ -1,9 +1,9 @@
 """Heads as NNX modules. All are created and called in the same way.
 
 `Head(in_features, num_classes, rngs=rngs, **fields)` takes the number of channels and the fields of the Linen head of
-the same name. `head(x, train, gate_noise, where)` takes and returns the same as the Linen head; see
+the same name. `head(x, train, gate_noise, where)` has the same arguments and results as the Linen head; see
 `gmsop_jax.models.heads`. A head starts in evaluation mode. `head.train()`, `head.eval()` and
-`nnx.view(head, deterministic=…)` switch the mode, and the argument `train` takes precedence over it.
+`nnx.view(head, deterministic=…)` switch the mode, and the argument `train` overrides it.
 """
 
 import inspect
@@ -44,7 +44,7 @@ def _triangle(width: int) -> int:
 
 
 class _Signature:
-    """The signature of a head's class with all fields, for `help` and editors; not that of its instances."""
+    """The signature of a head's constructor with all fields, for `help` and editors."""
 
     def __get__(self, head: Any, cls: Any) -> inspect.Signature:
         if head is not None or "linen" not in vars(cls):
@@ -60,7 +60,7 @@ class _Signature:
 
 
 class Head(ReluConvolutions):
-    """Base class of the heads, with their Linen counterpart and the mode.
+    """Base class of the heads, which holds the Linen counterpart and the mode.
 
     Raises:
       TypeError: if `rngs` is not an `nnx.Rngs`.
@@ -133,7 +133,7 @@ class GAPHead(_PoolingHead):
 
 
 class CovarianceHead(_PoolingHead):
-    """Plain second-order pooling (SOP); see `gmsop_jax.models.CovarianceHead`."""
+    """Second-order pooling without normalisation (SOP); see `gmsop_jax.models.CovarianceHead`."""
 
     linen = models.CovarianceHead
 
@@ -237,13 +237,16 @@ class _MixtureHead(Head):
         self.dropout = Dropout(config.dropout_rate, config.axis_name, rngs=rngs)
         self.classifier = Classifier(width, config.num_classes, config.dtype, rngs=rngs)
 
-    def _finish(self, features: Array, aux: Mapping[str, Array], train: bool, where: _Mask) -> _Output:
+    def _classify(self, features: Array, aux: Mapping[str, Array], train: bool, where: _Mask) -> _Output:
         y = self.dropout(self.bn(features, train, nonempty_images(where)), train)
         return self.classifier(y), {**aux, "features": features}
 
 
 class MixtureHead(_MixtureHead):
-    """Averaged or concatenated mixture; see `gmsop_jax.models.MixtureHead`. `rngs` needs a stream for `dropout`."""
+    """Averaged or concatenated mixture; see `gmsop_jax.models.MixtureHead`.
+
+    Training draws from the stream `dropout` of the `rngs` that the head was created with.
+    """
 
     linen = models.MixtureHead
 
@@ -258,7 +261,7 @@ class MixtureHead(_MixtureHead):
         """Pools and classifies. `gate_noise` is ignored, because there is no gate."""
         self._check_channels(x)
         features = self.mixture(x, where)
-        return self._finish(features, without_gate(features), self._is_training(train), where)
+        return self._classify(features, without_gate(features), self._is_training(train), where)
 
 
 class GatedMixtureHead(_MixtureHead):
@@ -289,7 +292,7 @@ class GatedMixtureHead(_MixtureHead):
         self._check_channels(x)
         train = self._is_training(train)
         features, aux = self.mixture(x, train, gate_noise, where)
-        return self._finish(features, aux, train, where)
+        return self._classify(features, aux, train, where)
 
 
 HEADS = (

@@ -42,7 +42,7 @@ class ModuleWithMode(nnx.Module):
 
 
 class BatchNorm(ModuleWithMode):
-    """Batch normalisation over all axes but the last, with MatConvNet's running moments; see `ops.batch_norm`.
+    """Batch normalisation over all axes but the last, with MatConvNet's running statistics; see `ops.batch_norm`.
 
     Args:
       num_features: number of channels.
@@ -61,12 +61,13 @@ class BatchNorm(ModuleWithMode):
     def __call__(
         self, x: Float[AnyArray, "*b c"], train: bool | None = None, where: Shaped[AnyArray, "*b"] | None = None
     ) -> Float[Array, "*b c"]:
-        """Normalises x, by the batch's moments in training and by the running ones otherwise.
+        """Normalises x by the statistics of the batch in training, and by the running statistics otherwise.
 
         Args:
           x: features.
-          train: whether to use the batch's moments and to update the running ones; None means the module's mode.
-          where: a mask or weights of the rows of x; masked rows do not count in the moments.
+          train: whether to use the statistics of the batch and to update the running ones; None means the module's
+            mode.
+          where: a mask, or weights of the rows of x in the statistics.
         """
         config, train = self.config, self._is_training(train)
         y, mean, sigma = batch_norm(
@@ -103,7 +104,7 @@ def make_norm(factory: Any, num_features: int, rngs: nnx.Rngs, **fields: Any) ->
 
 
 def fields_of(module: Any) -> dict[str, Any]:
-    """The fields of a Linen module, without those of Flax."""
+    """The fields of a Linen module, without `parent` and `name`."""
     names = set(type(module).__dataclass_fields__) - {"parent", "name"}
     return {name: getattr(module, name) for name in names}
 
@@ -150,14 +151,14 @@ class Classifier(nnx.Module):
 
 
 class Dropout(nnx.Module):
-    """Sets each number to 0 with probability `rate` in training; see `ops.dropout`."""
+    """Sets each element to 0 with probability `rate` in training; see `ops.dropout`."""
 
     def __init__(self, rate: float, axis_name: str | None = None, *, rngs: nnx.Rngs):
         self.rate, self.axis_name = rate, axis_name
         self.rngs = rngs["dropout"].fork() if rate else None
 
     def __call__(self, x: Float[AnyArray, "b ..."], train: bool = False) -> Float[Array, "b ..."]:
-        """Drops numbers in training, and returns x otherwise."""
+        """Applies dropout in training, and returns x otherwise."""
         if not train or self.rngs is None:
             return jnp.asarray(x)
         return dropout(x, self.rate, self.rngs(), self.axis_name)

@@ -86,7 +86,7 @@ class Gate(ReluConvolutions):
         )
 
 
-class _Bank(nnx.Module):
+class _Candidates(nnx.Module):
     """The candidates and their weights, which all images share."""
 
     config: Any
@@ -106,7 +106,7 @@ class _Bank(nnx.Module):
         return self.config.pool_features(x, self.config.order, where)
 
 
-class Mixture(_Bank):
+class Mixture(_Candidates):
     """Pools features by all candidates, without a gate; see `gmsop_jax.models.Mixture`.
 
     Args:
@@ -122,13 +122,13 @@ class Mixture(_Bank):
     def __call__(
         self, x: Float[AnyArray, "b *p c"], where: Shaped[AnyArray, "b *p"] | None = None
     ) -> Float[Array, "b f"]:
-        """Pools a map [b, h, w, c] or tokens [b, l, c]; `where` is a mask or weights of the positions."""
+        """Pools a feature map [b, h, w, c] or tokens [b, l, c]; `where` is a mask or weights of the positions."""
         x, where = flatten_positions(x, where)
         pooled = apply_all_candidates(x, self._kernels(x), self._pool, where=where)
         return jnp.mean(pooled, axis=1) if self.config.combine == "average" else pooled.reshape(x.shape[0], -1)
 
 
-class GatedMixture(_Bank, ModuleWithMode):
+class GatedMixture(_Candidates, ModuleWithMode):
     """Pools features by the weighted sum of the candidates that the gate selects; see `gmsop_jax.models.GatedMixture`.
 
     Args:
@@ -151,7 +151,7 @@ class GatedMixture(_Bank, ModuleWithMode):
         gate_noise: Float[AnyArray, "b ..."] | None = None,
         where: Shaped[AnyArray, "b *p"] | None = None,
     ) -> tuple[Float[Array, "b f"], Mapping[str, Array]]:
-        """Pools a map or tokens; the arguments and results are those of `gmsop_jax.models.GatedMixture`.
+        """Pools a feature map or tokens; the arguments and results are those of `gmsop_jax.models.GatedMixture`.
 
         `train=None` means the module's mode.
         """

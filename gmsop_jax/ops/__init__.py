@@ -1,6 +1,6 @@
-"""Pure array functions; they import nothing but jax and numpy.
+"""Pure array functions, which depend only on JAX, NumPy and jaxtyping.
 
-Axes: b batch, p positions (height × width), c channels, d width of a matrix, n candidates, k selected.
+Axes: b batch, p positions (height × width), c channels, d side of a matrix, n candidates, k selected candidates.
 """
 
 from gmsop_jax.ops.covariance import average_pool, covariance_pool, second_order_pool

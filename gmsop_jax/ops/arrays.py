@@ -1,4 +1,4 @@
-"""The type of arrays that public functions take."""
+"""The array type of the arguments of public functions."""
 
 import numpy as np
 from jaxtyping import Array

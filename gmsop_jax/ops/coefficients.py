@@ -48,10 +48,10 @@ def iteration_steps(num_iters: int, coefficients: Coefficients = "newton_schulz"
 def minimax_steps(num_iters: int, lower_end: float) -> Steps:
     """The composition of n odd cubics that is closest to 1 on [l, 1], applied to √λ.
 
-    The cubic s ← s(a − bs²) with a = (1 + l + l²)c and b = c takes equal values at l and 1, and its maximum
+    The cubic s ← s(a − bs²) with a = (1 + l + l²)c and b = c has equal values at l and 1, and its maximum
     between them. The optimal composition uses, in each step, the best cubic on the interval to which the previous
-    steps map [l, 1] (Amsel et al. 2025, Polar Express). Here each step but the last is scaled so that its maximum
-    is 1, which keeps the eigenvalues of ZY in [0, 1]. The last step is scaled so that its values lie evenly around 1.
+    steps map [l, 1] (Amsel et al. 2025, Polar Express). Here, each step but the last is scaled so that its maximum
+    is 1, which keeps the eigenvalues of ZY in [0, 1]. The last step is scaled so that its values are centred on 1.
 
     Args:
       num_iters: number of steps.
@@ -71,7 +71,7 @@ def minimax_steps(num_iters: int, lower_end: float) -> Steps:
 
 @functools.cache
 def two_step_factors(first: Step, second: Step) -> Factors:
-    """Factors two steps into two quadratics, whose product costs one matrix product besides w².
+    """Factors two steps into two quadratics, whose product takes one matrix product in addition to w².
 
     With w = ZY, two steps multiply Y and Z by the quartic
     T₁(w)·T₂(w T₁(w)²) = g·(w² + p₁w + q₁)·(w² + p₂w + q₂).

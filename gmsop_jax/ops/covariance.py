@@ -1,6 +1,6 @@
-"""Pooling of features over positions into one vector: first and second order.
+"""First-order and second-order pooling of features over positions.
 
-Every function takes `where`, which selects or weights the positions: the padding of tokens, or a region of a map.
+Every function takes `where`, which selects or weights the positions, for example to mask the padding of tokens.
 """
 
 import functools
@@ -26,8 +26,8 @@ def average_pool(x: Float[AnyArray, "*b p c"], *, where: Where | None = None) ->
     μ = (1/p) Σ xₚ,  or  μ = Σ wₚ xₚ / Σ wₚ  with weights w
 
     Args:
-      x: features of p positions; for a map [b, h, w, c], see `flatten_positions`. Half precision is converted to
-        float32.
+      x: features of p positions; for a feature map [b, h, w, c], see `flatten_positions`. Half precision is converted
+        to float32.
       where: the positions to include, or their weights; see `covariance_pool`.
 
     Returns: the means over positions, float32 or float64. If all weights are 0, the mean is zero, with zero gradient.
@@ -63,8 +63,8 @@ def covariance_pool(
     With weights w, Σ = Σ wₚ (xₚ − μ)(xₚ − μ)ᵀ / Σ wₚ with the weighted mean μ.
 
     Args:
-      x: features of p positions; for a map [b, h, w, c], see `flatten_positions`. Half precision is converted to
-        float32 before the mean is subtracted.
+      x: features of p positions; for a feature map [b, h, w, c], see `flatten_positions`. Half precision is converted
+        to float32 before the mean is subtracted.
       where: the positions to include (bool), or non-negative weights, of which only the ratios matter. The result
         equals that of the input without the positions of weight 0, whose values may be NaN or infinite. Gradients
         flow into x and into weights, and are 0 at positions of weight 0. A weight that is negative, NaN or infinite
@@ -79,7 +79,7 @@ def covariance_pool(
 
     Raises:
       ValueError: if x has no position or fewer than two axes, if `where` does not have one entry for each position,
-        or if the precision is not one for matrices of this dtype.
+        or if the precision does not accumulate in the dtype of the matrices.
       TypeError: if x is not floating-point, or `where` is complex.
 
     Example:
@@ -112,7 +112,7 @@ def second_order_pool(
     triangle_vector(newton_schulz_sqrt(covariance_pool(x), n))   (GM-SOP, section 2.2)
 
     Args:
-      x: features of p positions.
+      x: features of p positions; see `covariance_pool`.
       num_iters: number n of Newton–Schulz iterations.
       where, centered: see `covariance_pool`.
       coefficients: see `newton_schulz_sqrt`.
@@ -161,7 +161,7 @@ def pool_features(
 
 
 def position_weights(x: Float[AnyArray, "*b p c"], where: Where) -> Float[Array, "*b p"]:
-    """Converts a mask or weights to weights in the dtype of x, at least float32.
+    """Converts a mask or weights to weights in the dtype of x, or in float32 if x has half precision.
 
     No gradient flows into weights of 0, because the positions that they exclude may hold any values. Negative weights
     become NaN.
@@ -223,7 +223,7 @@ def _weighted_covariance(x: Array, weights: Array | None, centered: bool, precis
 
 
 def _rows(x: Array, weights: Array | None, centered: bool) -> Array:
-    """The features whose outer products are averaged: centered, and 0 at positions of weight 0."""
+    """The features whose outer products are averaged: optionally centered, and 0 at positions of weight 0."""
     x = _at_least_float32(x)
     if weights is None:
         return x - jnp.mean(x, axis=-2, keepdims=True) if centered else x
@@ -236,8 +236,8 @@ def _covariance_forward(x, weights, centered, precision):
 
 
 def _covariance_backward(centered, precision, residuals, g):
-    # One product, where automatic differentiation makes two. The weighted rows sum to 0, so the mean needs no gradient.
-    # The barrier makes XLA center the features again, so that it keeps no centered copy of them from the forward pass.
+    # One product, where automatic differentiation takes two. The weighted rows sum to 0, so the mean needs no gradient.
+    # The barrier makes XLA center the features again instead of storing the centered copy from the forward pass.
     (x, weights), g = jax.lax.optimization_barrier((residuals, g))
     rows = _rows(x, weights, centered)
     slopes = jnp.einsum("...pc,...cd->...pd", rows, g + jnp.swapaxes(g, -1, -2), precision=precision)

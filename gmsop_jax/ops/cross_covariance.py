@@ -23,7 +23,7 @@ def cross_covariance_pool(
 ) -> Float[Array, "*b r r"]:
     """Cross-covariance of two sets of features over positions.
 
-    C = (1/p) Σ (qₚ − mean q)(kₚ − mean k)ᵀ;  all means are weighted if there are weights
+    C = (1/p) Σ (qₚ − mean q)(kₚ − mean k)ᵀ;  with weights, all means are weighted
 
     Args:
       queries, keys: features of p positions. Half precision is converted to float32.
@@ -33,8 +33,8 @@ def cross_covariance_pool(
     Returns: matrices, float32 or float64.
 
     Raises:
-      ValueError: if there is no position, if queries and keys differ in shape, or if the precision is not one for
-        matrices of this dtype.
+      ValueError: if there is no position, if queries and keys differ in shape, or if the precision does not accumulate
+        in the dtype of the matrices.
     """
     if np.ndim(queries) < 2 or np.shape(queries)[-2] == 0 or np.shape(queries) != np.shape(keys):
         raise ValueError(
@@ -69,7 +69,7 @@ def multi_head_cross_covariance_pool(
 
     Args:
       x: the queries of all heads and then their keys, 2 · num_heads · r channels at p positions.
-      start: the start of the power iteration, which all heads share.
+      start: the initial vector of the power iteration, which all heads share.
       num_heads: number of heads.
       alpha: see `normalize_singular_value`.
       where: a mask or weights of the positions, [b, p]; see `covariance_pool`.
@@ -103,7 +103,7 @@ def normalize_singular_value(
 
     Args:
       c: C, for example from `cross_covariance_pool`.
-      start: v₀, which SoT learns.
+      start: v₀, the initial vector, which SoT learns.
       alpha: the exponent α, in (0, 1].
 
     Returns: Ĉ. A zero matrix gives zero, with a finite gradient.

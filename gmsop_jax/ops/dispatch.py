@@ -1,7 +1,7 @@
 """Exact dispatch: every candidate runs on the images that selected it, and on no others.
 
-Each selected pair (image, candidate) is one tile: the p rows of the image times the weights of the candidate. The work
-is that of b·k tiles and does not depend on n. All shapes are static, and no tile is dropped.
+Each selected pair (image, candidate) is one tile: the p rows of the image times the weights of the candidate. The cost
+is that of b·k tiles and does not depend on n. All shapes are static, and no pair is dropped.
 """
 
 import functools
@@ -21,7 +21,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 Dispatch = Literal["auto", "gather", "group", "loop"]
 Pool = Callable[..., Array]
 
-_CACHE_BYTES = 4 << 20  # if the activations of all pairs are larger, the loop was measured to be faster
+_CACHE_BYTES = 4 << 20  # above this size of the activations of all pairs, the loop is faster
 
 
 def apply_candidates(
@@ -43,10 +43,10 @@ def apply_candidates(
       indices: the selected candidates, from 0 to n − 1.
       pool: pools one or more tiles, [*, p, d] → [*, f], such as `functools.partial(second_order_pool, precision=…)`. If
         there is a mask, it also receives `where`, weights [*, p].
-      dispatch: `gather` copies the weights for each pair and computes all pairs as batched products. `group` arranges
-        the pairs by candidate in blocks of b·k / 8n pairs and copies the weights for each block, so that it needs much
-        less memory; empty places in the blocks make the products larger by 1/8. `loop` computes one pair after the
-        other within the cache, and recomputes each in the backward pass instead of storing anything. `auto` selects
+      dispatch: `gather` copies the weights for each pair and computes all pairs as batched products. `group` sorts
+        the pairs by candidate into blocks of b·k / 8n pairs and copies the weights for each block, so that it needs
+        much less memory; empty slots in the blocks make the products larger by 1/8. `loop` computes one pair at a time
+        within the cache, and recomputes each pair in the backward pass instead of storing anything. `auto` selects
         `loop` on a single CPU device if the activations of all pairs exceed the cache, `group` on accelerators if the
         blocks have at least two pairs, and `gather` otherwise. Values and gradients are the same up to rounding.
       where: a mask or weights of the positions; see `covariance_pool`.
@@ -155,7 +155,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _tiles(x: Array, where: Array | None, weights: Sequence[AnyArray], pool: Pool) -> Array:
-    """Runs each image [p, c] through several candidates."""
+    """Runs each image [p, c] through several candidates; `weights` are [*, n, in, out]."""
     return _tile(x[:, None], None if where is None else where[:, None], weights, pool)
 
 
@@ -169,9 +169,9 @@ class _Groups(NamedTuple):
     """An arrangement of the pairs in blocks of equal size, with one candidate in each block.
 
     Attributes:
-      slot: the place of each pair, [b, k].
+      slot: the slot of each pair, [b, k].
       pair: the pair in each slot, [blocks · size]; 0 in an empty slot.
-      used: whether a slot has a pair, bool [blocks · size].
+      used: whether a slot holds a pair, bool [blocks · size].
       candidate: the candidate of each block, [blocks].
     """
 
@@ -190,10 +190,10 @@ def _block_size(num_pairs: int, n: int) -> int:
 
 
 def _arrange(indices: Array, n: int) -> _Groups:
-    """Arranges the pairs by candidate; the blocks of a candidate are adjacent, and only its last one is not full."""
+    """Sorts the pairs into blocks by candidate; a candidate's blocks are adjacent, and all but its last are full."""
     flat = indices.ravel()
     size = max(1, _block_size(flat.size, n))
-    num_blocks = flat.size // size + n  # enough for any choice of candidates
+    num_blocks = flat.size // size + n  # enough for any selection
     selected = jax.nn.one_hot(flat, n, dtype=jnp.int32)
     before = jnp.cumsum(selected, axis=0) - selected
     ends = jnp.cumsum(-(-selected.sum(0) // size))  # of the candidates, in blocks
@@ -227,7 +227,7 @@ def _to_slots(x: Array, groups: _Groups) -> Array:
 
 @jax.custom_vjp
 def _to_pairs(y: Array, groups: _Groups) -> Array:
-    """Brings slots into the order of the pairs, [slots, *] → [b, k, *]."""
+    """Reorders slots to pairs, [slots, *] → [b, k, *]."""
     return y[groups.slot]
 
 
@@ -252,11 +252,11 @@ _to_pairs.defvjp(lambda y, groups: (_to_pairs(y, groups), groups), _to_pairs_bac
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loop(x: Array, where: Array | None, kernels: tuple[Array, ...], indices: Array, pool: Pool) -> Array:
-    def turn(pairs):
+    def step(pairs):
         tiles = [_tile(*_pair(x, where, kernels, i, c), pool) for i, c in zip(*pairs, strict=True)]
         return jnp.stack(tiles)
 
-    return jax.lax.map(turn, _pairs(indices)).reshape(*indices.shape, -1)
+    return jax.lax.map(step, _pairs(indices)).reshape(*indices.shape, -1)
 
 
 def _pair(
@@ -267,10 +267,10 @@ def _pair(
 
 
 def _pairs(indices: Array) -> tuple[Array, Array]:
-    """Image and candidate of each pair, [turns, pairs per turn]: one or two per turn; XLA can run two on two cores."""
+    """Image and candidate of each pair, [steps, 1 or 2]: XLA can run two pairs of a step on two cores."""
     b, k = indices.shape
-    pairs_a_turn = 2 - b * k % 2
-    return (jnp.arange(b * k) // k).reshape(-1, pairs_a_turn), indices.reshape(-1, pairs_a_turn)
+    pairs_per_step = 2 - b * k % 2
+    return (jnp.arange(b * k) // k).reshape(-1, pairs_per_step), indices.reshape(-1, pairs_per_step)
 
 
 def _loop_forward(x, where, kernels, indices, pool):
@@ -280,7 +280,7 @@ def _loop_forward(x, where, kernels, indices, pool):
 def _loop_backward(pool, residuals, g):
     x, where, kernels, indices = residuals
 
-    def turn(carry, pairs):
+    def step(carry, pairs):
         dx, dwhere, dkernels = carry
         for image, candidate, g_tile in zip(*pairs, strict=True):
             _, vjp = jax.vjp(
@@ -295,7 +295,7 @@ def _loop_backward(pool, residuals, g):
     pairs = _pairs(indices)
     g = g.reshape(*pairs[0].shape, g.shape[-1])
     zeros = jax.tree.map(jnp.zeros_like, (x, where, list(kernels)))
-    (dx, dwhere, dkernels), _ = jax.lax.scan(turn, zeros, (*pairs, g))
+    (dx, dwhere, dkernels), _ = jax.lax.scan(step, zeros, (*pairs, g))
     return dx, dwhere, tuple(dkernels), np.zeros(indices.shape, jax.dtypes.float0)
 
 

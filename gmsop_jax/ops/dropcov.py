@@ -31,15 +31,15 @@ def adaptive_channel_dropout(
 
     Σ' = (1 + a)(1 + a)ᵀ ∘ Σ,  ρ = cos(a, Σ'1),  rate = clip(1 − 10/log₂c · mean ρ, 0, 1),  result mmᵀ ∘ Σ'
 
-    The authors scale the features, x ← x·a + x and x ← x·m, and then compute their covariance. The result is the same,
-    because scaling a channel scales its row and column of Σ. m is 0 for a dropped channel and 1/(1 − rate) otherwise.
+    m is 0 for a dropped channel and 1/(1 − rate) otherwise. The authors scale the features, x ← x·a + x and x ← x·m,
+    and then compute their covariance. The result is the same, because scaling a channel scales its row and column of Σ.
     All images of the batch share one rate, and no gradient flows through it.
 
     Args:
       sigma: covariances of the features.
       attention: a, from `channel_attention`.
-      key: key of the draw, the same on every device.
-      where: the images that count in the mean of ρ; None means all.
+      key: PRNG key, the same on every device.
+      where: the images to include in the mean of ρ; None includes all.
       axis_name: pmap or shard_map axis over which the batch is split.
 
     Returns: the covariances of the remaining channels.

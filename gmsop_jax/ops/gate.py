@@ -63,8 +63,8 @@ def apply_gate(
       gradient, softmax: see `selection_weights`.
       balance_on: what the balance loss is computed from: the `weights`, or the `softmax` of W_gᵀf over all n.
       balance_ddof: see `balance_loss`.
-      where: the images that count in the balance loss; None means all.
-      tie_key: key for the draw of candidates when all logits are equal; see `select_top_k`.
+      where: the images to include in the balance loss; None includes all.
+      tie_key: PRNG key for choosing candidates at random when all logits are equal; see `select_top_k`.
       axis_name: pmap or shard_map axis over which the batch is split.
     """
     clean = _product(features, kernel)
@@ -96,7 +96,7 @@ def draw_gate_noise(
       shape: (b, n), the numbers of images and candidates.
       dtype: dtype of the result.
       given: γ, used instead of a draw: [b] or [b, n].
-      key: key of the draw, the same on every device; None means no noise unless `given` is set.
+      key: PRNG key, the same on every device; None means no noise unless `given` is set.
       axis_name: pmap or shard_map axis over which the batch is split.
 
     Returns: γ, or None if there is no noise.
@@ -136,7 +136,7 @@ def top_k_gate(
       k: number of candidates to select, 1 ≤ k ≤ n.
       gradient: `straight_through` uses the gradient of softmax(h) over all n candidates. `masked` uses the
         gradient of the softmax over the selected ones, as the authors' code does.
-      rng: key for the random selection when all logits are equal; see `select_top_k`.
+      rng: PRNG key for the random selection when all logits are equal; see `select_top_k`.
 
     Returns: (weights, indices of the selected candidates). Each row of weights has k non-zero entries, which sum to 1.
       The weight of a selected logit underflows to 0 in float32 if it is about 100 below the largest.
@@ -159,13 +159,13 @@ def select_top_k(
     """Indices of the k largest logits of each image. Among equal logits, the lowest index comes first.
 
     If `rng` is given and all logits of every image are equal, as with the gate's constant initialisation, then k
-    candidates are drawn at random for each image, so that all candidates start to learn. Logits count as equal within
-    16 units of rounding, because equal columns of a matrix product may differ in their last bits.
+    candidates are drawn at random for each image, so that all candidates start to learn. Logits are treated as equal
+    within 16 ulps, because equal columns of a matrix product may differ in their last bits.
 
     Args:
       logits: h.
       k: number of candidates to select, 1 ≤ k ≤ n.
-      rng: key of the draw; without it, equal logits are selected by their index.
+      rng: PRNG key; without it, equal logits are selected by their index.
       axis_name: pmap or shard_map axis over which the batch is split.
 
     Returns: indices, in decreasing order of the logits.
@@ -181,7 +181,7 @@ def select_top_k(
     if rng is not None and k < n:
         draw = draw_rows(jax.random.uniform, rng, logits.shape, axis_name)
         logits = jnp.where(_all_tie(logits, axis_name), draw, logits)
-    # a stable sort: for top_k XLA would gather a batch that is split over devices
+    # argsort instead of top_k, for which XLA would gather a batch that is split over devices
     return jnp.argsort(-logits, axis=-1, stable=True)[..., :k]
 
 
@@ -237,7 +237,7 @@ def balance_loss(importance: Float[AnyArray, "b n"], axis_name: str | None = Non
 
     Args:
       importance: the gate's weights, or, for V-MoE's importance loss (with ddof=0), the softmax of the logits without
-        noise over all n. Only the sum over the batch matters, so gradient accumulation passes the sums of its parts.
+        noise over all n. Only the sum over the batch matters, so gradient accumulation can pass partial sums.
       axis_name: pmap or shard_map axis over which the batch is split. The importance is summed over it first, because
         the loss of a batch is not the mean of the losses of its parts.
       ddof: the variance is divided by n − ddof: 1 in the authors' code, 0 in Shazeer et al. 2017.

@@ -15,7 +15,7 @@ from gmsop_jax.ops.random import draw_rows
 def flatten_positions(
     x: Shaped[AnyArray, "b *p c"], where: Shaped[AnyArray, "b *p"] | None = None
 ) -> tuple[Shaped[Array, "b p c"], Float[Array, "b p"] | None]:
-    """Flattens a map of features [b, h, w, c] or tokens [b, l, c] to p positions, with their weights.
+    """Flattens a feature map [b, h, w, c] or tokens [b, l, c] to p positions, with their weights.
 
     Args:
       x: features. With a mask, they are set to 0 at positions of weight 0.
@@ -28,7 +28,7 @@ def flatten_positions(
     """
     x = jnp.asarray(x)
     if x.ndim not in (3, 4):
-        raise ValueError(f"a head needs a map of features [b, h, w, c] or tokens [b, l, c], got shape {x.shape}")
+        raise ValueError(f"a head needs a feature map [b, h, w, c] or tokens [b, l, c], got shape {x.shape}")
     b, c = x.shape[0], x.shape[-1]
     if where is None:
         return x.reshape(b, -1, c), None
@@ -66,12 +66,15 @@ def batch_norm(
 
     Args:
       x: features.
+      scale, bias: learned parameters.
       running_mean, running_sigma: running averages of μ and of σ itself, not of the variance.
+      train: whether to use the statistics of the batch and to update the running averages.
       running_rate: weight of the batch in the running averages: r ← (1 − rate) · r + rate · batch.
-      where: a mask or weights of the rows, which determine their shares in the moments; see `covariance_pool`. If
-        all are 0, the running averages do not change.
-      axis_name: pmap or shard_map axis over which the batch is split, to use the moments of the whole batch.
-      dtype: dtype of y; None means that of x and the parameters. Moments are computed in float32 at least.
+      epsilon: ε.
+      where: a mask, or weights of the rows in the batch statistics; see `covariance_pool`. If all are 0, the running
+        averages do not change.
+      axis_name: pmap or shard_map axis over which the batch is split, to use the statistics of the whole batch.
+      dtype: dtype of y; None means that of x and the parameters. Statistics are computed in at least float32.
 
     Returns: (y, running_mean, running_sigma); the running averages are updated in training.
     """
@@ -83,7 +86,7 @@ def batch_norm(
     if train:
         weights = None if where is None else position_weights(x, where)
         x = x if weights is None else clear_masked(x, weights)
-        # Moments of x − shift: in those of x itself, E[x²] − E[x]² cancels where |μ| is much larger than σ.
+        # Moments of x − shift, because E[x²] − E[x]² of x itself cancels where |μ| is much larger than σ.
         shift = _shift(x, weights, axis_name)
         x = x - shift
         mean, square = _moments(x, weights, axis_name)
@@ -125,14 +128,14 @@ def _update(running: Array, batch: Array, rate: float | Array) -> Array:
 
 
 def dropout(x: Float[AnyArray, "b *f"], rate: float, key: Array, axis_name: str | None = None) -> Float[Array, "b *f"]:
-    """Sets each number to 0 with probability `rate` and divides the others by 1 − rate.
+    """Sets each element to 0 with probability `rate` and divides the others by 1 − rate.
 
     Args:
       x: the first axis is the batch.
       rate: at least 0 and below 1.
-      key: key of the draw, the same on every device.
-      axis_name: pmap or shard_map axis over which the batch is split. The draw is then the one that a single device
-        makes for the whole batch.
+      key: PRNG key, the same on every device.
+      axis_name: pmap or shard_map axis over which the batch is split. The mask is then the same as on a single device
+        with the whole batch.
     """
     bernoulli = functools.partial(jax.random.bernoulli, p=1 - rate)
     kept = draw_rows(lambda key, shape: bernoulli(key, shape=shape), key, x.shape, axis_name)
@@ -147,10 +150,13 @@ def linear_logits(
 ) -> Float[Array, "b n"]:
     """Logits xᵀW + b of a linear classifier, float32 or float64.
 
-    In half precision the products are accumulated in float32 and the logits are not rounded back, because in bfloat16
-    the largest logits of many images would tie.
+    In half precision, the products are accumulated in float32 and the logits stay in float32, because in bfloat16 the
+    largest logits of many images would be equal.
 
     Args:
+      x: features.
+      kernel: W.
+      bias: b.
       dtype: dtype of the product's operands; None means that of x and the parameters.
     """
     dtype = dtype or jnp.result_type(x, kernel)

@@ -19,23 +19,22 @@ def matrix_power(
 
     Σ = U diag(λ) Uᵀ,  Σ^α = U diag(λ^α) Uᵀ   (MPN-COV, eq. 5)
 
-    Eigenvalues no larger than the spacing of floating-point numbers at the largest eigenvalue are rounding
-    errors. They are set to 0, as in the authors' code. (That code computes √(λ + 10⁻¹²) for
-    any α; this function computes λ^α.) The gradient uses the divided differences (λᵢ^α − λⱼ^α)/(λᵢ − λⱼ), in a form
-    that stays accurate for close and equal eigenvalues. The gradient itself is not differentiable where
-    eigenvalues are equal.
+    Eigenvalues of at most one ulp of the largest eigenvalue are rounding errors and are set to 0, as in the authors'
+    code. (That code computes √(λ + 10⁻¹²) for any α; this function computes λ^α.) The gradient uses the divided
+    differences (λᵢ^α − λⱼ^α)/(λᵢ − λⱼ), in a form that stays accurate for close and equal eigenvalues. The gradient
+    itself is not differentiable where eigenvalues are equal.
 
     Args:
-      sigma: symmetric PSD matrices, float32 or float64; only the symmetric part counts.
+      sigma: symmetric PSD matrices, float32 or float64; only their symmetric part is used.
       alpha: α > 0; MPN-COV uses ½.
       precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: Σ^α, same shape and dtype. A zero matrix gives zero, with zero gradient.
 
     Raises:
-      ValueError: if alpha is not positive, if the last two axes differ, or if the precision is not one for matrices of
-        this dtype.
-      TypeError: for half precision and integers.
+      ValueError: if alpha is not positive, if the last two axes differ, or if the precision does not accumulate in the
+        dtype of the matrices.
+      TypeError: if sigma is neither float32 nor float64.
 
     Example:
       >>> matrix_power(jnp.diag(jnp.array([4.0, 9.0])), 0.5)

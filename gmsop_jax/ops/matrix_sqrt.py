@@ -28,8 +28,8 @@ def newton_schulz_sqrt(
 
     (iSQRT-COV, eq. 4–7.) All iterates are polynomials of A, so they commute, and Yₙ is computed with fewer matrix
     products than the formulas show, two steps at a time: 5 instead of 6 for n = 3, and 10 instead of 12 for n = 5.
-    The derivative of the map at a symmetric A is its own adjoint. The backward pass is therefore a forward sweep
-    with the cotangent as direction, and stores only `sigma`.
+    The derivative at a symmetric A is self-adjoint. The backward pass is therefore a `jax.jvp` with the cotangent as
+    the tangent, and stores only `sigma`.
 
     With few steps, the result is far from the square root, by design: small eigenvalues converge slowly, and
     the method benefits from not amplifying them. The table shows ‖Y − √Σ‖/‖√Σ‖ in the Frobenius norm for
@@ -64,9 +64,9 @@ def newton_schulz_sqrt(
     Returns: Y with Y @ Y ≈ sigma, same shape and dtype. A zero matrix gives zero, with zero gradient.
 
     Raises:
-      ValueError: if num_iters < 1, if the last two axes differ, or if `coefficients` is unknown or not available for
-        that many steps, or if the precision is not one for matrices of this dtype.
-      TypeError: if num_iters is not an int; and for matrices of integers or of half precision, which is not accurate
+      ValueError: if num_iters < 1, if the last two axes differ, if `coefficients` is unknown or not available for that
+        many steps, or if the precision does not accumulate in the dtype of the matrices.
+      TypeError: if num_iters is not an int, or if sigma is neither float32 nor float64; half precision is not accurate
         enough for the iteration.
 
     Example:
@@ -218,7 +218,7 @@ def _forward(sigma, steps, inverse, precision):
 
 
 def _backward(steps, inverse, precision, sigma, g):
-    """The adjoint of the derivative at a symmetric Σ, applied to the cotangent g."""
+    """The vector–Jacobian product at a symmetric Σ."""
     a, trace, safe_trace = _normalize(sigma)
     y, da = jax.jvp(lambda a: _polynomial(a, steps, inverse, precision), (a,), (g,))
 

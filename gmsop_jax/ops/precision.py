@@ -19,15 +19,15 @@ def matrix_precision(precision: PrecisionLike, dtype: DTypeLike) -> PrecisionLik
 
     Args:
       precision: what JAX's products accept, such as `'highest'`, or a `jax.lax.DotAlgorithmPreset` or its name; None
-        means the default. On a CPU, JAX computes the bfloat16 presets in float32 and refuses those of TF32; use
+        means the default. On a CPU, JAX computes the bfloat16 presets in float32 and rejects the TF32 presets; use
         `'highest'` there.
       dtype: dtype of the matrices, float32 or float64. The default for float64 is `highest`.
 
     Returns: `precision`, or the default.
 
     Raises:
-      ValueError: if the precision is a preset that does not accumulate in the dtype of the matrices. JAX itself refuses
-        unknown precisions, and presets that the device does not have.
+      ValueError: if the precision is a preset that does not accumulate in the dtype of the matrices. JAX itself raises
+        an error for unknown precisions, and for presets that the device does not support.
 
     Example:
       >>> matrix_precision("BF16_BF16_F32_X6", jnp.float32)

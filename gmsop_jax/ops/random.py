@@ -15,7 +15,7 @@ def draw_rows(
 
     Args:
       draw: (key, shape) → array, like `jax.random.normal`.
-      rng: key, the same on every device.
+      rng: PRNG key, the same on every device.
       shape: shape of the result; its first axis is this device's rows.
       axis_name: pmap or shard_map axis over which the batch is split; None if there is no such axis (under jit, XLA
         partitions the draw itself).

@@ -14,7 +14,7 @@ from gmsop_jax.ops.arrays import AnyArray
 
 @functools.cache
 def _positions(d: int) -> tuple[np.ndarray, np.ndarray]:
-    """Flat positions of the triangle's entries in the matrix, and of the matrix's in the triangle."""
+    """Flat indices of the triangle's entries in the matrix, and of the matrix's entries in the triangle."""
     rows, cols = np.triu_indices(d)
     to_vector = rows * d + cols
     to_matrix = np.zeros((d, d), np.int32)
@@ -69,7 +69,7 @@ def triangle_matrix(v: Shaped[AnyArray, "*b t"]) -> Shaped[Array, "*b d d"]:
 
 
 def triangle_side(t: int) -> int:
-    """The d whose triangle has t = d(d + 1)/2 entries.
+    """The side d of the matrix whose triangle has t = d(d + 1)/2 entries.
 
     Raises:
       ValueError: if t is not a triangular number.
