@@ -1,1 +1,1 @@
-"""Data: foreign data sets → verified ArrayRecord shards → batches. Imports no JAX."""
+"""Data: from verified ArrayRecord shards to batches. Imports no JAX."""

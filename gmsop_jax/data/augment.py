@@ -1,4 +1,4 @@
-"""Preparation of stored images: the whole image, its centre, or a random part of it, resized to one size.
+"""Preprocessing of stored images: the whole image, its centre, or a random crop, resized to one size.
 
 A preparation is called with a block of images and a row of random numbers for each of them. It keeps no state, so the
 same numbers give the same pixels in any thread or process.
@@ -13,14 +13,14 @@ from gmsop_jax.data.resize import resize
 
 Pixels = np.ndarray | list[np.ndarray]  # uint8 [n, h, w, c], or n of [h, w, c] if they differ in shape; c = 1 or 3
 
-_TRIES = 10  # attempts to find a part that lies inside the image
-_ASPECTS = 3 / 4, 4 / 3  # smallest and largest width / height of a part
-_MAX_ASPECT = 16  # images longer than this many times their shorter side are cut to that before they are resized
+_TRIES = 10  # attempts to find a crop that lies inside the image
+_ASPECTS = 3 / 4, 4 / 3  # smallest and largest aspect ratio (width / height) of a crop
+_MAX_ASPECT = 16  # images with a larger ratio of their sides are cropped to this ratio before they are resized
 
 
 @dataclasses.dataclass(frozen=True)
 class Centre:
-    """Resizes the shorter side to `shorter_side` and cuts out the centre; 0 resizes the whole image instead."""
+    """Resizes the shorter side to `shorter_side` and crops the centre; 0 resizes the whole image instead."""
 
     shorter_side: int
     num_draws: ClassVar[int] = 0
@@ -44,7 +44,7 @@ class Centre:
 
 @dataclasses.dataclass(frozen=True)
 class PaddedCrop:
-    """Surrounds the image with `padding` pixels of the mean colour and cuts a window out at a random place.
+    """Pads the image with `padding` pixels of the mean colour on every side and crops it at a random position.
 
     He et al., "Deep Residual Learning for Image Recognition", 2016, §4.2. They pad with zeros after subtracting the
     mean, which is equivalent.
@@ -61,21 +61,21 @@ class PaddedCrop:
 
 @dataclasses.dataclass(frozen=True)
 class ResizedCrop:
-    """Cuts out a random part whose share of the image's area lies between the two of `area`, and resizes it.
+    """Crops the image at random, to a fraction of its area between the two of `area`, and resizes the crop.
 
     Szegedy et al., "Going Deeper with Convolutions", 2015, §6.
     """
 
     area: tuple[float, float]
-    num_draws: ClassVar[int] = 2 * _TRIES + 2  # areas, aspects, top, left
+    num_draws: ClassVar[int] = 2 * _TRIES + 2  # areas, aspect ratios, top, left
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
         """Prepares a block of images as `Centre` does; returns n of uint8 [*size, c]."""
         del mean_rgb
-        parts = random_parts(np.array([image.shape[:2] for image in pixels]), draws, self.area)
+        crops = random_parts(np.array([image.shape[:2] for image in pixels]), draws, self.area)
         return [
             resize(image[top : top + height, left : left + width], size, "pillow")
-            for image, (top, left, height, width) in zip(pixels, parts.tolist(), strict=True)
+            for image, (top, left, height, width) in zip(pixels, crops.tolist(), strict=True)
         ]
 
 
@@ -94,12 +94,13 @@ def training_preparation(data: Any) -> Preparation:
 
 
 def evaluation_image(image: np.ndarray, size: tuple[int, int], shorter_side: int) -> np.ndarray:
-    """Prepares an image for evaluation: resizes its shorter side (bicubic) and cuts out the centre.
+    """Prepares an image for evaluation: resizes its shorter side (bicubic) and crops the centre.
 
     Args:
       image: uint8 [h, w, c].
-      size: height and width of the result, neither more than `shorter_side`.
-      shorter_side: its length after resizing. The longer side is rounded down. 0 resizes the whole image to `size`.
+      size: height and width of the result, neither more than `shorter_side` unless that is 0.
+      shorter_side: length of the shorter side after resizing; that of the longer side is rounded down. 0 resizes the
+        whole image to `size`.
 
     Returns: uint8 [*size, c].
     """
@@ -113,30 +114,30 @@ def evaluation_image(image: np.ndarray, size: tuple[int, int], shorter_side: int
 
 
 def middle(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns the middle [*size, c] of an image [h, w, c]; if it can't be centred, it is half a pixel up or left."""
+    """Returns the centre crop [*size, c] of an image [h, w, c], at most half a pixel above or left of the centre."""
     top, left = (image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2
     return image[top : top + size[0], left : left + size[1]]
 
 
 def pad(pixels: Pixels, padding: int, colour: np.ndarray) -> np.ndarray:
-    """Adds a margin around images of one size.
+    """Pads images of one size on all sides.
 
     Args:
       pixels: n images [h, w, c].
-      padding: width of the margin on every side, in pixels.
-      colour: colour of the margin, uint8 [3].
+      padding: number of pixels to add on every side.
+      colour: colour of the padding, uint8 [3].
 
     Returns: uint8 [n, h + 2·padding, w + 2·padding, 3].
     """
     height, width = pixels[0].shape[:2]
     padded = np.empty((len(pixels), height + 2 * padding, width + 2 * padding, 3), np.uint8)
-    padded.reshape(*padded.shape[:2], -1)[...] = np.tile(colour, padded.shape[2])  # long rows are filled fastest
+    padded.reshape(*padded.shape[:2], -1)[...] = np.tile(colour, padded.shape[2])  # NumPy fills long rows fastest
     copy_images(padded[:, padding : padding + height, padding : padding + width], pixels)
     return padded
 
 
 def windows(pixels: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cuts one window out of each image.
+    """Crops each image to a window.
 
     Args:
       pixels: uint8 [n, h, w, c].
@@ -152,21 +153,21 @@ def windows(pixels: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> n
 
 
 def random_parts(shapes: np.ndarray, draws: np.ndarray, area: tuple[float, float]) -> np.ndarray:
-    """Draws a part of each image, as torchvision's RandomResizedCrop does.
+    """Draws a crop of each image, as torchvision's RandomResizedCrop does.
 
-    Up to ten times, a share of the image's area is drawn uniformly, and a ratio of width to height log-uniformly
-    between 3/4 and 4/3. The first part that fits into the image is put at a random place. If none fits, the part is the
-    centre of the image: the whole image, or as much of it as has an allowed ratio.
+    Up to ten times, a fraction of the image's area is drawn uniformly, and an aspect ratio (width to height)
+    log-uniformly between 3/4 and 4/3. The first crop that fits into the image is placed at random. If none fits, the
+    crop is the largest one of an allowed aspect ratio, in the centre of the image.
 
     Args:
       shapes: height and width of each image, integers [n, 2].
-      draws: random numbers in [0, 1), float64 [n, 22]: ten shares, ten ratios, top, left.
-      area: smallest and largest share.
+      draws: random numbers in [0, 1), float64 [n, 22]: ten fractions, ten aspect ratios, top, left.
+      area: smallest and largest fraction of the area.
 
-    Returns: top, left, height and width of the parts, int64 [n, 4].
+    Returns: top, left, height and width of the crops, int64 [n, 4].
     """
-    shares, aspects, places = np.split(draws, (_TRIES, 2 * _TRIES), axis=1)
-    pixels = shapes.prod(1, keepdims=True) * (area[0] + (area[1] - area[0]) * shares)
+    fractions, aspects, places = np.split(draws, (_TRIES, 2 * _TRIES), axis=1)
+    pixels = shapes.prod(1, keepdims=True) * (area[0] + (area[1] - area[0]) * fractions)
     low, high = np.log(_ASPECTS)
     root = np.exp((low + (high - low) * aspects) / 2)
     tried = np.round(np.sqrt(pixels)[..., None] * np.stack([1 / root, root], -1)).astype(int)  # [n, 10, 2]
@@ -188,7 +189,7 @@ def copy_images(out: np.ndarray, pixels: Pixels) -> None:
 
 
 def _central(shapes: np.ndarray) -> np.ndarray:
-    """Returns height and width of the largest part of each image that has an allowed ratio, integers [n, 2]."""
+    """Returns height and width of the largest crop of each image with an allowed aspect ratio, integers [n, 2]."""
     height, width = shapes.T
     low, high = _ASPECTS
     return np.stack(

@@ -15,11 +15,11 @@ from gmsop_jax.files import open_file, sha256, write_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "dataset.json"
-JOB_DIR = ".convert"  # a conversion's own folder while it is unfinished
+JOB_DIR = ".convert"  # the folder with the state of an unfinished conversion
 
 _MIN_RECORD_BYTES = 20  # the header
 _MAX_SIDE = 2**16 - 1  # of an image, which a record's header limits
-_MAX_NAME = 255  # bytes of a file's name, which file systems limit
+_MAX_NAME = 255  # bytes of a file name, the limit of most file systems
 _MAX_BYTES = 2**26  # of dataset.json
 _CONVERT = "make it with `gmsop convert SOURCE --output DIR`"
 
@@ -79,7 +79,7 @@ class Manifest:
         return len(self.classes)
 
     def split(self, name: str) -> Split:
-        """Returns the split of that name; a DataError lists the names there are."""
+        """Returns the split of that name. Raises DataError, with the names of the splits, if there is none."""
         if name not in self.splits:
             raise DataError(f"data set {self.name!r} has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]
@@ -112,9 +112,9 @@ class Manifest:
           splits: names of the splits whose shards are checked; all of them by default.
 
         Raises:
-          DataError: if the directory isn't a data set or only half of one, if dataset.json is damaged or of another
-            version, or if a shard is missing or differs.
-          FileAccessError: if the system refuses to open one of these files.
+          DataError: if the directory isn't a data set or an incomplete one, if dataset.json is damaged or of another
+            version, or if a shard is missing or of another size.
+          FileAccessError: if one of these files can't be opened.
         """
         path = Path(directory)
         manifest = _parse(_read(path), path / FILE_NAME)
@@ -133,7 +133,7 @@ class Manifest:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """Compares the checksums of the shards, or of one process's share, with the manifest; this reads every byte.
+        """Compares the checksums of the shards, or of one process's part, with the manifest; this reads every byte.
 
         Args:
           directory: the data set.
@@ -143,7 +143,7 @@ class Manifest:
 
         Raises:
           DataError: if a shard is missing or its bytes changed.
-          FileAccessError: if the system refuses to read one.
+          FileAccessError: if a shard can't be read.
         """
         for shard in self._shards(splits)[process_index::process_count]:
             path = Path(directory) / shard.file
@@ -163,7 +163,7 @@ def shard_size(directory: Path, shard: Shard) -> int:
 
     Raises:
       DataError: if the shard is missing from the data set, or isn't a file.
-      FileAccessError: if the system refuses to open it, or the whole data set is gone.
+      FileAccessError: if it can't be opened, or dataset.json is missing too.
     """
     path = directory / shard.file
     try:
@@ -211,8 +211,8 @@ def _what_is_there(path: Path) -> str:
         raise FileAccessError.from_os_error(path, error) from error
     if JOB_DIR in names:
         return (
-            "it is half-written: run the same `gmsop convert` command again to finish it (after --shard-range,"
-            " `gmsop merge`)"
+            "its conversion is unfinished: run the same `gmsop convert` command again to finish it (after"
+            " --shard-range, `gmsop merge`)"
         )
     return f"the folder {f'holds other files and no {FILE_NAME}' if names else 'is empty'}; {_CONVERT}"
 
@@ -220,7 +220,7 @@ def _what_is_there(path: Path) -> str:
 def _parse(value: Any, file: Path) -> Manifest:
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version is None:
-        raise DataError(f"{file} isn't a manifest of this project: it has no schema_version; {_CONVERT}")
+        raise DataError(f"{file} isn't a manifest of gmsop_jax: it has no schema_version; {_CONVERT}")
     if version != SCHEMA_VERSION:
         raise DataError(
             f"{file} has schema_version {version}; this release reads {SCHEMA_VERSION}: convert the data set again"
@@ -273,15 +273,15 @@ def _parse_split(value: Any) -> Split:
 
 
 def _check(manifest: Manifest) -> None:
-    """Refuses values that have the right types but can't be true, which a hostile file may contain."""
+    """Checks values that have the right types but may be impossible or malicious."""
     if not manifest.classes or not manifest.splits:
-        raise DataError("it names no classes or no splits")
+        raise DataError("it lists no classes or no splits")
     files = [shard.file for split in manifest.splits.values() for shard in split.shards]
     if repeated := [file for file, count in collections.Counter(files).items() if count > 1]:
-        raise DataError(f"it names the shard {repeated[0]!r} more than once")
+        raise DataError(f"it lists the shard {repeated[0]!r} more than once")
     for file in files:
         if not _is_plain_name(file):
-            raise DataError(f"it names a shard outside its folder: {file[:200]!r}; don't trust this data set")
+            raise DataError(f"it lists a shard outside its folder: {file[:200]!r}; don't trust this data set")
     _check_provenance(manifest.provenance)
     for name, split in manifest.splits.items():
         _check_split(name, split, manifest.num_classes)
@@ -290,7 +290,7 @@ def _check(manifest: Manifest) -> None:
 def _check_provenance(provenance: Mapping[str, Any]) -> None:
     for file in provenance.get("files", []):
         if not isinstance(file["name"], str) or type(file["bytes"]) is not int or "sha256" not in file:
-            raise DataError(f"it names an input file without its size or checksum: {str(file)[:200]}")
+            raise DataError(f"it lists an input file without its size or checksum: {str(file)[:200]}")
     if not isinstance(provenance.get("unreadable", []), list):
         raise DataError("its list of unreadable images is not a list")
 
@@ -301,18 +301,17 @@ def _is_plain_name(file: str) -> bool:
 
 def _check_split(name: str, split: Split, num_classes: int) -> None:
     if split.image_size and not all(1 <= side <= _MAX_SIDE for side in split.image_size):
-        raise DataError(f"split {name!r} has images of {split.image_size}; sides go from 1 to {_MAX_SIDE}")
+        raise DataError(f"split {name!r} has images of {split.image_size}; sides must be from 1 to {_MAX_SIDE}")
     for shard in split.shards:
         if shard.num_records * _MIN_RECORD_BYTES > shard.bytes:
             raise DataError(f"{shard.num_records} records don't fit into the {shard.bytes} bytes of {shard.file}")
     if len(split.class_counts) != num_classes:
         raise DataError(
-            f"split {name!r} counts {len(split.class_counts)} classes and the data set has {num_classes}: labels would"
-            " be out of range"
+            f"split {name!r} counts the images of {len(split.class_counts)} classes, but the data set has {num_classes}"
         )
     records = sum(shard.num_records for shard in split.shards)
     if not split.num_images == records == sum(split.class_counts):
         raise DataError(
-            f"split {name!r} says {split.num_images} images, its shards {records}, its classes"
-            f" {sum(split.class_counts)}"
+            f"split {name!r} has num_images {split.num_images}, but its shards have {records} records and its"
+            f" class_counts add up to {sum(split.class_counts)}"
         )

@@ -9,9 +9,9 @@ Therefore any step can be computed directly, on any number of processes, and the
 the step, which is also the state of Grain's iterator. The image at position p of epoch e is
 `Shuffle(num_images, seed, 0, e)(p)`, and batch b of that epoch holds the positions from b·batch_size on.
 
-On its way from the page cache to the batch a pixel is copied into ArrayRecord's buffer, into the `bytes` of its record,
-into an array of some 40 records, and into the batch; in images that are flipped it is copied once more. The later
-copies, and those of a crop, find their bytes in the processor's cache.
+On its way from the page cache to the batch, a pixel is copied into ArrayRecord's buffer, the `bytes` of its record, an
+array of some 40 records, and the batch; in flipped images, it is copied once more. The later copies, and those of a
+crop, read from the processor's cache.
 """
 
 import dataclasses
@@ -34,16 +34,16 @@ from gmsop_jax.data.workers import Batch, WorkerIterator
 from gmsop_jax.errors import DataError
 
 ORDER_VERSION = 2  # version of the order in which a seed shuffles the images; 1 used a stored permutation
-_BLOCK_BYTES = 2**19  # bytes of images that are read and flipped at a time, few enough to stay in the cache
+_BLOCK_BYTES = 2**19  # bytes of images that are read and flipped at a time; they fit in the processor's cache
 _MAX_REPLACEMENTS = 20  # records that are tried in place of one that can't be read
-_ORDER, _FLIP, _CROP = range(3)  # part of the key of each random number, so that the streams of one seed differ
+_ORDER, _FLIP, _CROP = range(3)  # in the keys of the random numbers, so that these streams are independent
 
 
 def steps_per_epoch(num_images: int, batch_size: int, drop_last: bool) -> int:
     """Returns the number of batches in an epoch.
 
     Raises:
-      DataError: if there isn't a single one.
+      DataError: if there are none.
 
     Example:
       >>> steps_per_epoch(10, 4, drop_last=True), steps_per_epoch(10, 4, drop_last=False)
@@ -70,16 +70,16 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Yields batches of the training split for ever, in another order each epoch.
+    """Yields batches of the training split indefinitely, in a different order in each epoch.
 
     The sizes of the shards are not compared with the manifest here; `Manifest.load` does that.
 
     Args:
       data: the section `data` of a configuration.
       train: the section `train`, of which `batch_size` (of the global batch) and `drop_last` are used. Each process
-        gets a contiguous share of the rows of the global batch.
-      manifest: of the data set in `data.dir`.
-      seed: non-negative. Seed and step determine the batch.
+        gets a contiguous part of the rows of the global batch.
+      manifest: that of the data set in `data.dir`.
+      seed: a non-negative seed; it and the step determine the batch.
       start_step: number of the first step. An uninterrupted run sees the same batch at that step.
       padding_rgb: colour of the parts of a crop that lie outside the image; by default the mean of the training split.
       process_index: index of this process among those that share the global batch.
@@ -90,7 +90,7 @@ def train_batches(
 
     Raises:
       DataError: if the data set is damaged, or if an argument doesn't fit it.
-      FileAccessError: if the system refuses to read a file.
+      FileAccessError: if a file can't be read.
     """
     if seed < 0 or start_step < 0:
         raise DataError(f"seed {seed} and start_step {start_step} must not be negative")
@@ -104,12 +104,12 @@ def train_batches(
         epoch, at = divmod(step, num_steps)
         positions = np.arange(at * batch_size, min((at + 1) * batch_size, num_images))
         count = len(positions)
-        flips, draws = rows.undrawn(count)
+        flips, draws = rows.no_augmentation(count)
         if flip:
             flips = coin_flips(count, seed, _FLIP, step)
         if draws.size:
             draws = uniforms(draws.size, seed, _CROP, step).reshape(draws.shape)
-        indices, flips, draws = map(rows.mine, (_shuffle(num_images, seed, epoch)(positions), flips, draws))
+        indices, flips, draws = map(rows.local, (_shuffle(num_images, seed, epoch)(positions), flips, draws))
         try:
             return rows.read(indices, flips, draws)
         except DataError:
@@ -126,7 +126,7 @@ def eval_batches(
     Args:
       data: the section `data` of a configuration.
       evaluation: the section `eval`, of which `split`, `batch_size` and `resize` are used.
-      manifest: of the data set in `data.dir`.
+      manifest: that of the data set in `data.dir`.
       process_index, process_count: as in `train_batches`.
 
     Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'mask': bool [b]}. The mask is False
@@ -139,24 +139,27 @@ def eval_batches(
     batch_size, resize = evaluation.batch_size, evaluation.resize
     rows = _open(data, evaluation.split, manifest, Centre(resize), batch_size, process_index, process_count)
     if 0 < resize < max(rows.size):
-        raise DataError(f"resize is {resize}; a centre of {rows.size[0]}×{rows.size[1]} can't be cut out of that")
+        raise DataError(
+            f"config.eval.resize is {resize}, which is smaller than the centre crop of {rows.size[0]}×{rows.size[1]};"
+            " increase it, or set it to 0 to resize whole images"
+        )
 
     def read(step: int) -> Batch:
-        mine = rows.mine(np.arange(step * batch_size, (step + 1) * batch_size))
-        images = mine[mine < len(rows.reader)]
+        local = rows.local(np.arange(step * batch_size, (step + 1) * batch_size))
+        images = local[local < len(rows.reader)]
         try:
-            batch = rows.read(images, *rows.undrawn(len(images)))
+            batch = rows.read(images, *rows.no_augmentation(len(images)))
         except DataError:
             images = images[rows.readable(images)]
-            batch = rows.read(images, *rows.undrawn(len(images)))
-        missing = len(mine) - len(images)
+            batch = rows.read(images, *rows.no_augmentation(len(images)))
+        missing = len(local) - len(images)
         padded = {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
-        return {**(padded if missing else batch), "mask": np.arange(len(mine)) < len(images)}
+        return {**(padded if missing else batch), "mask": np.arange(len(local)) < len(images)}
 
     return _iterate(read, steps_per_epoch(len(rows.reader), batch_size, drop_last=False), data)
 
 
-@functools.lru_cache(maxsize=4)  # threads that read ahead are at most in two epochs
+@functools.lru_cache(maxsize=4)  # prefetching threads work on at most two epochs at a time
 def _shuffle(num_images: int, seed: int, epoch: int) -> Shuffle:
     return Shuffle(num_images, seed, _ORDER, epoch)
 
@@ -187,7 +190,7 @@ def _iterate(
     read: Callable[[int], Batch], num_steps: int, data: Any, start_step: int = 0
 ) -> grain.DatasetIterator[Batch]:
     batches = grain.MapDataset.range(num_steps).map(read)
-    # Twice as many batches as threads, so that no thread waits.
+    # Prefetch twice as many batches as there are threads, so that no thread waits.
     options = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=2 * data.num_threads)
     if data.num_workers:
         return WorkerIterator(batches[start_step:].to_iter_dataset(options), data.num_workers)
@@ -209,8 +212,8 @@ class _Rows:
     process_count: int
     skips_unreadable: bool
 
-    def mine(self, values: np.ndarray) -> np.ndarray:
-        """Returns this process's contiguous share of values that belong to the rows of the global batch."""
+    def local(self, values: np.ndarray) -> np.ndarray:
+        """Returns this process's contiguous part of values that belong to the rows of the global batch."""
         start, stop = (len(values) * p // self.process_count for p in (self.process_index, self.process_index + 1))
         return values[start:stop]
 
@@ -226,25 +229,25 @@ class _Rows:
             _fill(image[rows], pixels, flips[rows])
         if label.max(initial=0) >= self.num_classes:
             raise DataError(
-                f"a record has label {label.max()}; labels of {self.num_classes} classes go from 0 to"
+                f"a record has label {label.max()}, but the labels of {self.num_classes} classes are 0 to"
                 f" {self.num_classes - 1}: run `gmsop verify` and convert the data set again"
             )
         return {"image": image, "label": label}
 
-    def undrawn(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def no_augmentation(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns flips [n] and draws [n, k] for images that are not augmented: no flips, and zeros."""
         return np.zeros(count, bool), np.zeros((count, self.prepare.num_draws))
 
     def readable(self, indices: np.ndarray) -> np.ndarray:
-        """Returns whether each of the records at `indices` can be read, bool [n], and logs those that can't once.
+        """Returns whether each of the records at `indices` can be read, bool [n]; logs each unreadable one once.
 
         Raises:
-          DataError: naming shard and record, unless such records are to be skipped.
+          DataError: if one can't be read, with its shard and position, unless unreadable records are to be skipped.
         """
         readable = np.ones(len(indices), bool)
         for row, index in enumerate(indices.tolist()):
             try:
-                self.read(indices[row : row + 1], *self.undrawn(1))
+                self.read(indices[row : row + 1], *self.no_augmentation(1))
             except DataError as error:
                 if not self.skips_unreadable:
                     hint = "or skip such records with --config.data.on_corrupt=skip"
@@ -254,9 +257,9 @@ class _Rows:
         return readable
 
     def replace_unreadable(self, indices: np.ndarray) -> np.ndarray:
-        """Replaces each index whose record can't be read by that of another record.
+        """Replaces each index whose record can't be read with that of another record.
 
-        The replacement is a function of the index alone, so that every run uses the same.
+        The replacement is a function of the index alone, so that every run uses the same one.
         """
         replaced, stride = indices, max(1, round(len(self.reader) * 0.618))
         unreadable = ~self.readable(replaced)

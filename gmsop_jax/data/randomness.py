@@ -13,15 +13,15 @@ _ROUNDS = 8  # of a shuffle, each of two halves
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """Returns a permutation of 0…count − 1, int64 [count]. It takes some 20 bytes of memory an element."""
+    """Returns a permutation of 0…count − 1, int64 [count]. It takes about 20 bytes of memory per element."""
     return np.argsort(_bits(count, key), kind="stable")
 
 
 class Shuffle:
     """A permutation of 0…count − 1, any part of which is computed on demand from O(√count) random numbers.
 
-    A Feistel network: with a = ⌈√count⌉ and b = ⌈count / a⌉, an element is written as l + a·r, and each round adds to l
-    (modulo a) a random number that r selects, then to r (modulo b) one that l selects. Each step can be undone, so this
+    A Feistel network: with a = ⌈√count⌉ and b = ⌈count / a⌉, an element is written as l + a·r. Each round adds to l
+    (modulo a) a random number that r selects, then to r (modulo b) one that l selects. Each step is invertible, so this
     permutes 0…ab − 1. A result that isn't below count is permuted again until it is.
 
     Args:
@@ -63,7 +63,7 @@ def coin_flips(count: int, *key: int) -> np.ndarray:
 
 
 def uniforms(count: int, *key: int) -> np.ndarray:
-    """Returns numbers drawn evenly from [0, 1), multiples of 2⁻⁵³, float64 [count].
+    """Returns numbers drawn uniformly from [0, 1), multiples of 2⁻⁵³, float64 [count].
 
     A longer draw with the same key begins with the shorter one.
     """

@@ -63,7 +63,7 @@ def encode(image: np.ndarray, label: int, *, codec: Codec = "raw") -> bytes:
     Returns: the bytes of the record.
 
     Raises:
-      DataError: if the image, label or codec is not of this kind.
+      DataError: if the image, the label or the codec is invalid.
 
     Example:
       >>> decode(encode(np.zeros((2, 3), np.uint8), 7))["image"].shape
@@ -76,7 +76,7 @@ def encode(image: np.ndarray, label: int, *, codec: Codec = "raw") -> bytes:
     if not 0 <= int(label) <= _MAX_LABEL:
         raise DataError(f"label {label} is outside 0…{_MAX_LABEL}; labels are 0-based class numbers")
     if codec not in CODECS:
-        raise DataError(f"unknown record codec {codec!r}; one of {', '.join(CODECS)}")
+        raise DataError(f"unknown record codec {codec!r}; use one of {', '.join(CODECS)}")
     height, width, channels = pixels.shape
     fields = (b"GSOP", VERSION, CODECS.index(codec), channels, 0, height, width, label, 0)
     record = bytearray(np.array([fields], HEADER).tobytes())
@@ -138,7 +138,7 @@ def _check_image(pixels: np.ndarray) -> None:
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         raise DataError(f"image has shape {pixels.shape}; expected [h, w], [h, w, 1] or [h, w, 3]")
     if not all(1 <= side <= MAX_SIDE for side in pixels.shape[:2]):
-        raise DataError(f"image is {pixels.shape[0]}×{pixels.shape[1]}; sides go from 1 to {MAX_SIDE}")
+        raise DataError(f"image is {pixels.shape[0]}×{pixels.shape[1]}; sides must be from 1 to {MAX_SIDE}")
 
 
 def _header(record: bytes) -> np.void:
@@ -146,7 +146,7 @@ def _header(record: bytes) -> np.void:
         raise DataError(f"damaged record: it has {len(record)} bytes, but its header alone takes {HEADER.itemsize}")
     header = np.frombuffer(record, HEADER, count=1)[0]
     if header["magic"] != b"GSOP":
-        raise DataError(f"not a record of this project: it begins with {bytes(record[:4])!r}, not b'GSOP'")
+        raise DataError(f"not a record of gmsop_jax: it begins with {bytes(record[:4])!r}, not b'GSOP'")
     if header["version"] != VERSION:
         raise DataError(f"record version {header['version']}; this release reads version {VERSION}")
     if header["codec"] >= len(CODECS) or header["channels"] not in (1, 3) or header["label"] < 0:
@@ -158,7 +158,7 @@ def _raw_shape(record: bytes, header: np.void) -> tuple[int, int, int]:
     shape = (int(header["height"]), int(header["width"]), int(header["channels"]))
     expected = shape[0] * shape[1] * shape[2]
     if len(record) - HEADER.itemsize != expected or not expected:
-        raise DataError(f"damaged record: {len(record) - HEADER.itemsize} bytes of pixels for {shape}")
+        raise DataError(f"damaged record: it has {len(record) - HEADER.itemsize} bytes of pixels, but shape {shape}")
     return shape
 
 
@@ -190,8 +190,8 @@ def _decompress(data: bytes, shape: tuple[int, int, int], codec: Codec) -> np.nd
     try:
         with Image.open(io.BytesIO(data), formats=[name]) as image:
             found = (image.height, image.width, len(image.getbands()))
-            if found != shape or image.mode not in ("L", "RGB"):  # before memory is taken for its pixels
-                raise DataError(f"damaged record: a {name} of shape {found} for {shape}")
+            if found != shape or image.mode not in ("L", "RGB"):  # before memory for its pixels is allocated
+                raise DataError(f"damaged record: it has a {name} of shape {found}, but its header says {shape}")
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"damaged record: {error}") from error

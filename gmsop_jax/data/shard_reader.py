@@ -19,13 +19,13 @@ from gmsop_jax.errors import DataError, FileAccessError
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _BUFFER_BYTES = 2**14  # about one record; the default of 1 MiB would be read for every record
 _MAX_OPEN = 2**12
-_SYSTEM_CALL_FAILED = re.compile(r"\w+\(\) failed: ([^;]*)")  # how ArrayRecord reports an error of the system
+_SYSTEM_CALL_FAILED = re.compile(r"\w+\(\) failed: ([^;]*)")  # how ArrayRecord reports a failed system call
 
 
 def max_open_shards() -> int:
     """Returns how many shards a `ShardReader` keeps open: a third of the limit of open files, and at most 4,096.
 
-    The remaining two thirds are for a second reader, such as that of the evaluation, and for all other files.
+    The remaining two thirds are for a second reader, such as that of an evaluation, and for all other files.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MAX_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MAX_OPEN, limit // 3))
@@ -59,14 +59,14 @@ class ShardReader:
 
         Raises:
           DataError: if a shard is missing or damaged, or its number of records differs from the manifest.
-          FileAccessError: if the system refuses to open or read a shard, which says nothing about its contents.
+          FileAccessError: if a shard can't be opened or read, which doesn't mean that it is damaged.
         """
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         positions = indices - self._starts[shards]
         return [self._read_one(*place) for place in zip(shards.tolist(), positions.tolist(), strict=True)]
 
     def where(self, index: int) -> str:
-        """Names the shard and the record at an index."""
+        """Returns a description of the record at an index: its position and its shard."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"record {index - self._starts[shard]} of shard {self._directory / self._shards[shard].file}"
 
@@ -79,7 +79,7 @@ class ShardReader:
 
     def _open(self, shard: int) -> ArrayRecordReader:
         with self._lock:
-            if reader := self._readers.get(shard):  # another thread was faster
+            if reader := self._readers.get(shard):  # another thread has opened it
                 return reader
             while len(self._readers) >= max_open_shards():
                 del self._readers[next(iter(self._readers))]  # closed once no thread reads from it any more
@@ -88,7 +88,7 @@ class ShardReader:
 
 
 def _open_reader(directory: Path, shard: Shard) -> ArrayRecordReader:
-    shard_size(directory, shard)  # ArrayRecord shows a file that it can't open as one without records
+    shard_size(directory, shard)  # ArrayRecord treats a file that it can't open as one without records
     path = directory / shard.file
     try:
         reader = ArrayRecordReader(str(path), _RANDOM_ACCESS, file_reader_buffer_size=_BUFFER_BYTES)
@@ -98,7 +98,7 @@ def _open_reader(directory: Path, shard: Shard) -> ArrayRecordReader:
         raise _explain(path, error) from error
     if (found := reader.num_records()) != shard.num_records:
         raise DataError(
-            f"shard {path} holds {found} records; the manifest says {shard.num_records}: convert the data set again"
+            f"shard {path} has {found} records, but the manifest says {shard.num_records}; convert the data set again"
         )
     return reader
 

@@ -26,15 +26,15 @@ class WorkerIterator(grain.DatasetIterator[Batch]):
     even if it is killed.
 
     Args:
-      dataset: the batches, of which each worker computes a share.
+      dataset: the batches, which are divided among the workers.
       num_workers: number of processes.
     """
 
     def __init__(self, dataset: grain.IterDataset[Batch], num_workers: int) -> None:
-        if not flags.FLAGS.is_parsed():  # which Grain requires of programs that don't start in absl.app
+        if not flags.FLAGS.is_parsed():  # Grain requires parsed flags, which programs without absl.app don't have
             flags.FLAGS.mark_as_parsed()
-        with _signals_blocked():  # Python's tracker of shared memory would die of SIGHUP
-            resource_tracker.ensure_running()  # now, since its start unblocks the other signals
+        with _signals_blocked():  # SIGHUP would end Python's tracker of shared memory
+            resource_tracker.ensure_running()  # started now, because starting it unblocks SIGINT and SIGTERM
         options = grain.MultiprocessingOptions(num_workers=num_workers)
         self._batches = iter(dataset.mp_prefetch(options, _end_with_parent))
         self._num_workers = num_workers
@@ -47,13 +47,13 @@ class WorkerIterator(grain.DatasetIterator[Batch]):
         Raises: DataError if a worker died.
         """
         try:
-            with contextlib.nullcontext() if self._started else _signals_blocked():  # the new processes inherit that
+            with contextlib.nullcontext() if self._started else _signals_blocked():  # new processes inherit the mask
                 batch = next(self._batches)
         except RuntimeError as error:
             if "was terminated unexpectedly" not in str(error):
                 raise
             raise DataError(
-                f"a process that reads the data died ({str(error).partition('. ')[0]}); if it ran out of memory, lower"
+                f"a data worker process died ({str(error).partition('. ')[0]}); if it ran out of memory, lower"
                 f" config.data.num_workers (now {self._num_workers}) or config.data.num_threads. Run the same command"
                 " again to resume from the last checkpoint"
             ) from error

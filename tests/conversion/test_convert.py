@@ -152,7 +152,7 @@ def test_interruption_resumes_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         convert("imagenet64", imagenet, output, shards=6, progress=False)
     assert not list(output.glob("*.tmp-*"))
-    with pytest.raises(DataError, match="half-written"):
+    with pytest.raises(DataError, match="its conversion is unfinished"):
         Manifest.load(output)
     with pytest.raises(DataError, match=r"unfinished conversion with other settings .*seed was 0 and is now 3"):
         convert("imagenet64", imagenet, output, shards=6, seed=3, progress=False)
@@ -366,7 +366,7 @@ def test_too_many_unreadable_are_refused(tmp_path: Path):
 def test_an_image_no_record_holds(tmp_path: Path, workers: int):
     write_photos(tmp_path / "in", broken=0)
     Image.new("L", (2**16, 1)).save(tmp_path / "in/train/a/long.png")
-    with pytest.raises(DataError, match="image is 1×65536; sides go from 1 to 65535"):
+    with pytest.raises(DataError, match="image is 1×65536; sides must be from 1 to 65535"):
         convert("image-folder", tmp_path / "in", tmp_path / "set", workers=workers, shards=2, progress=False)
     assert not list((tmp_path / "set").glob("*.tmp-*"))
 

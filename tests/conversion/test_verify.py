@@ -88,7 +88,7 @@ def test_another_mean(copy: Path):
 
 def test_missing_records(copy: Path):
     rewrite(copy, records(copy)[:-1])
-    with pytest.raises(DataError, match="holds 1665 records; the manifest says 1666"):
+    with pytest.raises(DataError, match="has 1665 records, but the manifest says 1666"):
         verify(copy, progress=False)
 
 
@@ -104,7 +104,7 @@ def test_reading_stops_at_damage_in_a_shard(copy: Path):
 def test_reading_stops_at_a_label_out_of_range(copy: Path):
     changed = [encode(np.zeros((28, 28), np.uint8), 12)] * 1666
     rewrite(copy, changed)
-    with pytest.raises(DataError, match="a record has label 12; labels of 10 classes"):
+    with pytest.raises(DataError, match="a record has label 12, but the labels of 10 classes"):
         list(eval_batches(copy, "train", batch_size=1000))
 
 

@@ -318,7 +318,7 @@ def test_evaluation_cuts_out_the_centre(mixed: Path, tmp_path: Path):
 
 
 def test_evaluation_refuses_a_centre_larger_than_the_image(fashion: Path):
-    with pytest.raises(DataError, match="resize is 20; a centre of 24×24"):
+    with pytest.raises(DataError, match=r"config\.eval\.resize is 20, which is smaller than the centre crop of 24×24"):
         eval_batches(fashion, "val", batch_size=8, image_size=24, resize=20)
 
 

@@ -500,7 +500,7 @@ def test_dead_reader_process(config, tmp_path, monkeypatch):
         return run, place
 
     monkeypatch.setattr(parallel, "compile_train_step", compile_and_kill)
-    with pytest.raises(DataError, match=r"a process that reads the data died.*resume from the last checkpoint"):
+    with pytest.raises(DataError, match=r"a data worker process died.*resume from the last checkpoint"):
         train_and_evaluate(config, tmp_path / "run")
     assert 3 in steps_in(tmp_path / "run" / "checkpoints")
 

@@ -400,13 +400,13 @@ def test_empty_and_foreign_folders(config_file, tmp_path, capsys):
     (folder / "holiday.jpg").write_bytes(b"x")
     assert "holds other files" in bad_data(capsys, config_file, tmp_path, folder)
     (folder / "dataset.json").write_text('{"rows": 3}')
-    assert "isn't a manifest of this project" in bad_data(capsys, config_file, tmp_path, folder)
+    assert "isn't a manifest of gmsop_jax" in bad_data(capsys, config_file, tmp_path, folder)
     assert "it is a file" in bad_data(capsys, config_file, tmp_path, folder / "holiday.jpg")
 
 
 def test_half_written_folder(config_file, tmp_path, capsys):
     (tmp_path / "data" / ".convert").mkdir(parents=True)
-    assert "is half-written" in bad_data(capsys, config_file, tmp_path, tmp_path / "data")
+    assert "its conversion is unfinished" in bad_data(capsys, config_file, tmp_path, tmp_path / "data")
 
 
 def test_damaged_shard(config_file, dataset, tmp_path, capsys):
@@ -437,7 +437,7 @@ def test_labels_out_of_range(config_file, dataset, tmp_path, capsys):
         split["class_counts"][-2:] = [sum(split["class_counts"][-2:])]
     (copy / "dataset.json").write_text(json.dumps(manifest))
     message = fails(capsys, *train(config_file, tmp_path, f"--config.data.dir={copy}", "--config.model.head=gap"))
-    assert "has label 9; labels of 9 classes go from 0 to 8" in message
+    assert "has label 9, but the labels of 9 classes are 0 to 8" in message
 
 
 def test_workdir_of_another_configuration(finished, config_file, capsys):
