@@ -65,10 +65,10 @@ as it has results, whatever they are.
 As in the authors' code, mixtures apply batch norm to the pooled vector before the classifier, which makes the steps of
 the classifier larger. The other heads have no batch norm there. Therefore, half of the points of each grid have a tenth
 of the learning rate for the classifier. The first version of the grids lacked these points; they were added after its
-results on the test images were known. The table lists the methods for which one of the new points was chosen. For each
-study, it shows the balanced error on the test images at the point that was chosen among those with the full rate, the
-error at the point that is chosen now, and their difference in percentage points (a dash if both are the same point).
-The superseded runs are in `results/STUDY_full_rate/`.
+results on the test images were known. The table lists the methods for which one of the new points was chosen in at
+least one study. For each study, it shows the balanced error on the test images at the point that was chosen among those
+with the full rate, the error at the point that is chosen now, and their difference in percentage points (a dash if both
+are the same point). The superseded runs are in `results/STUDY_full_rate/`.
 
 {rates}
 ## Run a study

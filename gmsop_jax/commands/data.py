@@ -1,4 +1,4 @@
-"""The commands about data sets: convert, merge, inspect and verify."""
+"""The commands for data sets: convert, merge, inspect and verify."""
 
 from collections.abc import Sequence
 from pathlib import Path

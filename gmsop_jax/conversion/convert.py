@@ -1,4 +1,4 @@
-"""Converts foreign data sets to shards: in parallel, in constant memory, and resumable to the same bytes.
+"""Converts foreign data sets to shards: in parallel, in constant memory, and with the same bytes after a resume.
 
 Each shard is a pure function of the source and the settings. It is written under a temporary name, renamed when it
 is complete, and noted. If a killed conversion is started again, it skips the noted shards and converts the others.

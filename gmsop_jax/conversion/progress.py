@@ -1,4 +1,4 @@
-"""Progress of what reads or writes many images."""
+"""Progress messages of operations that read or write many images."""
 
 import contextlib
 import sys

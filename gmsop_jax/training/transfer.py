@@ -1,4 +1,4 @@
-"""Initializes a network from that of another run."""
+"""Initialises a network from that of another run."""
 
 import contextlib
 import dataclasses

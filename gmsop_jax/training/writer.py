@@ -1,4 +1,4 @@
-"""What a run logs: a progress line, `metrics.jsonl`, and what its loggers write."""
+"""What a run logs: a progress line, `metrics.jsonl`, and the values that its loggers record."""
 
 import contextlib
 import json

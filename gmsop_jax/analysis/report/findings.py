@@ -1,4 +1,4 @@
-"""What a run has found, in words that are computed from its predictions."""
+"""The findings about a run, in words that are computed from its predictions."""
 
 import math
 from collections.abc import Sequence
