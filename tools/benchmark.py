@@ -28,6 +28,7 @@ from bench_ops import mixture_cases, pooling_cases
 from bench_roots import root_cases, root_table
 from bench_step import peak_memory, step_cases
 from bench_timing import ceilings, measure, report, torch_device
+from sections import write_section
 
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.errors import ArgumentParser, UserError, run_command
@@ -87,20 +88,6 @@ def count_lowering(options: argparse.Namespace) -> None:
         write_json(options.json, rows)
     if options.docs:
         write_section(options.docs, "lowering", lowering_table(rows))
-
-
-def write_section(page: pathlib.Path, name: str, text: str) -> None:
-    """Replaces the text between the marks of a section of a Markdown page.
-
-    Raises:
-      UserError: if the page has no such marks.
-    """
-    start, end = f"<!-- {name}: tools/benchmark.py -->\n", f"<!-- end of {name} -->"
-    before, found, rest = page.read_text("utf-8").partition(start)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise UserError(f"{page} has no lines {start.strip()!r} and {end!r}; add them where the table belongs")
-    page.write_text(f"{before}{start}\n{text.strip()}\n\n{end}{after}", "utf-8")
 
 
 def device() -> str:

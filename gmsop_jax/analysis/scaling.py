@@ -1,7 +1,8 @@
-"""The cost of a training step on many devices, counted from shapes; nothing is measured."""
+"""The cost of a training step on many devices, counted from shapes and planned by XLA; nothing is measured."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from gmsop_jax.analysis.costs import abstract_network
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.models import count_parameters
 from gmsop_jax.models.network import GATED
+from gmsop_jax.training.parallel import compiler_options
 from gmsop_jax.training.step import cross_entropy
 
 _FLOAT = 4  # bytes
@@ -26,7 +28,6 @@ class Counts:
       channels: number of channels under batch norm, over all layers.
       batch_norms: number of batch norm layers.
       num_candidates: number of candidates of the gate; 0 for a head without a gate.
-      activations: numbers per image that the backward pass stores.
       flops: floating-point operations per image, forward and backward.
     """
 
@@ -34,7 +35,6 @@ class Counts:
     channels: int
     batch_norms: int
     num_candidates: int
-    activations: int
     flops: float
 
     def bytes_reduced(self) -> int:
@@ -51,10 +51,10 @@ class Counts:
         """Upper bound on the sequential all-reduces in a step: three for each batch norm, and six more."""
         return 3 * self.batch_norms + 6
 
-    def bytes_per_device(self, images: float) -> float:
-        """Bytes of parameters, momentum, gradients, moments, and stored activations."""
-        state = 3 * self.parameters + 2 * self.channels
-        return _FLOAT * (state + images * self.activations)
+    @property
+    def bytes_of_state(self) -> int:
+        """Bytes of parameters, momentum, gradients and moments."""
+        return _FLOAT * (3 * self.parameters + 2 * self.channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +78,7 @@ class Machine:
 
 def count(model: ConfigDict, image_size: int) -> Counts:
     """Counts a network for square images, from shapes alone."""
-    network, variables, images = abstract_network(model, image_size)
-
-    def batch(rows: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *images.shape[1:]), images.dtype)
-
-    def loss(params: Any, variables: Any, images: jax.Array) -> jax.Array:
-        rngs = {"gating": jax.random.key(0), "dropout": jax.random.key(1)}
-        variables = {**variables, "params": params}
-        (logits, _), _ = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
-        return cross_entropy(logits, jnp.zeros(images.shape[0], jnp.int32))
-
-    def pullback(variables: Any, images: jax.Array) -> Any:
-        return jax.vjp(lambda params: loss(params, variables, images), variables["params"])[1]
-
-    def stored(rows: int) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback, variables, batch(rows))))
-
+    loss, variables, batch = _training_loss(model, image_size)
     forward = jax.jit(loss).lower(variables["params"], variables, batch(_ROWS)).cost_analysis()
     moments = jax.tree_util.tree_leaves_with_path(variables.get("batch_stats", {}))
     means = [leaf for path, leaf in moments if "mean" in str(path[-1])]
@@ -103,6 +87,34 @@ def count(model: ConfigDict, image_size: int) -> Counts:
         channels=sum(leaf.size for leaf in means),
         batch_norms=len(means),
         num_candidates=model.num_candidates if model.head in GATED else 0,
-        activations=stored(2) - stored(1),
         flops=3 * forward["flops"] / _ROWS if forward else math.nan,
     )
+
+
+def planned_bytes(model: ConfigDict, image_size: int, rows: int = _ROWS) -> float:
+    """Bytes of temporary memory per image that XLA plans for the loss and its gradient on the default backend.
+
+    It is the slope between batches of `rows` and of three times as many images. Both programs are compiled, which takes
+    up to a minute for the published networks.
+    """
+    loss, variables, batch = _training_loss(model, image_size)
+    gradient = jax.jit(jax.value_and_grad(loss), compiler_options=compiler_options())
+
+    def temporary(images: int) -> int:
+        program = gradient.lower(variables["params"], variables, batch(images)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    return (temporary(3 * rows) - temporary(rows)) / (2 * rows)
+
+
+def _training_loss(model: ConfigDict, image_size: int) -> tuple[Callable, Any, Callable[[int], jax.ShapeDtypeStruct]]:
+    """Returns (loss of parameters, variables and images; shapes of the variables; shape of a batch of n images)."""
+    network, variables, images = abstract_network(model, image_size)
+
+    def loss(params: Any, variables: Any, images: jax.Array) -> jax.Array:
+        rngs = {"gating": jax.random.key(0), "dropout": jax.random.key(1)}
+        variables = {**variables, "params": params}
+        (logits, _), _ = network.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return cross_entropy(logits, jnp.zeros(images.shape[0], jnp.int32))
+
+    return loss, variables, lambda rows: jax.ShapeDtypeStruct((rows, *images.shape[1:]), images.dtype)
