@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from sections import write_section
 
 import gmsop_jax
 from gmsop_jax.config import load
@@ -27,8 +28,9 @@ from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.records import decode
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import ArgumentParser, run_command
-from gmsop_jax.files import replacing, write_atomic
+from gmsop_jax.files import replacing
 from gmsop_jax.ops.coefficients import Coefficients, Steps, iteration_steps, two_step_factors
+from gmsop_jax.ops.matrix_sqrt import SYMMETRIC_STEPS
 from gmsop_jax.training.loop import train_and_evaluate
 from gmsop_jax.training.step import normalize
 
@@ -92,7 +94,7 @@ def product_of(precision: str) -> Product:
 def root_and_gradient(
     sigma: np.ndarray, g: np.ndarray, steps: Steps, product: Product
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The root and its gradient for the cotangent g, computed as by `ops.newton_schulz_sqrt`."""
+    """The root and its gradient for the symmetric cotangent g, computed as in `ops.second_order_pool`."""
     trace = np.trace(sigma, axis1=-2, axis2=-1)[..., None, None]
     a = sigma / trace
     y, da = polynomial(np.stack([a, g]), steps, product)
@@ -107,18 +109,36 @@ def inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def polynomial(a: np.ndarray, steps: Steps, product: Product) -> np.ndarray:
-    """The last iterate Y, in arithmetic with pairs (value, derivative), which are stacked on the first axis."""
+    """The last iterate Y, in arithmetic with pairs (value, derivative) of symmetric matrices, stacked on axis 0."""
     eye = np.zeros_like(a)
     eye[0] = np.eye(a.shape[-1])
 
     def times(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.stack([product(x[0], y[0]), product(x[1], y[0]) + product(x[0], y[1])])
 
+    def derivative_of_square(x: np.ndarray) -> np.ndarray:
+        half = product(x[0], x[1])
+        return half + half.mT
+
+    def symmetric_quartic(w: np.ndarray, p1: float, q1: float, p2: float, q2: float, gain: float) -> np.ndarray:
+        square = np.stack([product(w[0], w[0]), derivative_of_square(w)])
+        value = product((square + p1 * w + q1 * eye)[0], gain * (square + p2 * w + q2 * eye)[0])
+        # (w² + p₁w + q₁)·(w² + p₂w + q₂) is s² + γw + δ with s = w² + αw + β
+        alpha = (p1 + p2) / 2
+        beta = (q1 + q2 + p1 * p2 - alpha**2) / 2
+        gamma = p1 * q2 + p2 * q1 - 2 * alpha * beta
+        return np.stack([value, gain * (derivative_of_square(square + alpha * w + beta * eye) + gamma * w[1])])
+
+    def quartic(w: np.ndarray, p1: float, q1: float, p2: float, q2: float, gain: float) -> np.ndarray:
+        square = times(w, w)
+        return times(square + p1 * w + q1 * eye, gain * (square + p2 * w + q2 * eye))
+
+    if len(steps) <= SYMMETRIC_STEPS:
+        quartic = symmetric_quartic
     w = result = a
     for i in range(1, len(steps), 2):
-        (p1, q1), (p2, q2), gain = two_step_factors(steps[i - 1], steps[i])
-        square = times(w, w)
-        q = times(square + p1 * w + q1 * eye, gain * (square + p2 * w + q2 * eye))
+        first, second, gain = two_step_factors(steps[i - 1], steps[i])
+        q = quartic(w, *first, *second, gain)
         wq = times(w, q)
         result = wq if result is w else times(result, q)
         if i < len(steps) - 1:
@@ -187,8 +207,9 @@ def exactly(sample: np.ndarray) -> np.ndarray:
 
 
 def cotangent(shape: tuple[int, ...]) -> np.ndarray:
-    """Random numbers, of which each is exact in float32."""
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32).astype(np.float64)
+    """Symmetric matrices of random numbers, of which each is exact in float32."""
+    g = np.random.default_rng(0).normal(size=shape)
+    return (g + g.mT).astype(np.float32).astype(np.float64)
 
 
 def rounding_errors(sample: np.ndarray, coefficients: Coefficients, num_iters: int) -> np.ndarray:
@@ -291,8 +312,13 @@ def finish(figure: Figure, axes: np.ndarray, limits: tuple[float, float]) -> Non
 
 
 def rounding_table(of_rounding: dict[Key, np.ndarray]) -> str:
-    """The rows of the table of rounding errors; root / gradient in each cell."""
-    return "\n".join(rounding_row(key, n, errors[n - 1]) for key, errors in of_rounding.items() for n in TABULATED)
+    """The table of rounding errors; root / gradient in each cell."""
+    header = [
+        "| matrices | d | coefficients | n | BF16 | BF16 × 3 | BF16 × 6 | TF32 | TF32 × 3 | float32 |",
+        "|---" * 10 + "|",
+    ]
+    rows = [rounding_row(key, n, errors[n - 1]) for key, errors in of_rounding.items() for n in TABULATED]
+    return "\n".join(header + rows)
 
 
 def rounding_row(key: Key, num_iters: int, errors: np.ndarray) -> str:
@@ -307,8 +333,9 @@ def written(error: float) -> str:
 
 
 def iteration_table(of_iteration: dict[Key, np.ndarray]) -> str:
-    """The rows of the table of the iteration's errors."""
-    rows = []
+    """The table of the iteration's errors."""
+    numbers = " | ".join(map(str, ITERATIONS))
+    rows = [f"| matrices | d | coefficients | error of the | {numbers} |", "|---" * (4 + len(ITERATIONS)) + "|"]
     for (name, d, coefficients), errors in of_iteration.items():
         for row, quantity in enumerate(QUANTITIES):
             if np.all(np.isfinite(errors[:, row])):
@@ -332,13 +359,8 @@ def main() -> None:
     of_iteration, of_rounding = measure({**synthetic_samples(), **features})
     save(draw_iterations(of_iteration), output / "accuracy-iterations.svg")
     save(draw_precisions(of_rounding, SIDES[0]), output / "accuracy-precision.svg")
-    page = (output / "accuracy.md").read_text("utf-8")
-    for mark, rows in ("iterations", iteration_table(of_iteration)), ("precision", rounding_table(of_rounding)):
-        start, end = f"<!-- {mark}: python tools/precision.py -->", f"<!-- end of {mark} -->"
-        header = page[page.index(start) :].split("\n", 3)[1:3]
-        body = "\n".join([start, *header, rows, end])
-        page = page[: page.index(start)] + body + page[page.index(end) + len(end) :]
-    write_atomic(output / "accuracy.md", page)
+    write_section(output / "accuracy.md", "iterations", iteration_table(of_iteration))
+    write_section(output / "accuracy.md", "precision", rounding_table(of_rounding))
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def planned_bytes(model: ConfigDict, image_size: int, rows: int = _ROWS) -> floa
     gradient = jax.jit(jax.value_and_grad(loss), compiler_options=compiler_options())
 
     def temporary(images: int) -> int:
-        program = gradient.lower(variables["params"], variables, batch(images)).compile()
-        return program.memory_analysis().temp_size_in_bytes
+        plan: Any = gradient.lower(variables["params"], variables, batch(images)).compile().memory_analysis()
+        return plan.temp_size_in_bytes
 
     return (temporary(3 * rows) - temporary(rows)) / (2 * rows)
 

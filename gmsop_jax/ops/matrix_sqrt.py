@@ -13,6 +13,8 @@ from gmsop_jax.ops.coefficients import Coefficients, Factors, Steps, iteration_s
 from gmsop_jax.ops.precision import matrix_precision
 from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
+SYMMETRIC_STEPS = 6  # up to which the gradient of `root_vector` takes fewer products
+
 
 def newton_schulz_sqrt(
     sigma: Float[AnyArray, "*b d d"],
@@ -242,7 +244,8 @@ _with_lean_backward.defvjp(_forward, _backward)
 def root_vector(sigma: Array, steps: Steps, precision: PrecisionLike) -> Any:
     """The upper triangle of the root.
 
-    The gradient is symmetric. For n = 3, it takes 8 products besides those of the forward pass, instead of 10.
+    The gradient is symmetric. For n = 3, it takes 8 products besides those of the forward pass, instead of 10. More
+    than 6 steps take all products, because the minimax steps would amplify the asymmetry of rounding errors.
     """
     return triangle_vector(_evaluate(sigma, steps, False, precision))
 
@@ -257,7 +260,8 @@ def _root_vector_backward(steps, precision, residuals, g):
     a, trace, safe_trace = _normalize(sigma)
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     direction = triangle_matrix(g) * ((1 + eye) / 2)  # each entry off the diagonal occurs twice
-    _, da = jax.jvp(lambda a: _polynomial(a, steps, False, precision, symmetric=True), (a,), (direction,))
+    symmetric = len(steps) <= SYMMETRIC_STEPS
+    _, da = jax.jvp(lambda a: _polynomial(a, steps, False, precision, symmetric), (a,), (direction,))
     root = jnp.sqrt(safe_trace)
     through_trace = jnp.sum(g * vector, axis=-1)[..., None, None] / (2 * root) - _inner(da, a)
     return (jnp.where(trace == 0, 0, (da + through_trace * eye) / root),)

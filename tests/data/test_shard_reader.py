@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from batches import eval_batches, train_batches
 
+from gmsop_jax.data import shard_reader
 from gmsop_jax.data.manifest import Manifest, Shard, Split
 from gmsop_jax.data.records import encode
 from gmsop_jax.data.shard_reader import ShardReader, max_open_shards
@@ -158,3 +160,63 @@ def test_a_copy_opens_its_own_files(fashion: Path):
 
 def test_room_is_left_for_other_files():
     assert 1 <= max_open_shards() <= 4096
+
+
+class SimulatedShard:
+    """In place of ArrayRecord's reader of a shard, whose name begins with its number of records; all are the same."""
+
+    def __init__(self, path: str, *_, **__):
+        self._num_records = int(Path(path).name.split("-")[0])
+
+    def ok(self) -> bool:
+        return True
+
+    def num_records(self) -> int:
+        return self._num_records
+
+    def read(self, start: int, stop: int) -> list[bytes]:
+        assert 0 <= start < stop <= self._num_records
+        return [encode(np.zeros((2, 2), np.uint8), 1)]
+
+
+def simulate(folder: Path, num_images: int, num_shards: int = 500) -> None:
+    """Writes the manifest of a large data set, and sparse files in place of its shards."""
+    folder.mkdir()
+    records = num_images // num_shards
+    shards = tuple(Shard(f"{records}-{number}", records, 20 * records, "") for number in range(num_shards))
+    for shard in shards:
+        (folder / shard.file).touch()
+        os.truncate(folder / shard.file, shard.bytes)
+    split = Split(num_images, (2, 2), (0, num_images), shards)
+    covariance = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    Manifest("simulated", ("a", "b"), (0.0, 0.0, 0.0), covariance, {"train": split}, {}).save(folder)
+
+
+def test_a_billion_records_start_as_a_million(tmp_path: Path, monkeypatch):
+    """With as many shards, the start takes as many calls and as much memory; the order needs O(√n) numbers."""
+    monkeypatch.setattr(shard_reader, "ArrayRecordReader", SimulatedShard)
+    calls, starts, peaks = [], [], []
+
+    def count(frame, event, argument) -> None:
+        calls[-1] += event in ("call", "c_call")
+
+    for num_images in (10**6, 10**6, 10**9):  # the first fills caches
+        folder = tmp_path / str(len(calls))
+        simulate(folder, num_images)
+        calls.append(0)
+        tracemalloc.start()
+        sys.setprofile(count)
+        Manifest.load(folder)
+        batches = train_batches(folder, batch_size=256)
+        sys.setprofile(None)
+        starts.append(tracemalloc.get_traced_memory())  # kept, and at most
+        tracemalloc.reset_peak()
+        for _ in range(3):
+            batch = next(batches)
+            assert batch["image"].shape == (256, 2, 2, 3)
+            assert batch["label"].all()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert calls[2] == pytest.approx(calls[1], rel=0.01)
+    assert starts[2] == pytest.approx(starts[1], rel=0.05)
+    assert peaks[2] < 2**27  # a permutation would take 8 GB

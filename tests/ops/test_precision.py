@@ -75,14 +75,29 @@ def test_emulated_product_has_the_digits_of_its_parts(precision, digits):
 
 
 @pytest.mark.parametrize("coefficients", tool.COEFFICIENTS)
-@pytest.mark.parametrize("n", [1, 4, 5])
+@pytest.mark.parametrize("n", [1, 4, 5, 8])
 def test_the_tool_computes_what_the_library_computes(x64, coefficients, n):
-    sigma, g = np.random.default_rng(0).normal(size=(2, 2, 6, 6))
-    sigma = sigma @ sigma.mT
-    root, pullback = jax.vjp(partial(ops.newton_schulz_sqrt, num_iters=n, coefficients=coefficients), sigma)
-    found = tool.root_and_gradient(sigma, g, iteration_steps(n, coefficients), np.matmul)
-    np.testing.assert_allclose(found[0], root, rtol=1e-11, atol=1e-12)
-    np.testing.assert_allclose(found[1], pullback(jnp.asarray(g))[0], rtol=1e-11, atol=1e-11)
+    x = np.random.default_rng(0).normal(size=(2, 9, 6))
+    pooled, pullback = jax.vjp(partial(ops.second_order_pool, num_iters=n, coefficients=coefficients), x)
+    g = np.random.default_rng(1).normal(size=pooled.shape)
+    sigma, direction = tool.covariance(x, np.matmul), np.asarray(ops.triangle_matrix(g)) * (1 + np.eye(6)) / 2
+    root, gradient = tool.root_and_gradient(sigma, direction, iteration_steps(n, coefficients), np.matmul)
+    np.testing.assert_allclose(ops.triangle_vector(root), pooled, rtol=1e-11, atol=1e-12)
+    centered = x - np.mean(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(centered @ (2 * gradient) / 9, pullback(jnp.asarray(g))[0], rtol=1e-10, atol=1e-11)
+
+
+def test_the_tool_computes_the_products_of_the_library():
+    """Those of the gradient are the 8 of a symmetric cotangent."""
+    count = 0
+
+    def product(x, y):
+        nonlocal count
+        count += 1
+        return x @ y
+
+    tool.root_and_gradient(np.eye(4), tool.cotangent((4, 4)), iteration_steps(3, "newton_schulz"), product)
+    assert count == 5 + 8
 
 
 @pytest.mark.parametrize("coefficients", tool.COEFFICIENTS)
