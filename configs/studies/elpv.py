@@ -25,9 +25,9 @@ STUDY = Study(
 The data are 2,624 electroluminescence photographs of solar cells, resized from 300×300. A cell counts as defective if
 experts rated the probability of a defect as at least ½. There are five folds, stratified by class and by kind of cell.
 Deitsch et al. (2019) report an accuracy of 82.44 % (SVM) and 88.42 % (fine-tuned VGG-19 at the full size) with a single
-random split into 75 % for training and 25 % for testing. Here, 70 % are for training, the network is small and not
-pretrained, and there are one seed and five folds, so each image is tested once. The data set does not say which module
-a cell belongs to, so cells of the same module can be in both the training and the test images.""",
+random split into 75 % for training and 25 % for testing. Here, 70 % are for training, and the network is small and not
+pretrained. With one seed and five folds, each image is tested once. The data set does not say which module a cell
+belongs to, so cells of the same module can be in both the training and the test images.""",
 )
 
 

@@ -176,7 +176,7 @@ def _of(methods: Sequence[MethodResults]) -> list[Mapping[str, Any]]:
 def _split_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
     splits = study.test_splits[1:]
     lines = [
-        "The balanced error on [parts of the test images](../data.md#data-sets-of-the-studies):",
+        "The table shows the balanced error on [parts of the test images](../data.md#data-sets-of-the-studies).",
         "",
         f"| method | {' | '.join(splits)} |",
         "|---" * (len(splits) + 1) + "|",
@@ -246,7 +246,8 @@ def _pairing(study: Study) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "no method"
+    *others, last = names or ["no method"]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _provenance(study: Study, methods: Sequence[MethodResults], results: Results, config_file: str) -> list[str]:
