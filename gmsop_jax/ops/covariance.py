@@ -71,7 +71,8 @@ def covariance_pool(
         makes the result NaN.
       centered: whether the mean is subtracted. If not, the result is the second moment (1/p) Σ xₚ xₚᵀ.
       forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, and the backward pass takes
-        two matrix products instead of one.
+        two matrix products instead of one. Otherwise, they end with JAX's error "can't apply forward-mode autodiff
+        (jvp) to a custom_vjp function".
       precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: symmetric positive semi-definite matrices, float32 or float64. If all weights are 0, the matrix is zero,
@@ -117,7 +118,8 @@ def second_order_pool(
       where, centered: see `covariance_pool`.
       coefficients: see `newton_schulz_sqrt`.
       forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, but the backward pass stores
-        every iterate.
+        every iterate. Otherwise, they end with JAX's error "can't apply forward-mode autodiff (jvp) to a custom_vjp
+        function".
       precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: vectors in the order of `numpy.triu_indices`, float32 or float64.

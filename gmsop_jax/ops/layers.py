@@ -1,6 +1,7 @@
 """The layers of the heads as functions of their parameters, which all module systems share."""
 
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -132,12 +133,17 @@ def dropout(x: Float[AnyArray, "b *f"], rate: float, key: Array, axis_name: str 
 
     Args:
       x: the first axis is the batch.
-      rate: at least 0 and below 1.
+      rate: at least 0 and below 1. A traced rate is not checked.
       key: PRNG key, the same on every device.
       axis_name: pmap or shard_map axis over which the batch is split. The mask is then the same as on a single device
         with the whole batch.
+
+    Raises:
+      ValueError: if the rate is a number outside [0, 1).
     """
-    bernoulli = functools.partial(jax.random.bernoulli, p=1 - rate)
+    if isinstance(rate, numbers.Real) and not 0 <= rate < 1:
+        raise ValueError(f"the rate of dropout must be a number in [0, 1), got {rate!r}")
+    bernoulli = functools.partial(jax.random.bernoulli, p=1.0 - rate)
     kept = draw_rows(lambda key, shape: bernoulli(key, shape=shape), key, x.shape, axis_name)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 

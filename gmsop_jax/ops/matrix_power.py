@@ -22,7 +22,7 @@ def matrix_power(
     Eigenvalues of at most one ulp of the largest eigenvalue are rounding errors and are set to 0, as in the authors'
     code. (That code computes √(λ + 10⁻¹²) for any α; this function computes λ^α.) The gradient uses the divided
     differences (λᵢ^α − λⱼ^α)/(λᵢ − λⱼ), in a form that stays accurate for close and equal eigenvalues. The gradient
-    itself is not differentiable where eigenvalues are equal.
+    itself is not differentiable where eigenvalues are equal. Forward mode (`jax.jvp`) is not supported.
 
     Args:
       sigma: symmetric PSD matrices, float32 or float64; only their symmetric part is used.
@@ -59,7 +59,7 @@ def _power(sigma: Array, alpha: float, precision: PrecisionLike) -> Any:
 def _forward(sigma, alpha, precision):
     values, vectors = jnp.linalg.eigh(sigma)
     largest = values[..., -1:]
-    values = jnp.where(values > jnp.spacing(largest), values, 0)
+    values = jnp.where(values > jnp.spacing(jax.lax.stop_gradient(largest)), values, 0)
     powers = jnp.power(values, alpha)[..., None, :]
     return jnp.matmul(vectors * powers, vectors.mT, precision=precision), (values, vectors)
 

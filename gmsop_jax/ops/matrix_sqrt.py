@@ -58,9 +58,10 @@ def newton_schulz_sqrt(
       coefficients: `newton_schulz`, or `minimax` for n ≤ 12. A more accurate root does not always make a more
         accurate classifier (Song et al., ICCV 2021). In float32, more than 5 minimax steps lose accuracy for singular
         matrices (docs/accuracy.md).
-      forward_mode: by default, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are not supported, because the function
-        defines its own backward pass. If True, JAX differentiates the iteration automatically, which supports
-        them. Reverse mode then stores the iterates. Values are the same.
+      forward_mode: by default, `jax.jvp`, `jax.jacfwd` and `jax.hessian` end with JAX's error "can't apply forward-mode
+        autodiff (jvp) to a custom_vjp function", because the function defines its own backward pass. If True, JAX
+        differentiates the iteration automatically, which supports them. Reverse mode then stores the iterates. Values
+        are the same.
       precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
     Returns: Y with Y @ Y ≈ sigma, same shape and dtype. A zero matrix gives zero, with zero gradient.

@@ -43,6 +43,13 @@ def test_gradient_of_close_eigenvalues_by_hand(x64):
     np.testing.assert_allclose(slope, [[1 / 2, 1 / 3], [1 / 3, 1 / 4]], rtol=1e-14)
 
 
+def test_second_derivatives_in_reverse_mode(x64):
+    def slope(x):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(matrix_power((x + x.T) / 2, 0.3))))(x)
+
+    check_grads(slope, (covariance([0.2, 1.0, 3.0]),), order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-6)
+
+
 def test_zero_and_rank_deficient_matrices(x64):
     for sigma in (jnp.zeros((3, 3)), covariance([0.0, 0.0, 2.0])):
         root, pullback = jax.vjp(matrix_power, sigma)

@@ -288,6 +288,19 @@ def test_forward_mode_is_refused_unless_asked_for(variant):
         jax.jvp(VARIANTS[variant][0], (jnp.eye(3),), (jnp.eye(3),))
 
 
+@pytest.mark.parametrize("function", [covariance_pool, newton_schulz_sqrt, second_order_pool])
+def test_the_error_of_jax_is_quoted_beside_its_remedy(function):
+    """JAX's own error does not name `forward_mode`, so that a search for it must find the documentation."""
+    guide = (Path(__file__).parents[2] / "docs" / "own-model.md").read_text("utf-8")
+    for transform in (jax.jacfwd(function), jax.jit(jax.jacfwd(function))):
+        with pytest.raises(TypeError, match=r"\(jvp\) to a custom_vjp function") as error:
+            transform(jnp.eye(3))
+        quoted = str(error.value).rstrip(".")
+        for text in (guide, function.__doc__):
+            assert quoted in " ".join(text.split())
+            assert "forward_mode" in text
+
+
 @every_variant
 @pytest.mark.parametrize("n", [1, 3])
 def test_forward_mode_jacobians_and_hessian_vector_products(x64, variant, n):
