@@ -73,7 +73,7 @@ def test_training_ends_with_the_error_of_the_last_epoch(monkeypatch, tmp_path, c
 )
 def test_an_argument_without_a_flag_is_named(capsys, arguments, flag):
     stray = arguments.split()[1]
-    assert re.search(rf"there is no flag before {stray}; expected .*{flag} ", error(capsys, *arguments.split()))
+    assert re.search(rf"{stray} is not preceded by a flag; expected .*{flag} ", error(capsys, *arguments.split()))
 
 
 def test_a_missing_data_set_of_a_network_is_made_from_the_source_of_its_images(capsys, monkeypatch, tmp_path):

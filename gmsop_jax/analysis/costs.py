@@ -22,7 +22,7 @@ class Cost:
       features: dimension of the pooled vector.
       macs: multiply-adds, see `multiply_adds`.
       compiled_macs: half of the floating-point operations that XLA counts, or NaN if it reports none. XLA also counts
-        element-wise operations, and leaves out the part of a convolution that meets padding.
+        element-wise operations, and excludes the part of a convolution that overlaps the padding.
     """
 
     parameters: int
@@ -32,7 +32,7 @@ class Cost:
 
 
 def cost(model: ConfigDict, image_size: int) -> Cost:
-    """The cost of the network that `config.model` describes, for square images. It is computed from shapes alone."""
+    """Returns the cost of the network that `config.model` describes, for square images, computed from shapes alone."""
     network, variables, images = abstract_network(model, image_size)
     _, aux = jax.eval_shape(network.apply, variables, images)
     counted = jax.jit(network.apply).lower(variables, images).cost_analysis()
@@ -47,7 +47,7 @@ def cost(model: ConfigDict, image_size: int) -> Cost:
 def abstract_network(model: ConfigDict, image_size: int) -> tuple[Network, Any, jax.ShapeDtypeStruct]:
     """Returns a network, and the shapes and dtypes of its variables and of one square image."""
     model = ConfigDict(model.to_dict())
-    model.dispatch = "gather"  # the one whose operations depend on the shapes alone
+    model.dispatch = "gather"  # the only dispatch whose operations depend on the shapes alone
     network = create_model(model)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     return network, jax.eval_shape(network.init, jax.random.key(0), images), images
@@ -57,8 +57,8 @@ def multiply_adds(jaxpr: Any) -> int:
     """Counts the multiply-adds of the convolutions, matrix products and eigendecompositions in a program.
 
     As usual, element-wise operations and sums are not counted, so biases, batch norm, activations and average pooling
-    are free. Neither are equations that no output depends on. An eigendecomposition counts as 9 d³, and of several
-    branches the most expensive one is counted.
+    are free. Equations that no output depends on are not counted either. An eigendecomposition counts as 9 d³. Of
+    several branches, only the most expensive one is counted.
 
     Args:
       jaxpr: the program, from `jax.make_jaxpr`. A `while` loop without a fixed length counts as one iteration.

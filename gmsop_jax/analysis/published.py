@@ -23,7 +23,7 @@ class Published:
     gmacs: str | None = None
 
 
-# (source, backbone and its size, head and projection) → row; mixtures are the 16-8 ones
+# (source, backbone and its size, head and projection) → row; mixtures select 8 of 16 candidates
 ROWS = {
     ("imagenet64", "narrow 2×1", "gap"): Published("ResNet-18", 52.17, 27.09, "0.9M"),
     ("imagenet64", "narrow 2×1", "gap (512,)"): Published("ResNet-18-512d", 49.08, 24.25, "1.3M"),
@@ -80,7 +80,7 @@ def find_published(
     size = image_size or (config.data.image_size,) * 2
     if (num_classes or m.num_classes or classes) != classes or size not in ((0, 0), (side, side)):
         return None
-    if source == "image-folder" and size == (0, 0):  # folders hold images of any size
+    if source == "image-folder" and size == (0, 0):  # folders contain images of any size
         return None
     scale = f"{m.blocks_per_stage}×{m.width_factor}" if m.backbone == "narrow" else m.stem
     projection = "" if mixture or not m.projection_widths else f" {tuple(m.projection_widths)}"

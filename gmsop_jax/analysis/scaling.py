@@ -53,7 +53,7 @@ class Counts:
 
     @property
     def bytes_of_state(self) -> int:
-        """Bytes of parameters, momentum, gradients and moments."""
+        """Bytes of parameters, momentum, gradients and running statistics."""
         return _FLOAT * (3 * self.parameters + 2 * self.channels)
 
 
@@ -66,7 +66,7 @@ class Machine:
     latency: float
 
     def efficiency(self, counts: Counts, devices: int, images: float) -> float:
-        """Upper bound on the share of time spent computing, if nothing is sent during computation.
+        """Upper bound on the fraction of time spent computing, if communication does not overlap computation.
 
         t_compute = images · flops/F;  t_send = 2 (D − 1)/D · bytes/W + reductions · ⌈log₂ D⌉ · latency
         """

@@ -113,7 +113,7 @@ class StudyRun:
 
     @property
     def name(self) -> str:
-        """A name that is different for every run of a study."""
+        """A name that is unique within the study."""
         name = "-".join([self.method, *map(short_form, self.point), self.data, f"seed{self.seed}"])
         return "".join(char for char in name if char.isalnum() or char in "-_.=,").replace(",", "_")
 
@@ -166,7 +166,7 @@ class StudyRunner:
     def measure(self, run: StudyRun, splits: Sequence[str]) -> dict[str, Any]:
         """Returns the result of a run with measurements of `splits`; trains and measures what is missing.
 
-        If the loss of a run is no longer finite, its result has the entry `diverged` and no measurements.
+        If the loss becomes non-finite, the result has the entry `diverged` and no measurements.
 
         Raises:
           ConfigError: if the stored result was measured with another configuration.
@@ -190,7 +190,8 @@ class StudyRunner:
             result["splits"] = result.get("splits", {}) | measured
         except NonFiniteError as error:  # other points may not diverge, so the study continues
             result = dataclasses.asdict(run) | {"config": fields, "diverged": str(error), "splits": {}}
-        write_json(_made(file), result)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, result)
         jax.clear_caches()  # every run compiles its own step, whose program is no longer needed
         return result
 
@@ -214,12 +215,12 @@ def load_study(path: str | pathlib.Path) -> Study | None:
 
 
 def load_results(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the results in a folder, sorted by file name; UserError if one is damaged."""
+    """Returns the results in a folder, sorted by file name. Raises UserError if one is damaged."""
     return [read_result(file) for file in sorted(folder.glob("*.json"))]
 
 
 def read_result(file: pathlib.Path) -> dict[str, Any]:
-    """Reads the result of a run; UserError if it is damaged."""
+    """Reads the result of a run. Raises UserError if it is damaged."""
     remedy = "delete it, and run the study again"
     result = read_object(file, _RUN_FIELDS, remedy)
     if "diverged" not in result:
@@ -325,7 +326,7 @@ def _changed_fields(config: ConfigDict) -> dict[str, Any]:
 
 
 def find_commit(file: pathlib.Path) -> str:
-    """The commit of the repository that tracks a file, with `-dirty` after changes; empty if none does.
+    """Returns the commit of the repository that tracks a file, with `-dirty` after changes; empty if there is none.
 
     A package that is installed inside another repository, as in a virtual environment, is not tracked by it.
     """
@@ -340,8 +341,3 @@ def find_commit(file: pathlib.Path) -> str:
         return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def _made(file: pathlib.Path) -> pathlib.Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file

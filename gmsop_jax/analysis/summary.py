@@ -1,4 +1,4 @@
-"""Parameters, features and multiply-adds of networks, beside the published values."""
+"""Tables of parameters, features and multiply-adds of networks, compared with the published values."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ def summarize(path: str) -> Row:
     """The row of a configuration `file.py` or `file.py:argument`, with the classes and image size of its data set.
 
     Raises:
-      ConfigError: if the configuration has neither, and they are not known for its source.
+      ConfigError: if neither the configuration nor its source determines them.
     """
     config = configs.load(path)
     num_classes, image_size = _DATA_SETS.get(config.data.source, (0, 0))
@@ -82,7 +82,7 @@ def summarize(path: str) -> Row:
 
 
 def all_configurations() -> list[str]:
-    """The package's configurations; a file with `ROWS` stands for all of them."""
+    """The configurations of the package, including each of the `ROWS` of a file."""
     return [path for file in configs.packaged_files() for path in expand(str(file))]
 
 

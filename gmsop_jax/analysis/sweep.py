@@ -1,4 +1,4 @@
-"""Sweeps: trains several configurations with several seeds, one run after the other, and tabulates the results."""
+"""Sweeps: trains several configurations with several seeds, one run at a time, and tabulates the results."""
 
 import contextlib
 import dataclasses
@@ -20,10 +20,10 @@ _INTERRUPTED = (130, RESTART_STATUS, -signal.SIGINT, -signal.SIGTERM, -signal.SI
 
 
 class RunStopped(UserError):
-    """A run of a sweep was stopped by a signal, and the sweep was not.
+    """A run of a sweep was stopped by a signal that the sweep itself did not receive.
 
     Attributes:
-      status: exit status of the sweep, 75 ("start me again").
+      status: exit status of the sweep, 75 (EX_TEMPFAIL: try again).
     """
 
     status = RESTART_STATUS
@@ -70,7 +70,7 @@ def plan_sweep(
     """Returns the runs of a sweep, ordered by seed, so that every configuration has a result early.
 
     Args:
-      paths: configurations; a file with `ROWS` stands for all of its rows.
+      paths: configurations; a file with `ROWS` means all of its rows.
       seeds: the seeds, with one run of each configuration per seed.
       output: the folder in which each run has the working directory `<name>/seed<n>`.
       overrides: assignments `field=value` for every run.
@@ -170,7 +170,7 @@ def _status(command: Sequence[str]) -> int:
             signal.signal(number, handler)
     if caught:
         if callable(handler := before[caught[0]]):
-            handler(caught[0], None)  # raises too, and notes the signal for the exit status
+            handler(caught[0], None)  # raises KeyboardInterrupt, and records the signal for the exit status
         raise KeyboardInterrupt
     return process.returncode
 
@@ -178,8 +178,8 @@ def _status(command: Sequence[str]) -> int:
 def table(jobs: Sequence[SweepRun]) -> str:
     """Returns a Markdown table with the last epoch's error of each configuration, over its finished runs.
 
-    The error is given as mean ± standard deviation (n − 1). That of the best epoch is left out, because the best epoch
-    is chosen on the very images that it is measured on.
+    The error is given as mean ± standard deviation (n − 1). That of the best epoch is omitted, because the best epoch
+    is chosen on the same images that it is measured on.
     """
     lines = [
         "| configuration | runs | top-1 error | parameters | features | seconds |",

@@ -24,8 +24,8 @@ def run_convert(arguments: Sequence[str]) -> None:
     add("--input", help="the downloaded file or folder; may be omitted for elpv, and for the sample of fashion-mnist")
     add("--output", required=True, help="a new folder, or the folder of an unfinished conversion")
     add("--workers", type=int, help="number of processes (default: one per core)")
-    add("--shards", type=int, help="number of training shards (default: about 128 MiB each)")
-    add("--limit", type=int, help="keep a random subset of at most this many images of each split")
+    add("--shards", type=int, help="number of training shards (default: shards of about 128 MiB)")
+    add("--limit", type=int, help="maximum number of images in each split, which are then chosen at random")
     add("--seed", type=int, default=0, help="seed of the order of the images and of the folds (default: 0)")
     add("--codec", choices=CODECS, default="raw", help="format of the pixels (default: raw)")
     add("--size", type=int, help="side of the images in pixels (default: 100 for places365, else unchanged)")
@@ -33,9 +33,9 @@ def run_convert(arguments: Sequence[str]) -> None:
     add(
         "--val-fraction",
         type=float,
-        help="image-folder, fashion-mnist: share of the training images to set aside as val",
+        help="image-folder, fashion-mnist: fraction of the training images to set aside as val",
     )
-    add("--train-fraction", type=float, help="share of the training images of each class to keep")
+    add("--train-fraction", type=float, help="fraction of the training images of each class to keep")
     add("--fold", type=int, help="elpv, emoji, domains: which fifth of the images is test, 0 to 4 (default: 0)")
     add("--leave-out", help="emoji: the vendor whose drawings are test (google, twitter or fluent)")
     add("--follow-links", action="store_true", default=None, help="also read files outside the input folder")
@@ -76,7 +76,7 @@ def run_convert(arguments: Sequence[str]) -> None:
 def run_merge(arguments: Sequence[str]) -> None:
     """Joins the parts of a conversion: `gmsop merge data/imagenet64 [other-folder-of-the-same-conversion …]`."""
     parser = ArgumentParser(
-        prog="gmsop merge", description="Joins the parts that `gmsop convert --shard-range` wrote into one data set."
+        prog="gmsop merge", description="Joins the parts written by `gmsop convert --shard-range` to one data set."
     )
     parser.add_argument("directory", type=Path, help="the folder that becomes the data set")
     parser.add_argument("parts", type=Path, nargs="*", help="other folders, whose shards are copied into it")
@@ -86,12 +86,12 @@ def run_merge(arguments: Sequence[str]) -> None:
 
 
 def run_inspect(arguments: Sequence[str]) -> None:
-    """Prints what a data set contains, and draws a contact sheet: `gmsop inspect data/fashion-mnist`."""
+    """Describes a data set, and draws a contact sheet: `gmsop inspect data/fashion-mnist`."""
     parser = ArgumentParser(
         prog="gmsop inspect",
         description="Prints the manifest and the images per class of a data set, and draws a contact sheet.",
     )
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, help="folder of the data set")
     parser.add_argument("--split", default="train", help="the split to draw (default: train)")
     parser.add_argument("--sheet", type=Path, help=f"image file to write (default: {job.SHEET_NAME} in the data set)")
     parser.add_argument("--columns", type=int, default=10, help="images per class (default: 10)")
@@ -108,14 +108,14 @@ def run_verify(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="gmsop verify", description="Reads every record of a data set and compares it with the manifest."
     )
-    parser.add_argument("directory")
+    parser.add_argument("directory", help="folder of the data set")
     args = parser.parse_args(arguments)
-    _print_splits(args.directory, verify(args.directory), ", all as in the manifest")
+    _print_splits(args.directory, verify(args.directory), ", verified")
 
 
 def _add_max_unreadable(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--max-unreadable", type=float, default=0.01, help="largest accepted share of unreadable images (default: 0.01)"
+        "--max-unreadable", type=float, default=0.01, help="maximum fraction of unreadable images (default: 0.01)"
     )
 
 

@@ -1,6 +1,6 @@
 """The commands that run a network: train, evaluate and predict.
 
-Most modules are imported late, because that takes seconds, in which a mistake in the flags should be reported already.
+Most modules are imported late, because that takes seconds, and mistakes in the flags should be reported immediately.
 """
 
 import argparse
@@ -17,7 +17,7 @@ MODES = {
 
 
 def run_mode(arguments: Sequence[str], mode: str = "") -> int:
-    """Runs a command of `MODES`, or without a command the one that the flag `--mode` names."""
+    """Runs a mode of `MODES`; without one, the flag `--mode` selects it."""
     options = _parse(arguments, mode)
 
     from gmsop_jax import config as configs
@@ -57,7 +57,7 @@ def run_mode(arguments: Sequence[str], mode: str = "") -> int:
 
 
 def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
-    """Reads the flags of a command of `MODES`; without one, `--mode` is a flag too, and all flags are accepted."""
+    """Parses the flags of a mode of `MODES`; without one, accepts `--mode` and the flags of all modes."""
     parser = ArgumentParser(
         prog=f"gmsop {mode}" if mode else "gmsop",
         description=f"{MODES[mode].capitalize()}." if mode else "Train, evaluate or use a network.",
@@ -67,7 +67,7 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
     parser.add_argument(
         "--config", metavar="FILE", type=_path, help="a configuration: a file, or a name such as quickstart"
     )
-    parser.add_argument("--workdir", metavar="DIR", type=_path, help="results (default: runs/<config name>)")
+    parser.add_argument("--workdir", metavar="DIR", type=_path, help="folder of the run (default: runs/<config name>)")
     if mode:
         parser.set_defaults(mode=mode, checkpoint=None, profile=range(0))
     else:
@@ -77,7 +77,7 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
             "--checkpoint",
             metavar="DIR",
             type=_path,
-            help="working directory, or the folder of one step in it, to use (default: the last step)",
+            help="working directory (to use its last step), or the folder of one step in it",
         )
     if mode in ("predict", ""):
         _add_predict_options(parser)
@@ -87,16 +87,16 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
             metavar="START:STOP",
             type=_steps,
             default=range(0),
-            help="training steps, counted from 1, to trace for TensorBoard's profiler",
+            help="trace these training steps, counted from 1, for TensorBoard's profiler",
         )
     _add_process_options(parser)
-    parser.add_argument("stray", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("unexpected", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.stray:
+    if options.unexpected:
         flags = {"train": "--config", "evaluate": "--checkpoint", "predict": "--checkpoint or --input"}
         if {"train": options.config, "evaluate": options.checkpoint}.get(options.mode):
-            parser.error(f"unrecognized arguments: {' '.join(options.stray)}")
-        parser.error(f"there is no flag before {options.stray[0]}; expected {flags[options.mode]}")
+            parser.error(f"unrecognized arguments: {' '.join(options.unexpected)}")
+        parser.error(f"{options.unexpected[0]} is not preceded by a flag; expected {flags[options.mode]}")
     _check_needed(parser, options, f"gmsop {mode}" if mode else f"--mode {options.mode}")
     return options
 
@@ -112,24 +112,24 @@ def _check_needed(parser: ArgumentParser, options: argparse.Namespace, command: 
 
 
 def _add_predict_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("for predictions")
+    group = parser.add_argument_group("options for predictions")
     group.add_argument(
         "--input", metavar="PATH", nargs="+", type=_path, help="images, folders, or .txt files that list images"
     )
     group.add_argument("--top", type=int, default=5, help="number of most probable classes to print (default: 5)")
     group.add_argument(
-        "--features", metavar="FILE", type=_path, help=".npz file for the pooled features and gate weights"
+        "--features", metavar="FILE", type=_path, help="save the pooled features and gate weights in this .npz file"
     )
     group.add_argument("--format", choices=("table", "json", "csv"), default="table")
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("for a run of several processes")
+    group = parser.add_argument_group("options for a run of several processes")
     group.add_argument(
         "--coordinator", metavar="HOST:PORT", help="address of the first process, or auto to ask the cluster"
     )
-    group.add_argument("--num-processes", metavar="N", type=int)
-    group.add_argument("--process-id", metavar="I", type=int, help="from 0; process 0 writes the results")
+    group.add_argument("--num-processes", metavar="N", type=int, help="number of processes")
+    group.add_argument("--process-id", metavar="I", type=int, help="this process, 0 to N − 1; 0 writes the results")
 
 
 def _path(text: str) -> str:
@@ -165,7 +165,7 @@ def _load_config(options: argparse.Namespace):
     from gmsop_jax.training.restore import read_description
 
     config, inputs = read_description(options.checkpoint or options.workdir)
-    if inputs.dataset in NAMES:  # the configuration may name another source, as that of the quickstart for own images
+    if inputs.dataset in NAMES:  # the configuration may name another source, such as the quickstart's for other images
         config.data.source = inputs.dataset
     configs.apply_overrides(config, options.overrides)
     return config

@@ -16,9 +16,9 @@ from gmsop_jax.files import write_atomic, write_output
 
 
 def run_report(arguments: Sequence[str]) -> None:
-    """Writes an HTML page about one run, or several runs side by side: `gmsop report runs/quickstart`."""
+    """Writes an HTML report about one or more runs: `gmsop report runs/quickstart`."""
     parser = ArgumentParser(
-        prog="gmsop report", description="Writes a self-contained HTML page about one run or several."
+        prog="gmsop report", description="Writes a self-contained HTML report about one or more runs."
     )
     parser.add_argument("workdir", nargs="+", type=pathlib.Path, help="working directory of a training run")
     parser.add_argument("--output", type=pathlib.Path, help="the HTML file (default: report.html in the first folder)")
@@ -57,7 +57,7 @@ def run_sweep(arguments: Sequence[str]) -> int:
         epilog="--config.field=value sets a field of every run",
         takes_overrides=True,
     )
-    parser.add_argument("configs", nargs="+", help="configurations; a file that defines ROWS stands for all of them")
+    parser.add_argument("configs", nargs="+", help="configurations; a file that defines ROWS means all its rows")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each configuration (default: 0 1 2)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
     parser.add_argument(
@@ -65,7 +65,7 @@ def run_sweep(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--gather", action="store_true", help="only write the table of the finished runs")
     group = parser.add_argument_group("for studies, which choose their seeds and hyperparameters themselves")
-    group.add_argument("--input", help="the downloaded file or folder, until it is converted")
+    group.add_argument("--input", help="the downloaded file or folder, needed until it is converted")
     group.add_argument("--data-dir", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data sets")
     group.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="folder of raw results")
     options = parser.parse_args(arguments)
@@ -102,7 +102,7 @@ def prepare_data(data: StudyData, folder: pathlib.Path, input_path: str | None) 
 
     Raises:
       ConfigError: if the folder contains a data set of another source or with other options.
-      DataError: as `convert` and `Manifest.load`.
+      DataError: as raised by `convert` and `Manifest.load`.
     """
     if input_path is not None or not (folder / FILE_NAME).exists():
         convert(data.source, input_path, folder, options=Options(**data.options))

@@ -1,4 +1,4 @@
-"""The commands that move networks in and out: export and import."""
+"""The commands that export and import networks."""
 
 import hashlib
 import os
@@ -25,14 +25,14 @@ RELEASED = {
 
 
 def run_export(arguments: Sequence[str]) -> None:
-    """Exports a network and checks the copy: `gmsop export runs/quickstart --format stablehlo`."""
+    """Exports a network and compares it with the original: `gmsop export runs/quickstart --format stablehlo`."""
     parser = ArgumentParser(prog="gmsop export", description="Exports a trained network.")
     parser.add_argument("run", type=pathlib.Path, help="working directory, or one step's folder in it")
     parser.add_argument("--format", choices=("safetensors", "stablehlo", "onnx"), required=True)
     parser.add_argument(
         "--output", type=pathlib.Path, help="output folder (default: export/FORMAT in the working directory)"
     )
-    parser.add_argument("--license", help="safetensors: licence of the weights for the card, such as cc-by-4.0")
+    parser.add_argument("--license", help="safetensors: licence of the weights for the model card, such as cc-by-4.0")
     args = parser.parse_args(arguments)
     folder = folder_of(args.run)
     if not args.output and exported.is_on_hub(args.run):
@@ -51,23 +51,23 @@ def run_export(arguments: Sequence[str]) -> None:
 
 
 def run_import(arguments: Sequence[str]) -> None:
-    """Turns foreign weights into a working directory: `gmsop import resnet50.safetensors --output runs/resnet50`.
+    """Creates a working directory from imported weights: `gmsop import resnet50.safetensors --output runs/resnet50`.
 
-    A MATLAB file is a checkpoint of the authors' MatConvNet code; any other file holds PyTorch weights of a ResNet or
-    ResNeXt.
+    A MATLAB file is a checkpoint of the authors' MatConvNet code; any other file contains PyTorch weights of a ResNet
+    or ResNeXt.
     """
     parser = ArgumentParser(
         prog="gmsop import",
-        description="Makes a working directory from a MatConvNet checkpoint (net-epoch-N.mat), or from the PyTorch"
+        description="Creates a working directory from a MatConvNet checkpoint (net-epoch-N.mat), or from the PyTorch"
         " weights of a ResNet or ResNeXt with 50 or 101 layers.",
         epilog="--config.field=value sets a field of the configuration, as in --config.data.dir=data/imagenet",
         takes_overrides=True,
     )
     parser.add_argument(
-        "file", help=".mat (MATLAB v7 or v7.3), .safetensors, or a file of torch.save (which needs PyTorch)"
+        "file", help=".mat (MATLAB v7 or v7.3), .safetensors, or a file written by torch.save (which needs PyTorch)"
     )
     parser.add_argument("--output", required=True, help="working directory to create")
-    group = parser.add_argument_group("for PyTorch weights")
+    group = parser.add_argument_group("options for PyTorch weights")
     group.add_argument(
         "--classes", metavar="FILE", help="text file with the class names, one per line (default: 0, 1, …)"
     )
@@ -95,7 +95,7 @@ def run_import(arguments: Sequence[str]) -> None:
 
 
 def _is_matlab(file: str) -> bool:
-    """Returns whether a file is a MATLAB file, according to its ending or, failing that, its first bytes."""
+    """Returns whether a file is a MATLAB file, according to its extension or its first bytes."""
     if file.lower().endswith(".mat") or not os.path.isfile(file):
         return file.lower().endswith(".mat")
     with open_file(file) as stream:
@@ -138,8 +138,8 @@ def _report_matconvnet(run: ImportedRun, output: str) -> None:
         print("the file has no optimiser state: further training starts with momentum 0")
     if run.mean_rgb_difference is not None and run.mean_rgb_difference > 0.01:
         print(
-            f"warning: the mean colour of the data set {run.config.data.dir} differs from the file's by up to"
-            f" {run.mean_rgb_difference:.3g} of 255; the network was trained with {run.checkpoint.mean_rgb}"
+            f"warning: the mean colour of the data set {run.config.data.dir} differs by up to"
+            f" {run.mean_rgb_difference:.3g} of 255 from the network's, {run.checkpoint.mean_rgb}"
         )
     print(f"evaluate:   gmsop evaluate --workdir {output}")
     if run.epoch < run.config.train.num_epochs:
@@ -150,7 +150,7 @@ def _report_matconvnet(run: ImportedRun, output: str) -> None:
 
 
 def count_parts(params: dict) -> dict[str, int]:
-    """Counts the trainable parameters of each part of a network, without the moments of batch norm."""
+    """Counts the parameters in each part of the tree `params`."""
     head = params["head"]
     mixture = head.get("mixture", {})
     parts = {

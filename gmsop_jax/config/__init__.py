@@ -1,7 +1,7 @@
 """Configurations: files, overrides from the command line, and JSON; `fields` lists what can be set.
 
 A configuration file is a Python program with a function `get_config()` that returns a `ConfigDict` made with
-`default_config()`. It is executed, so run only files that you trust. One file can hold several configurations: for
+`default_config()`. It is executed, so use only files that you trust. One file can define several configurations: for
 `file.py:argument`, `get_config(argument)` is called.
 """
 
@@ -43,8 +43,8 @@ __all__ = [
     "validate",
 ]
 
-# What the config.json of earlier versions may contain that no longer exists: fields with the values that did not change
-# the results, and values of fields with what replaces them.
+# What the config.json of earlier versions may contain: removed fields, with the values that did not affect the results,
+# and removed values of fields, with their replacements.
 _REMOVED_FIELDS = {"parallel.shard_optimizer": (False, True), "parallel.shard_classifier": (False, True)}
 _REMOVED_VALUES = {("model.dispatch", "pallas"): "auto"}
 
@@ -60,10 +60,10 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Args:
       path: `file.py`, `file.py:argument`, or the name of a packaged configuration, `name` or `name:argument`.
-      overrides: assignments `field=value`, see `override`.
+      overrides: assignments `field=value`; see `override`.
 
     Raises:
-      ConfigError: if the file does not exist or has no `get_config`, and as `override` and `validate`.
+      ConfigError: if the file does not exist or has no `get_config`, and as raised by `override` and `validate`.
     """
     file, argument = split_argument(path)
     module = run_file(file)
@@ -78,10 +78,10 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """Sets fields, see `override`, and validates the result.
+    """Sets fields as `override` does, and validates the result.
 
     Raises:
-      ConfigError: as `override` and `validate`.
+      ConfigError: as raised by `override` and `validate`.
     """
     for assignment in overrides:
         override(config, assignment)
@@ -102,7 +102,7 @@ def run_file(file: pathlib.Path) -> types.ModuleType:
         )
     spec = importlib.util.spec_from_file_location(f"gmsop_config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{file} is not a Python file; a configuration is one with a function get_config()")
+        raise ConfigError(f"{file} is not a Python file; a configuration is a .py file with a function get_config()")
     module = importlib.util.module_from_spec(spec)
     with _naming_line(file):
         spec.loader.exec_module(module)
@@ -111,7 +111,7 @@ def run_file(file: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _naming_line(file: pathlib.Path) -> Iterator[None]:
-    """Turns any exception of a user's file into a ConfigError that names the line."""
+    """Turns any exception in a user's file into a ConfigError that states the line."""
     try:
         yield
     except ConfigError:
@@ -170,7 +170,7 @@ def run_name(path: str | pathlib.Path) -> str:
 
 
 def override(config: ConfigDict, assignment: str) -> None:
-    """Sets one field from text, as in `train.batch_size=64`. The text is read as the field's type.
+    """Sets one field from text, such as `train.batch_size=64`. The text is parsed as the field's type.
 
     Raises:
       ConfigError: if there is no such field or the value does not have its type.
@@ -223,11 +223,11 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, place: str = "the stored configuration") -> ConfigDict:
-    """Reads what `to_json` returned. Fields that are missing, because they were added later, have their defaults.
+    """Reads what `to_json` returned. Missing fields, which were added later, have their defaults.
 
     Args:
       text: the JSON text.
-      place: where it was found, for error messages.
+      place: where the text comes from, for error messages.
 
     Raises:
       ConfigError: if the text is not JSON, or contains an unknown field or a value of another type.
@@ -240,7 +240,7 @@ def from_json(text: str, place: str = "the stored configuration") -> ConfigDict:
     if not isinstance(stored, dict):
         raise ConfigError(f"{place} contains {text.strip()[:40]} instead of an object with fields")
     if "library_name" in stored:
-        raise ConfigError(f"{place} is that of an exported network; give the working directory of a training run")
+        raise ConfigError(f"{place} belongs to an exported network; give the working directory of a training run")
     config = default_config()
     for name, value in fields:
         if value in _REMOVED_FIELDS.get(name, ()):
@@ -264,7 +264,7 @@ def read(file: pathlib.Path) -> ConfigDict:
     """Reads the `config.json` of a run.
 
     Raises:
-      ConfigError: if the file can't be read, and as `from_json`.
+      ConfigError: if the file can't be read, and as raised by `from_json`.
     """
     try:
         text = read_bytes(file).decode()

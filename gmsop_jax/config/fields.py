@@ -1,4 +1,4 @@
-"""The fields of a configuration: their defaults, meanings and allowed values, one line for each."""
+"""The fields of a configuration: their defaults, meanings and allowed values."""
 
 import dataclasses
 import re
@@ -78,7 +78,7 @@ _ANY = Allowed(lambda value: True, "any string")  # or bool
 _FRACTION = Allowed(lambda value: 0 <= value < 1, "in [0, 1)")
 _POSITIVE = Allowed(lambda value: value > 0, "positive")
 _SHARE = Allowed(lambda value: 0 < value <= 1, "in (0, 1]")
-_AREA = Allowed(_is_area, "(least, largest) share in (0, 1]")
+_AREA = Allowed(_is_area, "(smallest, largest) fraction in (0, 1]")
 _SIZES = Allowed(lambda value: bool(value) and _are_sizes(value), "positive integers, like (256, 128)")
 _OPTIONAL_SIZES = Allowed(_are_sizes, "positive integers, like (256,), or ()")
 _DTYPES = _one_of("", "float32", "bfloat16", "float64")
@@ -105,8 +105,8 @@ class Field:
     Attributes:
       default: its default, which also determines its type.
       meaning: what it means, for the reference in docs/configuration.md.
-      allowed: its values.
-      resumable: whether a resumed run may change it, because the results do not depend on it (other than by rounding).
+      allowed: its allowed values.
+      resumable: whether a resumed run may change it, because it does not affect the results (except for rounding).
     """
 
     default: Any
@@ -115,8 +115,8 @@ class Field:
     resumable: bool = False
 
 
-# The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, with the authors' recipe. Where a module has a default of
-# its own, it is taken from there.
+# The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, with the authors' recipe; those of modules are taken from
+# the modules.
 # fmt: off
 FIELDS = {
     "seed": Field(0, "seed of initialisation, data order, augmentation, gate noise and dropout", _between(0, 2**32 - 1)),
@@ -129,10 +129,10 @@ FIELDS = {
     "model.width_factor": Field(ResNet.width_factor, "narrow: factor for `stage_widths`; 2 gives WRN-36-2", _between(1, 1000)),
     "model.stage_widths": Field(ResNet.stage_widths, "narrow: channels of each stage", _SIZES),
     "model.stem_width": Field(ResNet.stem_width, "narrow: channels of the first convolution", _between(1, 2**16)),
-    "model.stem": Field("small", "`small`: 3×3, stride 1; `large`: 7×7, stride 2, max-pooling, for 224×224 (not narrow)", _one_of("small", "large")),
+    "model.stem": Field("small", "`small`: 3×3, stride 1; `large`: 7×7, stride 2, max pooling, for 224×224 (not for `narrow`)", _one_of("small", "large")),
     "model.stage_strides": Field(ResNet.stage_strides, "stride of the first block of each stage; first-order heads use 2 in the last stage", _SIZES),
-    "model.pixel_scale": Field(ResNet.pixel_scale, "typical size of a pixel value, by which the stem's kernel starts smaller; its updates are smaller too, see docs/training.md", _POSITIVE),
-    "model.batch_norm_rate": Field(0.3, "weight of the current batch in the running moments of batch norm", _SHARE),
+    "model.pixel_scale": Field(ResNet.pixel_scale, "typical magnitude of a pixel; divides the initial kernel of the stem, and its updates as docs/training.md describes", _POSITIVE),
+    "model.batch_norm_rate": Field(0.3, "weight of the current batch in the running statistics of batch norm", _SHARE),
     # head
     "model.head": Field("gmsop", "pooling and classifier, see docs/heads.md", _one_of(*HEADS)),
     "model.projection_widths": Field(SecondOrderHead.projection_widths, "heads without a mixture: channels of 1×1 convolutions before the pooling", _OPTIONAL_SIZES),
@@ -141,12 +141,12 @@ FIELDS = {
     "model.coefficients": Field(SecondOrderHead.coefficients, "coefficients of the iterations: `newton_schulz`, or `minimax` for a more accurate root with up to 12 iterations", _one_of("newton_schulz", "minimax")),
     "model.pool_precision": Field("", "precision of the products in covariances and their roots; '' depends on the device, see docs/accuracy.md", _one_of("", "highest", "high", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6"), resumable=True),
     "model.power": Field(MPNCOVHead.power, "exponent α of the heads `mpncov` and `sot`", _POSITIVE),
-    "model.num_heads": Field(CrossCovarianceHead.num_heads, "sot: number of cross-covariance matrices", _between(1, 2**12)),
-    "model.head_width": Field(CrossCovarianceHead.head_width, "sot: side of each of these matrices", _between(1, 2**12)),
+    "model.num_heads": Field(CrossCovarianceHead.num_heads, "sot: number of heads, each with one cross-covariance matrix", _between(1, 2**12)),
+    "model.head_width": Field(CrossCovarianceHead.head_width, "sot: channels of a head's queries and keys, the side of its matrix", _between(1, 2**12)),
     # mixtures
-    "model.num_candidates": Field(GatedMixtureHead.num_candidates, "N, the number of candidates in the bank", _between(1, 10**6)),
+    "model.num_candidates": Field(GatedMixtureHead.num_candidates, "N, the number of candidates", _between(1, 10**6)),
     "model.num_selected": Field(GatedMixtureHead.num_selected, "K, the number of candidates selected per image; gated mixtures only", _between(1, 10**6)),
-    "model.candidate_widths": Field(GatedMixtureHead.candidate_widths, "channels of a candidate's 1×1 convolutions; the last one is pooled", _SIZES),
+    "model.candidate_widths": Field(GatedMixtureHead.candidate_widths, "channels of a candidate's 1×1 convolutions; the output of the last one is pooled", _SIZES),
     "model.dispatch": Field(GatedMixtureHead.dispatch, "how the selected candidates are computed, see docs/performance.md; `auto` depends on the backend", _one_of("auto", "gather", "group", "loop"), resumable=True),
     "model.dropout_rate": Field(GatedMixtureHead.dropout_rate, "dropout before the classifier of a mixture", _FRACTION),
     # gate
@@ -163,10 +163,10 @@ FIELDS = {
     "data.source": Field("imagenet64", "SOURCE of `gmsop convert` from which the data were converted"),
     "data.auto_convert": Field(False, "convert the source's embedded sample if `data.dir` does not exist", resumable=True),
     "data.image_size": Field(0, "side to which images are resized; 0 keeps their size", _between(0, 4096)),
-    "data.flip": Field(True, "mirror half of the training images"),
+    "data.flip": Field(True, "flip training images horizontally, each with probability ½"),
     "data.crop": Field("none", "random crop of training images: `padded` pads and crops, `resized` crops and resizes", _one_of("none", "padded", "resized")),
     "data.crop_padding": Field(4, "crop `padded`: pixels of mean colour added on each side", _between(0, 4096)),
-    "data.crop_area": Field((0.08, 1.0), "crop `resized`: smallest and largest share of the image's area", _AREA),
+    "data.crop_area": Field((0.08, 1.0), "crop `resized`: smallest and largest fraction of the image's area", _AREA),
     "data.num_threads": Field(2, "number of threads, each of which prepares a batch; more than 2 help only if images are resized", _between(1, 1024), resumable=True),
     "data.num_workers": Field(0, "number of processes that prepare batches instead of threads; useful if resizing is slow", _between(0, 1024), resumable=True),
     "data.on_corrupt": Field("stop", "what to do about a damaged shard or record: `stop`, or log it and `skip` it", _one_of("stop", "skip"), resumable=True),
@@ -183,13 +183,13 @@ FIELDS = {
     "train.beta2": Field(0.999, "β₂ of AdamW", _FRACTION),
     "train.nesterov": Field(False, "use Nesterov's momentum (SGD)"),
     "train.weight_decay": Field(1e-4, "weight decay of every parameter, including biases, batch norm and gate", _at_least(0.0)),
-    "train.label_smoothing": Field(0.0, "share of the target that is spread over all classes", _FRACTION),
-    "train.mixup_alpha": Field(0.0, "α of the Beta(α, α) that mixes pairs of images; 0 turns mixup off", _at_least(0.0)),
-    "train.ema_decay": Field(0.0, "decay of the parameter averages, which are then evaluated; 0 turns them off", _FRACTION),
+    "train.label_smoothing": Field(0.0, "fraction of the target probability that is spread over all classes", _FRACTION),
+    "train.mixup_alpha": Field(0.0, "α of the Beta(α, α) distribution of mixup's weights; 0 disables mixup", _at_least(0.0)),
+    "train.ema_decay": Field(0.0, "decay of the exponential moving average of the parameters, which is then evaluated; 0 disables it", _FRACTION),
     "train.init_from": Field("", "working directory of a run, or a step in it, whose network this run starts from"),
     "train.balance_weight": Field(100.0, "α: the loss is the mean cross entropy + α/B · balance loss for batches of B images", _at_least(0.0)),
-    "train.drop_last": Field(True, "drop the smaller last batch of an epoch; the authors train on it"),
-    "train.sub_batches": Field(1, "number of parts of a batch, which are computed one after the other to save memory", _between(1, 2**24)),
+    "train.drop_last": Field(True, "drop the smaller last batch of an epoch; the authors' code trains on it"),
+    "train.sub_batches": Field(1, "gradient accumulation: number of parts of a batch, which are computed in turn to save memory", _between(1, 2**24)),
     "train.on_nonfinite": Field("stop", "if the loss is not finite: `stop`, or `rollback` to the last checkpoint and skip that batch", _one_of("stop", "rollback"), resumable=True),
     "train.log_every_steps": Field(100, "number of steps between logs of the training metrics, which are also logged at the end of each epoch", _between(1, 10**6), resumable=True),
     # log

@@ -22,7 +22,7 @@ def validate(config: ConfigDict) -> None:
     """Checks the type and the value of every field, and that the fields fit each other.
 
     Raises:
-      ConfigError: naming the field, its value, and the values that are allowed.
+      ConfigError: if a field is invalid; the message states the field, its value, and the allowed values.
     """
     fields = dict(flatten(config))
     for name in fields:
@@ -87,11 +87,11 @@ def _check_model(m: ConfigDict) -> None:
 def _check_data(config: ConfigDict) -> None:
     size, resize = config.data.image_size, config.eval.resize
     if resize and not size:
-        raise ConfigError("config.eval.resize needs config.data.image_size, the side of the centre that is cut out")
+        raise ConfigError("config.eval.resize needs config.data.image_size, the side of the centre crop")
     if 0 < resize < size:
         raise ConfigError(
             f"config.eval.resize = {resize} is smaller than config.data.image_size = {size}, the side of the centre"
-            " that is cut out"
+            " crop; increase it"
         )
     if not config.data.dir:
         raise ConfigError("config.data.dir is empty; set --config.data.dir=DIR to the folder of a data set")
@@ -128,7 +128,7 @@ def check_known(name: str) -> None:
 
 
 def wrong_type(name: str, value: Any, comparison: str) -> str:
-    """Returns the message about a value of the wrong type; `comparison` names one of the right type."""
+    """Returns the message about a value of the wrong type; `comparison` states one of the right type."""
     kind = type(FIELDS[name].default).__name__
     article = "an" if kind == "int" else "a"
     return f"config.{name} must be {article} {kind} ({comparison}), but got {value!r}"

@@ -1,1 +1,1 @@
-"""Conversion of foreign data sets to ArrayRecord shards."""
+"""Conversion of data sets in other formats to ArrayRecord shards."""

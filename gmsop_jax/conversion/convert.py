@@ -1,7 +1,8 @@
-"""Converts foreign data sets to shards: in parallel, in constant memory, and with the same bytes after a resume.
+"""Converts data sets in other formats to shards: in parallel, in constant memory, and resumably.
 
-Each shard is a pure function of the source and the settings. It is written under a temporary name, renamed when it
-is complete, and noted. If a killed conversion is started again, it skips the noted shards and converts the others.
+Each shard is a pure function of the source and the settings. It is written under a temporary name, renamed when it is
+complete, and recorded as finished. A conversion that is resumed skips the finished shards and converts the others, so
+the result is the same, byte for byte.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ _RECORD_OVERHEAD = HEADER.itemsize + 72  # bytes that the header and the contain
 _SAMPLED_IMAGES = 128  # images encoded to estimate the size of a record
 _IMAGES_FOR_PROCESSES = 20_000  # with fewer images, starting processes takes longer than the work
 
-Share = Callable[[Callable[[], object]], None]  # writes the shards of one worker; calls its argument after each image
+WriteShards = Callable[[Callable[[], object]], None]  # writes a worker's shards; calls its argument after each image
 
 
 def convert(
@@ -53,7 +54,7 @@ def convert(
     max_unreadable: float = 0.01,
     progress: bool = True,
 ) -> Manifest | None:
-    """Converts a foreign data set, resumes an unfinished conversion, or returns at once if it is already done.
+    """Converts a data set, resumes an unfinished conversion, or returns at once if the data set is already converted.
 
     Only one process converts a part of a data set at a time; others wait until it has ended.
 
@@ -61,20 +62,23 @@ def convert(
       source_name: one of `gmsop_jax.conversion.sources.NAMES`.
       input_path: the file or folder that was downloaded; None for the sample that comes with the package.
       output_dir: a new or empty folder, or that of an unfinished conversion.
-      workers: number of processes. By default one per core, or only this process for a small source.
-      shards: number of training shards. By default, shards have about 128 MiB each.
-      limit: keep a random subset of at most this many images of each split.
+      workers: number of processes; by default one per core, or only this process for a small source.
+      shards: number of training shards; by default, shards of about 128 MiB.
+      limit: maximum number of images in each split, which are then chosen at random.
       seed: seed of the order of the training images, and of any random choice of a source.
       codec: format of the pixels in the records, 'raw', 'png' or 'jpeg'.
       options: options of the source.
       shard_range: (i, n) converts every n-th shard, beginning with the i-th. When all n parts are converted,
-        `job.join` makes them one data set.
-      max_unreadable: largest share of unreadable images that is accepted.
-      progress: show the progress on the standard error.
+        `job.join` joins them to one data set.
+      max_unreadable: maximum fraction of unreadable images.
+      progress: whether to show the progress on standard error.
+
     Returns: the manifest, or None if only a part of the shards was converted.
+
     Raises:
       ConfigError: if a setting is out of range.
-      DataError: if the source or the output folder is wrong, or can't be read or written.
+      DataError: if the source is invalid, the output folder contains anything else, or one of them can't be read or
+        written.
     """
     _check_settings(workers, shards, limit, seed, codec, shard_range, max_unreadable)
     if "" in (input_path, output_dir):
@@ -122,16 +126,16 @@ def _write_shards(
     check_space(output, math.ceil(remaining * (pixel_bytes + _RECORD_OVERHEAD)))
     hash_files = shard_range[0] == 0 and jobs.read_state(output, "sums") is None
     workers = min(workers or (1 if remaining < _IMAGES_FOR_PROCESSES else os.cpu_count() or 1), max(len(pending), 1))
-    # Dividing the tasks beforehand needs no queue and no lock that a killed worker could hold.
-    shares = [
+    # The tasks are divided beforehand, because a killed worker could hold the lock of a queue.
+    writers = [
         functools.partial(_write_tasks, source, output, job, pending[at::workers], hash_files and at == 0)
         for at in range(workers)
     ]
     with count_images("converting", total, initial=total - remaining, enabled=progress) as count:
         if workers == 1:
-            shares[0](lambda: count(1))
+            writers[0](lambda: count(1))
         else:
-            _run_in_processes(shares, output, count)
+            _run_in_processes(writers, output, count)
 
 
 def _write_tasks(
@@ -150,14 +154,14 @@ def _write_tasks(
         jobs.write_state(output, "sums", [sha256(path) for path in source.files])
 
 
-def _run_in_processes(shares: Sequence[Share], output: Path, advance: Callable[[int], object]) -> None:
+def _run_in_processes(writers: Sequence[WriteShards], output: Path, advance: Callable[[int], object]) -> None:
     context = multiprocessing.get_context("spawn")  # forking a process that has threads, such as JAX's, may hang
-    images_done = context.RawArray("q", len(shares))
+    images_done = context.RawArray("q", len(writers))
     errors, processes = [], []
     try:
-        for number, share in enumerate(shares):
+        for number, write in enumerate(writers):
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_run_worker, args=(share, number, images_done, send), daemon=True)
+            process = context.Process(target=_run_worker, args=(write, number, images_done, send), daemon=True)
             process.start()
             send.close()
             errors.append(receive)
@@ -181,7 +185,7 @@ def _run_in_processes(shares: Sequence[Share], output: Path, advance: Callable[[
 
 
 def _worker_error(exit_code: int, errors: Connection) -> Exception:
-    """Returns the error that a worker sent before it ended, or another one if it could not send any."""
+    """Returns the error that a worker sent before it ended, or a general one if it sent none."""
     with contextlib.suppress(EOFError):
         if errors.poll():
             return errors.recv()
@@ -191,7 +195,7 @@ def _worker_error(exit_code: int, errors: Connection) -> Exception:
     )
 
 
-def _run_worker(share: Share, number: int, images_done: Any, errors: Connection) -> None:
+def _run_worker(write: WriteShards, number: int, images_done: Any, errors: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -199,12 +203,12 @@ def _run_worker(share: Share, number: int, images_done: Any, errors: Connection)
         images_done[number] += 1
 
     try:
-        share(tick)
+        write(tick)
     except UserError as error:
         errors.send(error)
         sys.exit(1)
     except OSError as error:
-        errors.send(DataError(f"a worker process failed ({error}); mend that and run the same command again to resume"))
+        errors.send(DataError(f"a worker process failed ({error}); fix this and run the same command again to resume"))
         sys.exit(1)
 
 
@@ -228,12 +232,12 @@ def _count_shards(num_images: Mapping[str, int], shards: int | None, pixel_bytes
 
 
 def _mean_pixel_bytes(source: Source, seed: int, limit: int | None, codec: Codec) -> float:
-    """Returns the mean number of bytes that the pixels of a record take, measured on a random sample if unknown."""
+    """Returns the mean size of a record's pixels in bytes, estimated from a random sample if it is unknown."""
     if codec == "raw" and source.image_bytes is not None:
         return source.image_bytes
     sizes = []
     for index in split_order(source, "train", seed, limit)[:_SAMPLED_IMAGES].tolist():
-        with contextlib.suppress(UnreadableImage):  # they are counted when the shards are written
+        with contextlib.suppress(UnreadableImage):  # counted when the shards are written
             image, _ = source.load("train", index)
             sizes.append(len(encode(image, 0, codec=codec)) - HEADER.itemsize)
     return sum(sizes) / max(len(sizes), 1)
@@ -258,4 +262,4 @@ def _check_settings(
     if not 0 <= shard_range[0] < shard_range[1]:
         raise ConfigError(f"shard range {shard_range[0]}/{shard_range[1]} is not i/n with 0 ≤ i < n")
     if not 0 <= max_unreadable <= 1:
-        raise ConfigError(f"max_unreadable is {max_unreadable}; it is a share between 0 and 1")
+        raise ConfigError(f"max_unreadable is {max_unreadable}; it must be from 0 to 1")

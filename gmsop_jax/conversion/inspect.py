@@ -18,7 +18,7 @@ _MARGIN = (110, 300)  # smallest and largest width of the names of the classes, 
 
 
 def describe(manifest: Manifest) -> str:
-    """Describes a manifest in a page of text, with a table of the number of images per class."""
+    """Describes a manifest as text, with a table of the number of images per class."""
     lines = [
         f"{manifest.name}: {manifest.num_classes} classes, schema {manifest.schema_version}",
         f"mean RGB {_numbers(manifest.mean_rgb)}",
@@ -53,13 +53,14 @@ def contact_sheet(
     Args:
       directory: the folder of the data set.
       split: the split to show.
-      output: the image file to write; its ending determines the format.
-      rows: largest number of classes to show; they are spread evenly over all classes.
-      columns: largest number of images per class.
+      output: the image file to write; its extension determines the format.
+      rows: maximum number of classes to show; they are spread evenly over all classes.
+      columns: maximum number of images per class.
       tile: side of an image on the sheet, in pixels.
+
     Raises: DataError if the data set is damaged, or the sheet can't be written.
     """
-    import matplotlib  # for its font, which has more letters than that of Pillow
+    import matplotlib  # for its font, which has more characters than Pillow's
 
     if min(rows, columns, tile) < 1:
         raise DataError(f"a sheet of {rows} rows, {columns} columns and {tile}-pixel tiles is empty; use at least 1")
@@ -81,7 +82,7 @@ def contact_sheet(
     try:
         kind = Image.registered_extensions().get(output.suffix.lower())
         if kind is None:
-            raise ValueError(f"{output.suffix!r} is not the ending of an image file")
+            raise ValueError(f"{output.suffix!r} is not the extension of an image file")
         with replacing(output) as temporary:
             sheet.save(temporary, kind)
     except (OSError, ValueError) as error:

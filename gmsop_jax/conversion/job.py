@@ -1,8 +1,8 @@
 """The state of a conversion, kept inside the output folder until the manifest is written.
 
-DIR/.convert/job.json        what is converted, and how; resuming with other settings is refused
+DIR/.convert/job.json        the source and the settings; resuming with other settings is an error
 DIR/.convert/sums.json       checksums of the input files
-DIR/.convert/<shard>.json    notes about a finished shard
+DIR/.convert/<shard>.json    size, checksum and statistics of a finished shard
 DIR/.convert/scratch/        input files that had to be unpacked
 DIR/.convert/part-i-of-n     lock of the process that converts that part
 DIR/dataset.json             written last; then .convert is removed
@@ -71,13 +71,14 @@ class ConversionJob:
 def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
     """Reserves a part of a conversion for this process, and creates the output folder.
 
-    If another process converts the same part, or divides the shards in another way, waits until it has ended. If
-    nothing comes of the conversion, the folder is left as it was found.
+    If another process converts the same part, or divides the shards in another way, waits until it has ended. If the
+    conversion fails before it starts, the folder is left unchanged.
 
     Args:
       output: the folder of the data set.
       part: (i, n) for the i-th of n parts.
-    Raises: DataError if the folder contains anything else, or in place of an OSError (a full disk, for example).
+
+    Raises: DataError if the folder contains anything else, or in place of an OSError, such as that of a full disk.
     """
     try:
         check_output(output)
@@ -94,14 +95,13 @@ def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
             lock.release()
     except OSError as error:
         raise DataError(
-            f"the conversion to {output.absolute()} failed ({error}); mend that and run the same command again to"
-            " resume"
+            f"the conversion to {output.absolute()} failed ({error}); fix this and run the same command again to resume"
         ) from error
 
 
 def _wait_for_lock(file: Path) -> FileLock:
-    """Locks a part of a conversion, as soon as no process holds its lock or that of a part of another size."""
-    lock, told = FileLock(file), False
+    """Locks a part of a conversion as soon as no process converts it, or a part of a division into other parts."""
+    lock, warned = FileLock(file), False
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -115,9 +115,9 @@ def _wait_for_lock(file: Path) -> FileLock:
                     _LOG.warning("%s", lock.note)
                 return lock
         except LockHeldError as error:
-            if not told:
+            if not warned:
                 _LOG.warning("%s is converting to %s; waiting until it has ended", error, file.parents[1])
-            told = True
+            warned = True
         except FileNotFoundError:
             pass  # the other process has ended and removed the folder
         lock.release()
@@ -129,13 +129,13 @@ def check_output(output: Path) -> None:
     if output.is_file():
         raise DataError(f"{output.absolute()} is a file; give a new or empty folder for the data set")
     names = sorted(os.listdir(output)) if output.is_dir() else []
-    foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
+    others = [name for name in names if not _OWN_FILES.fullmatch(name)]
     if not any(name == FILE_NAME or name.startswith(JOB_DIR) for name in names):
-        foreign = names  # shards without a manifest: nobody knows whose they are
-    if foreign:
+        others = names  # shards without a manifest or a job are of unknown origin
+    if others:
         raise DataError(
-            f"the folder {output.absolute()} contains files that belong to no data set, such as {foreign[0]}; give"
-            " a new or empty folder for the data set"
+            f"the folder {output.absolute()} contains other files, such as {others[0]}; give a new or empty folder"
+            " for the data set"
         )
 
 
@@ -180,19 +180,19 @@ def load(output: Path) -> ConversionJob:
 
 
 def read_notes(output: Path, task: ShardTask, verify: bool) -> tuple[Shard, Statistics] | None:
-    """Returns what is known about a finished shard, or None if the shard must be converted (again).
+    """Returns a finished shard and its statistics, or None if the shard must be converted (again).
 
     Args:
       output: the folder of the data set.
       task: the shard.
-      verify: compare the checksum of the shard; if False, only its size is compared.
+      verify: whether to compare the checksum of the shard; if False, only its size is compared.
     """
     notes, file = read_state(output, task.file), output / task.file
     if notes is None or not file.is_file():
         return None
     shard = Shard(**notes["shard"])
     if file.stat().st_size != shard.bytes or (verify and sha256(file) != shard.sha256):
-        _LOG.warning("%s has changed since it was written; it is converted again", file)
+        _LOG.warning("%s has changed since it was written; it will be converted again", file)
         return None
     return shard, Statistics.from_json(notes["statistics"])
 
@@ -222,18 +222,20 @@ def join(output: Path, parts: Sequence[Path], max_unreadable: float) -> Manifest
     Args:
       output: the folder that becomes the data set.
       parts: other folders of the same conversion, whose shards are copied to `output`.
-      max_unreadable: largest share of unreadable images that is accepted.
+      max_unreadable: maximum fraction of unreadable images.
+
     Returns: the manifest.
+
     Raises: DataError if shards are missing, a folder contains another conversion, or copying fails.
     """
     load(output)
     with claim(output, (0, 1)):
         for part in parts:
-            _gather(output, part)
+            _copy_shards(output, part)
         return finish(output, max_unreadable)
 
 
-def _gather(output: Path, part: Path) -> None:
+def _copy_shards(output: Path, part: Path) -> None:
     job = load(part)
     if job.digest() != load(output).digest():
         raise DataError(f"{part.absolute()} and {output.absolute()} contain conversions with different settings")
@@ -248,13 +250,15 @@ def _gather(output: Path, part: Path) -> None:
 
 
 def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manifest:
-    """Writes the manifest from the notes about all shards, and removes the state of the conversion.
+    """Writes the manifest of the finished shards, and removes the state of the conversion.
 
     Args:
       output: the folder of the data set.
-      max_unreadable: largest share of unreadable images that is accepted.
-      verify: compare the checksums of the shards, not just their sizes.
+      max_unreadable: maximum fraction of unreadable images.
+      verify: whether to compare the checksums of the shards, and not just their sizes.
+
     Returns: the manifest.
+
     Raises: DataError if shards are missing, or too many images were unreadable.
     """
     job = load(output)
@@ -293,7 +297,7 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
 
 
 def remove_state(output: Path) -> None:
-    """Removes the state of a conversion. It is renamed first, because waiting processes create lock files in it."""
+    """Removes the state of a conversion. Its folder is renamed first: waiting processes create lock files in it."""
     (output / JOB_DIR).rename(output / f"{JOB_DIR}.tmp-{os.getpid()}")
     for folder in output.glob(f"{JOB_DIR}.tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)  # another process may be removing the same folder
@@ -340,7 +344,7 @@ def _compare_mean(job: ConversionJob, mean: Sequence[float]) -> None:
         return
     if max(abs(a - b) for a, b in zip(stored, mean, strict=True)) > _MEAN_TOLERANCE:
         _LOG.warning(
-            "the source stores the mean %s, but the mean of its training images is %s. If another program made this"
+            "the source states the mean %s, but the mean of its training images is %s. If another program wrote this"
             " file, check the order of the channels",
             [round(value, 3) for value in stored],
             [round(value, 3) for value in mean],

@@ -18,7 +18,7 @@ def prepare_data(data: Any) -> None:
 
     Raises:
       DataError: if there is no data set; the message explains how to convert one.
-      FileAccessError: if the system refuses to look into `dir`.
+      FileAccessError: if `dir` can't be read.
     """
     directory = Path(data.dir)
     try:
@@ -30,7 +30,7 @@ def prepare_data(data: Any) -> None:
         raise FileAccessError.from_os_error(f"config.data.dir = {data.dir!r}", error) from error
     if names and not any(name.startswith(JOB_DIR) for name in names):
         raise DataError(
-            f"no data set at {directory.absolute()} (config.data.dir): it holds other files, such as {names[0]}."
+            f"no data set at {directory.absolute()} (config.data.dir): it contains other files, such as {names[0]}."
             " If these are images, convert them first, and train with the result:\n"
             f"  gmsop convert image-folder --input {directory} --output DIR\n"
             "  gmsop train --config.data.dir=DIR …"

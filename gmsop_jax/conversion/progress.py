@@ -1,4 +1,4 @@
-"""Progress messages of operations that read or write many images."""
+"""Shows the progress of reading or writing many images."""
 
 import contextlib
 import sys
@@ -14,9 +14,9 @@ SECONDS_PER_LINE = 30
 def count_images(
     action: str, total: int, *, initial: int = 0, enabled: bool = True
 ) -> Iterator[Callable[[int], object]]:
-    """Yields a function that counts more images.
+    """Yields a function that adds to the number of images that are done.
 
-    On a terminal, a bar on the standard error shows the progress; elsewhere, a line every 30 seconds.
+    The progress is shown on standard error: by a bar on a terminal, and elsewhere by a line every 30 seconds.
     """
     if not enabled or (sys.stderr is not None and sys.stderr.isatty()):
         with tqdm(total=total, initial=initial, unit=" images", desc=action, disable=not enabled) as bar:

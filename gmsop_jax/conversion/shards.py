@@ -16,8 +16,8 @@ from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.errors import DataError, FileAccessError
 from gmsop_jax.files import replacing, sha256
 
-# Every record is a chunk of its own, for random access. The container does not compress, because pixels hardly
-# shrink, and uses one background thread, which bounds its memory.
+# Every record is a chunk of its own, for random access. There is no compression, because pixels hardly shrink, and one
+# background thread, which bounds the memory.
 _WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 
 
@@ -49,8 +49,8 @@ def shard_tasks(num_images: Mapping[str, int], num_shards: Mapping[str, int]) ->
 def split_order(source: Source, split: str, seed: int, limit: int | None) -> np.ndarray:
     """Returns the indices of a split in the order of its records, int64 [n].
 
-    Training images are shuffled; the other splits keep the order of the source. If `limit` is given, a random
-    subset of at most that many images is kept.
+    Training images are shuffled; the other splits keep the order of the source. At most `limit` images, chosen at
+    random, are kept.
     """
     order = permutation(source.num_images[split], seed)[:limit]
     return order if split == "train" else np.sort(order)
@@ -136,12 +136,14 @@ def write_shard(
       output: the folder of the data set.
       codec: format of the pixels in the records.
       tick: called after each image.
+
     Returns: the shard's entry in the manifest, and the statistics of its images.
+
     Raises:
-      DataError: if a label is out of range, a record can't hold an image, or the shard can't be written.
+      DataError: if a label is out of range, an image is too large for a record, or the shard can't be written.
       FileAccessError: if an input file can't be read.
     """
-    for leftover in output.glob(f"{task.file}.tmp-*"):  # of a conversion that was killed
+    for leftover in output.glob(f"{task.file}.tmp-*"):  # from a conversion that was killed
         leftover.unlink()
     statistics = Statistics(len(source.classes))
     try:
@@ -150,7 +152,7 @@ def write_shard(
             for index in rows:
                 try:
                     image, label = _load(source, task.split, index)
-                except UnreadableImage as error:  # names of files may not be UTF-8
+                except UnreadableImage as error:  # file names need not be UTF-8
                     statistics.unreadable.append(str(error).encode("utf-8", "backslashreplace").decode())
                 else:
                     record = encode(image, label, codec=codec)
@@ -162,18 +164,18 @@ def write_shard(
             return Shard(task.file, count, temporary.stat().st_size, sha256(temporary)), statistics
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError if the disk is full
         raise DataError(
-            f"{output / task.file} can't be written ({error}); mend that and run the same command again to resume"
+            f"{output / task.file} can't be written ({error}); fix this and run the same command again to resume"
         ) from error
 
 
 def _load(source: Source, split: str, index: int) -> tuple[np.ndarray, int]:
     try:
         image, label = source.load(split, index)
-    except OSError as error:  # too many open files, for example: never a damaged image
+    except OSError as error:  # not a damaged image, but for example too many open files
         raise FileAccessError(f"image {index} of split {split!r} can't be read from the source: {error}") from error
     if not 0 <= label < len(source.classes):
         raise DataError(
-            f"image {index} of split {split!r} has label {label}; {len(source.classes)} classes go from 0 to"
-            f" {len(source.classes) - 1}. The labels or the class names of the source are wrong"
+            f"image {index} of split {split!r} has label {label}, but the labels of {len(source.classes)} classes are 0"
+            f" to {len(source.classes) - 1}; correct the labels or the class names of the source"
         )
     return image, label

@@ -14,7 +14,7 @@ from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 
 _BLOCK = 256  # records read at a time
-_REDO = "convert the data set again"
+_REMEDY = "convert the data set again"
 
 
 def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manifest:
@@ -22,8 +22,10 @@ def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manif
 
     Args:
       directory: the folder of the data set.
-      progress: show the progress on the standard error.
+      progress: whether to show the progress on standard error.
+
     Returns: the manifest, if everything agrees with it.
+
     Raises: DataError for the first difference.
     """
     path = Path(directory)
@@ -37,7 +39,7 @@ def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manif
             if name == "train" and not _same_colours(found, manifest):
                 raise DataError(
                     f"{path}: the mean of the training images is {found.mean}, but the manifest says"
-                    f" {manifest.mean_rgb} (or their covariances differ); {_REDO}"
+                    f" {manifest.mean_rgb} (or their covariances differ); {_REMEDY}"
                 )
     return manifest
 
@@ -61,7 +63,7 @@ def _read(path: Path, name: str, split: Split, num_classes: int, count: Callable
             if example["label"] >= num_classes:
                 raise DataError(
                     f"{path}: record {row} of split {name!r} has label {example['label']}, but there are {num_classes}"
-                    f" classes; {_REDO}"
+                    f" classes; {_REMEDY}"
                 )
             found.add(example["image"], example["label"])
         count(len(records))
@@ -73,11 +75,11 @@ def _compare(path: Path, name: str, split: Split, found: Statistics) -> None:
         label = differing[0]
         raise DataError(
             f"{path}: split {name!r} has {found.class_counts[label]} images of class {label}, but the manifest says"
-            f" {split.class_counts[label]}; {_REDO}"
+            f" {split.class_counts[label]}; {_REMEDY}"
         )
     size = next(iter(found.image_sizes)) if len(found.image_sizes) == 1 else None
     if size != split.image_size:
         sizes = f"the size {size}" if size else "different sizes"
         raise DataError(
-            f"{path}: the images of split {name!r} have {sizes}, but the manifest says {split.image_size}; {_REDO}"
+            f"{path}: the images of split {name!r} have {sizes}, but the manifest says {split.image_size}; {_REMEDY}"
         )

@@ -1,1 +1,1 @@
-"""Uses trained networks: prediction and export."""
+"""Uses trained networks: evaluation, prediction and export."""

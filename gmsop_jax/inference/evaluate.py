@@ -45,7 +45,7 @@ def run(config: ConfigDict, path: str | pathlib.Path) -> None:
 
 
 def _differences(inputs: Inputs, classes: Sequence[str], size: tuple[int, int]) -> Iterator[str]:
-    """Warns about images that are not like those that the network was trained on."""
+    """Yields warnings about differences from the images that the network was trained on."""
     unnamed = inputs.classes == tuple(map(str, range(len(classes))))  # as in imported weights
     pairs = zip(inputs.classes, classes, strict=True)
     other = [i for i, (trained, given) in enumerate(pairs) if trained != given and not unnamed]

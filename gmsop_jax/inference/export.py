@@ -1,4 +1,4 @@
-"""Exports trained networks: StableHLO and ONNX, which run without this package, and a folder for model hubs.
+"""Exports trained networks to StableHLO and ONNX, which run without this package, and to a folder for model hubs.
 
 After writing, each artefact is read back and compared with the original on random images.
 """
@@ -31,14 +31,14 @@ from gmsop_jax.training.restore import Info
 PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO_FILE, ONNX_FILE, JSON_FILE = "model.stablehlo", "model.onnx", "model.json"
 OUTPUTS = ("logits", "probabilities", "gate_weights", "features")
-_BATCHES = (1, 3)  # sizes of the random batches for the comparison
+_BATCHES = (1, 3)  # sizes of the random batches that are compared
 _TOLERANCE = 1e-3  # relative to the largest output; compilers order sums differently
 
 Outputs = Mapping[str, jax.Array]
 
 
 class ExportError(UserError):
-    """An artefact can't be written, or its outputs differ from the original's."""
+    """An artefact can't be written, or its outputs differ from those of the original."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) ->
     Args: as in `export_stablehlo`.
 
     Raises: as `export_stablehlo`, and
-      ExportError: if jax2onnx can't convert the network. The head `mpncov` is one of these: ONNX has no
+      ExportError: if jax2onnx can't convert the network, for example one with the head `mpncov`, because ONNX has no
         eigendecomposition.
     """
     _need("jax2onnx", "pip install 'gmsop-jax[onnx]' and pip install --no-deps jax2onnx")
@@ -109,7 +109,7 @@ def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) ->
         outputs = step(variables, images)
         return tuple(outputs[name] for name in OUTPUTS)
 
-    logger = logging.getLogger("onnx_ir")  # its warnings and those of jax2onnx are about themselves
+    logger = logging.getLogger("onnx_ir")  # its warnings and those of jax2onnx are not about the network
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -135,11 +135,11 @@ def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) ->
 def export_safetensors(
     path: str | os.PathLike[str], output: str | os.PathLike[str], *, license_name: str = "unknown"
 ) -> Exported:
-    """Writes a folder as model hubs expect it; `gmsop_jax.load` opens it as it opens a run.
+    """Writes a folder in the layout of model hubs, which `gmsop_jax.load` can load like a run.
 
-    `model.safetensors` contains parameters and moments, named by their paths in the tree of variables, joined by dots:
-    `params.backbone.stem.kernel`. `config.json` contains the configuration of the run, its classes, mean colour, image
-    size and metrics, and `README.md` is the model card.
+    `model.safetensors` contains the parameters and batch statistics, named by their paths in the tree of variables,
+    joined by dots: `params.backbone.stem.kernel`. `config.json` contains the configuration of the run, its classes,
+    mean colour, image size and metrics, and `README.md` is the model card.
 
     Args:
       path, output: as in `export_stablehlo`.
@@ -195,13 +195,13 @@ def _json(value: Any) -> bytes:
 def _write(output: str | os.PathLike[str], contents: Mapping[str, bytes | bytearray]) -> tuple[pathlib.Path, ...]:
     folder = pathlib.Path(output)
     if (folder / DIRECTORY).exists():
-        raise ExportError(f"{folder} is the working directory of a run; name another --output")
+        raise ExportError(f"{folder} is the working directory of a run; give another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():
             write_atomic(folder / name, bytes(data))
     except OSError as error:
-        raise ExportError(f"can't write to {folder} ({reason(error)}); name another --output") from error
+        raise ExportError(f"can't write to {folder} ({reason(error)}); give another --output") from error
     return tuple(folder / name for name in contents)
 
 
@@ -228,7 +228,7 @@ def _run(model: Network, variables: Mapping[str, Any], info: Info) -> Callable[[
 def _compare(
     original: Callable[[np.ndarray], Outputs], copy: Callable[[np.ndarray], Outputs], info: Info
 ) -> dict[str, float]:
-    """Returns the largest difference of each output on random images; ExportError if one is too large."""
+    """Returns the largest difference of each output on random images. Raises ExportError if one is too large."""
     rng = np.random.default_rng(0)
     differences: dict[str, float] = {}
     for size in _BATCHES:
@@ -237,7 +237,9 @@ def _compare(
         for name, value in ours.items():
             difference = float(np.abs(value - theirs[name]).max())
             if not difference <= _TOLERANCE * max(float(np.abs(value).max()), 1e-6):
-                raise ExportError(f"the copy's {name} differ by {difference:.3g} from the original's; don't use it")
+                raise ExportError(
+                    f"the {name} of the exported network differ by {difference:.3g} from the original; don't use it"
+                )
             differences[name] = max(difference, differences.get(name, 0.0))
     return differences
 

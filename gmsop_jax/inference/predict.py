@@ -87,16 +87,16 @@ def make_predict_step(
 def read_image(
     file: str | os.PathLike[str], size: tuple[int, int], shorter_side: int = 0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file and brings it to the size that a network expects.
+    """Reads an image file, resized and cropped to the size that a network expects.
 
-    The image is rotated according to its EXIF data, transparent pixels are composed over white, and a gray image is
-    repeated to three channels. Then the image is resized (bicubic) and its centre is cut out.
+    The image is rotated according to its EXIF data, transparent pixels are composited over white, and a gray image is
+    repeated to three channels. Then the image is resized (bicubic) and cropped to its centre.
 
     Args:
       file: an image in any format that Pillow reads. If it is an animation, the first frame is used.
       size: height and width.
-      shorter_side: `config.eval.resize` of the run: the length to which the shorter side is resized before the
-        centre is cut out, as in evaluation. With 0, the largest centred part with the right aspect ratio is resized.
+      shorter_side: `config.eval.resize` of the run: the length to which the shorter side is resized before the centre
+        crop, as in evaluation. With 0, the largest centre crop with the right aspect ratio is resized.
 
     Raises:
       UnreadableImage: if the file is missing, is not a regular file, or is not an image.
@@ -115,7 +115,7 @@ def read_image(
 
 
 def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Expands folders and lists to the names of image files.
+    """Expands folders and lists of files to the names of image files.
 
     Args:
       inputs: image files; folders, of which all images are used, including those in sub-folders, sorted by name;
@@ -140,13 +140,13 @@ def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
 
 
 def _walk(folder: pathlib.Path) -> Iterator[str]:
-    """Yields the files with an image's suffix in a folder and its sub-folders. Links are followed; loops end."""
+    """Yields the image files in a folder and its sub-folders. Follows links, but visits each folder only once."""
 
-    def refuse(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise FileAccessError.from_os_error(error.filename or folder, error) from error
 
     seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         real = os.path.realpath(parent)
         if real in seen:
@@ -200,8 +200,8 @@ class Predictor:
 
         Args:
           images: RGB.
-          batch_size: pad the batch with black images to at least this size, so that batches of several sizes share
-            one compiled program. The outputs for the padding are cut off.
+          batch_size: the batch is padded with black images to at least this size, so that smaller batches don't need
+            compilation. The outputs for the padding are removed.
         """
         rows = -(-max(len(images), batch_size) // self._mesh.size) * self._mesh.size  # split evenly over the devices
         padded = np.pad(images, [(0, rows - len(images)), (0, 0), (0, 0), (0, 0)])
@@ -212,14 +212,13 @@ class Predictor:
     def predict(
         self, inputs: Iterable[str | os.PathLike[str]], *, batch_size: int | None = None
     ) -> Iterator[Prediction | Unreadable]:
-        """Predicts the classes of images in batches, and reads the next images meanwhile.
+        """Predicts the classes of images in batches, while the next images are read in the background.
 
         Args:
           inputs: files, folders and lists; see `list_files`.
-          batch_size: number of files in a batch, by default `eval.batch_size` of the network's run; at most the number
-            of files is used.
+          batch_size: maximum number of files in a batch; by default `eval.batch_size` of the network's run.
 
-        Returns: an iterator over the results, in the order of the files. A file that can't be read gives an
+        Returns: an iterator over the results, in the order of the files. A file that can't be read yields an
           `Unreadable`.
 
         Raises:

@@ -74,7 +74,7 @@ def run(
 
 
 def _print(text: str) -> bool:
-    """Prints text at once, and escapes file names that are not UTF-8. Returns False if the reader has gone."""
+    """Prints text, escapes file names that are not UTF-8, and flushes. Returns False if the reader closed the pipe."""
     try:
         print(text.encode("utf-8", "backslashreplace").decode(), end="", flush=True)
     except BrokenPipeError:

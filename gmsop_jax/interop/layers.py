@@ -1,8 +1,8 @@
 """The authors' networks as MatConvNet's DagNN stores them: layers, and the parameters of each layer.
 
 `network` lists the layers of a configuration. It is the only description of the authors' networks: it gives the names
-and shapes of their parameters and where these are in a model's variables, and the layers of a checkpoint are compared
-with it, so that a network that computes something else is refused with the name of the layer.
+and shapes of their parameters and their paths in a model's variables. The layers of a checkpoint are compared with it,
+and a network that computes something else raises an error that names the layer.
 """
 
 import functools
@@ -34,8 +34,8 @@ class Parameter:
       name: the authors' name, such as `CM_3_a_f`.
       shape: the authors' shape: filters [h, w, in, out], matrices [in, out], vectors [c], moments [c, 2].
       paths: the paths of its leaves in the variables; two (mean and sigma) for moments.
-      candidate: its row in a stacked leaf, from 0; None if the leaf is not stacked.
-      triangle: whether its rows are the entries of a triangle.
+      candidate: its index in a stacked leaf, from 0; None if the leaf is not stacked.
+      triangle: whether its rows correspond to the entries of an upper triangle.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Parameter:
 
     @property
     def trained(self) -> bool:
-        """Whether it is trained by gradients; batch norm's moments are running averages."""
+        """Whether it is trained by gradients, unlike batch norm's moments, which are running averages."""
         return len(self.paths) == 1
 
     @property
@@ -72,7 +72,7 @@ class Parameter:
 
 @functools.cache
 def triangle_order(size: int) -> np.ndarray:
-    """Positions, in MATLAB's column order, of the entries of `numpy.triu_indices`."""
+    """The index in MATLAB's column order of each entry of `numpy.triu_indices`."""
     rows, columns = np.triu_indices(triangle_side(size))
     return columns * (columns + 1) // 2 + rows
 
@@ -379,9 +379,11 @@ def check(config: ConfigDict, layers: Mapping[str, Layer]) -> None:
     types = sorted({layer.type for layer in expected.values()})
     for layer in layers.values():
         if layer.type not in types:
-            raise CheckpointError(f"layer {layer.name!r} is of type {layer.type!r}; supported are {', '.join(types)}")
+            raise CheckpointError(
+                f"layer {layer.name!r} is of type {layer.type!r}; the supported types are {', '.join(types)}"
+            )
         if layer.name not in expected and layer.type != "dagnn.Loss":
-            raise CheckpointError(f"layer {layer.name!r} ({layer.type}) has no place in the network")
+            raise CheckpointError(f"layer {layer.name!r} ({layer.type}) is not part of such a network")
     ours, theirs = _producers(expected), _producers(layers)
     for name, layer in expected.items():
         if layer.type == "dagnn.Loss":
@@ -400,7 +402,7 @@ def check(config: ConfigDict, layers: Mapping[str, Layer]) -> None:
 
 
 def _producers(layers: Mapping[str, Layer]) -> Any:
-    """Returns a function that replaces the names of inputs by the layers that produce them; these names are free."""
+    """Returns a function that replaces the names of inputs, which are arbitrary, with the layers that produce them."""
     source = {output: f"{layer.name}[{i}]" for layer in layers.values() for i, output in enumerate(layer.outputs)}
     return lambda inputs: [source.get(name, "the images") for name in inputs]
 

@@ -4,8 +4,8 @@
     logits, aux = create_model(model_config).apply(variables, images)
 
 `images` are preprocessed as in training: pixels of 0–255 with the mean colour subtracted
-(`load_checkpoint(path).mean_rgb`). The numbers of blocks, widths, candidates and classes are read from the
-contents of the file, not from its name. `from_params` and `to_params` convert dictionaries of the authors' arrays.
+(`load_checkpoint(path).mean_rgb`). Blocks, widths, candidates and classes are inferred from the contents of the file.
+`from_params` and `to_params` convert dictionaries of the authors' arrays.
 """
 
 import pathlib
@@ -30,14 +30,14 @@ class Checkpoint:
     """The contents of a checkpoint of the authors' script.
 
     Attributes:
-      model_config: `config.model`; `gate_gradient` is `masked`, the authors'.
+      model_config: `config.model`; `gate_gradient` is `masked`, as in the authors' code.
       variables: `params` and `batch_stats`, NumPy arrays of the file's dtype.
-      momentum: a tree like `params`, with the sign of `optax.trace`, which is opposite to the authors';
+      momentum: a tree like `params`, with the sign of `optax.trace`, which is opposite to that of the authors' code;
         None if the file has no `state`.
       epoch: epochs trained.
-      balance_weight: α; 0 for a network without gate.
-      meta: `net.meta` without changes: normalisation, training options, and classes if present.
-      stats: `stats`: errors and losses of every epoch; {} if the file has none.
+      balance_weight: α; 0 for a network without a gate.
+      meta: `net.meta`, unchanged: normalisation, training options, and classes if present.
+      stats: errors and losses of every epoch; {} if the file has none.
     """
 
     model_config: ConfigDict
@@ -167,14 +167,14 @@ def _momentum(config: ConfigDict, params: Mapping[str, Any], state: Any) -> Tree
     state = state[0] if isinstance(state, list) and state else state
     if not isinstance(state, dict):
         return None
-    cells = state.get("momentum", state.get("solverState"))  # its name in later MatConvNets
+    cells = state.get("momentum", state.get("solverState"))  # the name in later versions of MatConvNet
     if not isinstance(cells, np.ndarray) or cells.dtype != object or cells.size != len(params):
         raise CheckpointError(f"state.momentum is not a cell array of {len(params)} arrays")
     values = {}
     for (name, value), cell in zip(params.items(), cells.ravel(), strict=True):
         if not isinstance(cell, np.ndarray) or cell.dtype.kind != "f":
             raise CheckpointError(f"state.momentum of parameter {name!r} is not an array of numbers")
-        # a momentum that was never updated is the scalar 0
+        # momentum that was never updated is the scalar 0
         values[name] = np.zeros_like(value) if cell.size == 1 and not cell.any() else -cell
     trained = {p.name: values[p.name] for p in dag.parameters(config) if p.trained}
     try:
@@ -236,10 +236,10 @@ def save(
     stats: Mapping[str, Any] | None = None,
     v73: bool = False,
 ) -> None:
-    """Writes a checkpoint that MatConvNet can load with the authors' layers, and `load` reads to the same bits.
+    """Writes a checkpoint that MatConvNet can load with the authors' layers, and that `load` reads back bit for bit.
 
     Args:
-      path: the file, which is replaced if it exists; the authors' script looks for `net-epoch-N.mat`.
+      path: the file, which is overwritten if it exists; the authors' script looks for `net-epoch-N.mat`.
       model_config: `config.model`, with num_classes set.
       variables: `params` and `batch_stats`, float32 or float64.
       momentum: like `Checkpoint.momentum`; None stores zeros.
@@ -247,7 +247,7 @@ def save(
       balance_weight: α.
       meta: like `Checkpoint.meta`; None stores an image size of 64×64 and a mean colour of 0.
       stats: like `Checkpoint.stats`.
-      v73: write MATLAB's HDF5 format, which is required for arrays of more than 2 GB.
+      v73: whether to write MATLAB's HDF5 format, which is required for arrays of more than 2 GB.
 
     Raises:
       CheckpointError: if leaves of the variables or the momentum don't fit the model.

@@ -1,4 +1,4 @@
-"""Makes the working directory of a run that the authors' MatConvNet script trained."""
+"""Creates the working directory of a run that the authors' MatConvNet script trained."""
 
 import itertools
 import pathlib
@@ -27,7 +27,7 @@ from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.step import TrainState
 
 _IMAGENET_IMAGES = 1_281_167  # in the training split
-_MAX_IMAGES = 10**9  # a larger number in a file is not one of images
+_MAX_IMAGES = 10**9  # a larger count in a file is ignored
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ImportedRun:
 def import_checkpoint(
     path: str | pathlib.Path, output: str | pathlib.Path, overrides: Sequence[str] = ()
 ) -> ImportedRun:
-    """Makes a working directory for `--mode evaluate` and further training.
+    """Creates a working directory for `gmsop evaluate` and further training.
 
     The configuration contains the network, gate gradient, learning rates, batch size, momentum and weight decay
     of the file. The number of steps per epoch is computed from the data set in `config.data.dir` if it exists, and
@@ -136,7 +136,7 @@ def _num_images(checkpoint: Checkpoint, manifest: Manifest | None) -> int:
 def _state(checkpoint: Checkpoint, config: ConfigDict, steps: int) -> TrainState:
     state = initial_state(config, checkpoint.variables, steps)
     if (count := checkpoint.epoch * steps) >= 2**31:
-        raise CheckpointError(f"{checkpoint.epoch} epochs of {steps} steps are more steps than a run can count")
+        raise CheckpointError(f"{checkpoint.epoch} epochs of {steps} steps are more than the maximum of 2³¹ − 1 steps")
     step = jnp.asarray(count, jnp.int32)
     opt_state = optax.tree.set(state.opt_state, count=step)
     if checkpoint.momentum is not None and config.train.optimizer == "sgd":

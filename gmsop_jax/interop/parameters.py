@@ -31,7 +31,7 @@ def from_params(params: Mapping[str, Any], num_selected: int = 8) -> tuple[Confi
     Args:
       params: the authors' name → array, float32 or float64: filters [h, w, in, out], `gating_w` and
         `gating_noise_w` [in, N], vectors [c] or [c, 1], moments `*_bn_m` [c, 2] = [mean, sigma].
-      num_selected: K; ignored for networks without gate.
+      num_selected: K; ignored for networks without a gate.
 
     Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the same dtype).
 
@@ -74,7 +74,7 @@ def _check_has_layers(m: ConfigDict) -> None:
         value = m[name]
         if value not in values:
             raise CheckpointError(
-                f"config.model.{name} = {value!r} has no layer in the authors' code, which knows"
+                f"config.model.{name} = {value!r} has no layer in the authors' code, which supports only"
                 f" {' and '.join(map(repr, values))}; `gmsop export` writes any network as safetensors"
             )
 
@@ -131,8 +131,8 @@ def _infer_order(params: Mapping[str, Any], pooled: Mapping[str, int]) -> int:
         orders &= {order for order, size in sizes.items() if size == rows}
         if not orders:
             raise CheckpointError(
-                f"parameter {name!r} has {rows} rows; {width} channels give {sizes[1]} by average pooling or"
-                f" {sizes[2]} by covariance pooling, and gate and candidates use the same"
+                f"parameter {name!r} has {rows} rows, but {width} channels give {sizes[1]} by average pooling and"
+                f" {sizes[2]} by covariance pooling; gate and candidates must use the same pooling"
             )
     return min(orders)
 
@@ -210,7 +210,7 @@ def check_array(name: str, value: np.ndarray, shape: tuple[int, ...], *, finite:
     if value.dtype not in (np.float32, np.float64):
         raise CheckpointError(f"{name!r} is of type {value.dtype}; float32 or float64 is required")
     if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
-        raise CheckpointError(f"{name!r} has shape {value.shape}; the shapes of the others require {shape}")
+        raise CheckpointError(f"{name!r} has shape {value.shape}; the shapes of the other arrays require {shape}")
     if finite and (wrong := np.count_nonzero(~(np.abs(value) <= np.finfo(np.float32).max))):  # also counts NaN
         raise CheckpointError(
             f"{name!r} has {wrong} of {value.size} values that are NaN, infinite or too large for float32"
@@ -219,12 +219,12 @@ def check_array(name: str, value: np.ndarray, shape: tuple[int, ...], *, finite:
 
 
 def compare_names(kind: str, expected: Iterable[str], given: Iterable[str]) -> None:
-    """Raises CheckpointError for names that are missing or not expected; `kind` is a noun for what they name."""
+    """Raises CheckpointError for missing or unexpected names of things of a `kind`, such as "parameter"."""
     expected, given = list(expected), list(given)
     missing = [name for name in expected if name not in set(given)]
     unknown = [name for name in given if name not in set(expected)]
     faults = [f"{kind} {_list(missing)} missing"] if missing else []
-    faults += [f"{kind} {_list(unknown)} not part of such a network"] if unknown else []
+    faults += [f"{kind} {_list(unknown)} not part of this network"] if unknown else []
     if faults:
         raise CheckpointError("; ".join(faults))
 

@@ -1,4 +1,4 @@
-"""Makes a working directory from PyTorch's weights, for evaluation, prediction and fine-tuning."""
+"""Creates a working directory from PyTorch weights, for evaluation, prediction and fine-tuning."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from gmsop_jax.interop.torch_weights import IMAGE_SIZE, MEAN_RGB, array_shapes, 
 from gmsop_jax.models import count_parameters
 from gmsop_jax.training.inputs import Inputs
 
-_RESIZE = 256  # shorter side before the centre of IMAGE_SIZE is cut out, as the networks are evaluated there
+_RESIZE = 256  # length of the shorter side before the centre crop, as in PyTorch's evaluation of these networks
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ def import_weights(
     classes: str | pathlib.Path | None = None,
     triangle: Literal["row", "column"] = "row",
 ) -> ImportedWeights:
-    """Makes a working directory for `--mode evaluate`, `--mode predict` and `config.train.init_from`.
+    """Creates a working directory for `gmsop evaluate`, `gmsop predict` and `config.train.init_from`.
 
     The run is at step 0 and has the default training recipe. Its images are resized to 256 and cropped to 224×224,
-    and batch norm's moments are updated at a rate of 0.1 per step. Arrays are converted to float32.
+    and batch norm's running statistics are updated at a rate of 0.1 per step. Arrays are converted to float32.
 
     Args:
       path: a file of weights; see `torch_weights.read_state`.
@@ -95,7 +95,7 @@ def _class_names(file: str | pathlib.Path | None, number: int) -> tuple[str, ...
         raise CheckpointError(f"the names of the classes can't be read from {file} ({error})") from error
     names = tuple(name.strip() for name in names if name.strip())
     if len(names) != number:
-        raise CheckpointError(f"{file} names {len(names)} classes; the network has {number}")
+        raise CheckpointError(f"{file} lists {len(names)} classes, but the network has {number}")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Converts weights of PyTorch's ResNets: torchvision's, and those of the authors of iSQRT-COV and DropCov.
+"""Converts the weights of PyTorch ResNets: torchvision's, and those of the authors of iSQRT-COV and DropCov.
 
     model_config, variables = from_torch(read_state("resnet50.safetensors"))
     logits, aux = create_model(model_config).apply(variables, images)
@@ -63,19 +63,19 @@ def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the arrays in a file of weights. No code in the file is executed.
 
     Args:
-      path: a `.safetensors` file, read with the package of that name, or, with any other ending, a file written by
-        `torch.save`, read with `torch.load(…, weights_only=True)`. If the file holds a dictionary `state_dict` or
+      path: a `.safetensors` file, read with the package of that name, or, with any other extension, a file written by
+        `torch.save`, read with `torch.load(…, weights_only=True)`. If the file contains a dictionary `state_dict` or
         `model`, its arrays are returned. `argparse.Namespace` objects beside the weights are ignored.
 
     Returns: name → array. Floating-point types of less than 32 bits are converted to float32.
 
     Raises:
-      CheckpointError: if the file is missing, damaged or holds something other than dense arrays, or if the package
-        that reads it is not installed.
+      CheckpointError: if the file is missing, is damaged or contains anything but dense arrays, or if the package that
+        reads it is not installed.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+        raise CheckpointError(f"{path} does not exist or is not a file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     state = _unwrap(_read_torch(path))
@@ -109,14 +109,14 @@ def _read_torch(path: pathlib.Path) -> Any:
             f"reading {path} needs PyTorch: pip install torch, or save the weights as .safetensors where PyTorch is"
         ) from error
     try:
-        # A Namespace only keeps attributes, so creating one runs no code of the file's.
+        # A Namespace only stores attributes, so creating one executes no code from the file.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about formats that are refused later
+            warnings.simplefilter("ignore")  # about formats that raise an error later
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch raises exceptions of many types on damaged files
-        # PyTorch's own message is long and advises to execute the file's code, so it is not passed on.
+        # PyTorch's own message is long and recommends executing the code in the file, so it is not repeated.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"holds an object of type {found[1]}" if found else "is damaged or holds more than arrays"
+        reason = f"contains an object of type {found[1]}" if found else "is damaged or contains more than arrays"
         raise CheckpointError(
             f"{path} {reason}. Save the network's state_dict() alone, with torch.save or as .safetensors"
         ) from error
@@ -158,16 +158,16 @@ def _unwrap(state: Any) -> Any:
 
 
 def _plain_names(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Removes the prefixes of wrappers, and what counts updates.
+    """Removes the prefixes of wrapper modules, and the counters of updates.
 
     Raises:
-      CheckpointError: if two arrays have the same name then.
+      CheckpointError: if two arrays then have the same name.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, value in state.items():
         plain = _PREFIXES.sub("", str(name).replace("_orig_mod.", ""))
         if plain in arrays:
-            raise CheckpointError(f"two arrays are named {plain!r} once prefixes such as 'module.' are removed")
+            raise CheckpointError(f"two arrays are named {plain!r} after removing prefixes such as 'module.'")
         if plain.rpartition(".")[2] not in _COUNTERS:
             arrays[plain] = np.asarray(value)
     return arrays
@@ -177,10 +177,10 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
     """Converts a `state_dict` to a model's configuration and variables.
 
     Blocks, groups, widths, classes and the head are inferred from names and shapes. With a `layer_reduce`, the head is
-    that of DropCov if there is an `eca_layer`, and that of iSQRT-COV if not. Otherwise it is average pooling.
-    Whatever the shapes don't determine is set as published:
-    the strides (1, 2, 2, and 2 for average or 1 for second-order pooling) and five Newton–Schulz iterations. The
-    prefixes `module.`, `model.` and `_orig_mod.` are removed, and counters of batches are ignored.
+    that of DropCov if there is an `eca_layer`, and that of iSQRT-COV if not; otherwise, it is average pooling. Whatever
+    the shapes don't determine is set as published: the strides (1, 2, 2, and 2 for average or 1 for second-order
+    pooling) and five Newton–Schulz iterations. The prefixes `module.`, `model.` and `_orig_mod.` are removed, and
+    counters of batches are ignored.
 
     Args:
       state: PyTorch's name → array, float32 or float64.
@@ -190,9 +190,9 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
     Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the same dtype).
 
     Raises:
-      CheckpointError: if the network is not a value of `config.model.backbone`, if arrays are missing, unknown, or of
-        a wrong shape or dtype, or if they have values that are NaN or infinite or variances below 0.
-      ValueError: if `triangle` has another value.
+      CheckpointError: if the network is none of the ResNets in `models.network.BACKBONES`, if arrays are missing,
+        unknown, or of a wrong shape or dtype, or if they have values that are NaN or infinite or variances below 0.
+      ValueError: if `triangle` is neither of the two.
     """
     if triangle not in ("row", "column"):
         raise ValueError(f"triangle must be 'row' or 'column', got {triangle!r}")
@@ -239,7 +239,7 @@ def _backbone(arrays: Mapping[str, np.ndarray]) -> str:
     groups = width // group_width
     name = f"resnet{depth}" if (groups, group_width) == (1, 64) else f"resnext{depth}_{groups}x{group_width}d"
     if name not in BACKBONES[1:]:
-        raise CheckpointError(f"these are the weights of a {name}, which is not one of {', '.join(BACKBONES[1:])}")
+        raise CheckpointError(f"these are weights of {name}, which is not one of {', '.join(BACKBONES[1:])}")
     return name
 
 

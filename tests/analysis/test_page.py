@@ -64,8 +64,8 @@ def test_page_says_the_essentials_without_scripts(page, trained_run):
     for title in ("The network misclassifies", "The gate selects 2 of 4 candidates", "With the weights of the gate",
                   "If the gate selects K = 1, …, 4 candidates", "A single candidate alone", "Cross entropy",
                   "Learning rate", "Balance loss", "Throughput", "Confusion", "Most confused pairs",
-                  "Most certain, and wrong", "Least certain", "Use of each candidate over training",
-                  "Which candidates go together", "Error if the gate selects K candidates", "The candidates",
+                  "Most confident, wrong", "Least confident", "Use of each candidate over training",
+                  "Candidates that are selected together", "Error if the gate selects K candidates", "The candidates",
                   "Images with the largest weight for each candidate",
                   "train.batch_size"):  # fmt: skip
         assert title in text, title

@@ -236,7 +236,7 @@ def test_gather_refuses_another_conversion(imagenet: Path, tmp_path: Path):
 
 def test_foreign_output_is_refused_and_untouched(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(DataError, match=r"belong to no data set, such as thesis\.tex"):
+    with pytest.raises(DataError, match=r"contains other files, such as thesis\.tex"):
         convert("fashion-mnist", None, tmp_path, progress=False)
     assert os.listdir(tmp_path) == ["thesis.tex"]
     with pytest.raises(DataError, match="is a file"):
@@ -248,14 +248,14 @@ def test_a_foreign_data_dir_is_not_reported_as_output(tmp_path: Path, capsys: py
     arguments = ["--config", str(ROOT / "configs/quickstart.py"), f"--config.data.dir={tmp_path}"]
     assert main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
-    assert f"no data set at {tmp_path} (config.data.dir): it holds other files, such as thesis.tex" in message
+    assert f"no data set at {tmp_path} (config.data.dir): it contains other files, such as thesis.tex" in message
     assert f"gmsop convert image-folder --input {tmp_path} --output DIR\n" in message
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_stray_shards_are_foreign(tmp_path: Path):
     (tmp_path / "train-00000-of-00001.arrayrecord").write_text("whose?")
-    with pytest.raises(DataError, match="belong to no data set, such as train-00000"):
+    with pytest.raises(DataError, match="contains other files, such as train-00000"):
         convert("fashion-mnist", None, tmp_path, progress=False)
 
 
@@ -326,7 +326,7 @@ def test_labels_beyond_the_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from gmsop_jax.conversion.sources.table import ImageTable
 
     monkeypatch.setattr(ImageTable, "load", lambda self, split, index: (self.decode(index), 10))
-    with pytest.raises(DataError, match="has label 10; 10 classes go from 0 to 9"):
+    with pytest.raises(DataError, match="has label 10, but the labels of 10 classes are 0 to 9"):
         convert("fashion-mnist", None, tmp_path / "set", progress=False)
 
 
@@ -374,10 +374,10 @@ def test_an_image_no_record_holds(tmp_path: Path, workers: int):
 def test_another_stored_mean_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     write_imdb(tmp_path / "good.mat", [1, 1, 2], [1, 2, 1])
     convert("imdb-mat", tmp_path / "good.mat", tmp_path / "good", progress=False)
-    assert "stores the mean" not in caplog.text
+    assert "states the mean" not in caplog.text
     write_imdb(tmp_path / "bad.mat", [2, 1, 1], [1, 2, 1])  # its maker took the mean of the wrong set
     convert("imdb-mat", tmp_path / "bad.mat", tmp_path / "bad", progress=False)
-    assert "stores the mean" in caplog.text
+    assert "states the mean" in caplog.text
 
 
 def test_plan_covers_everything_once():

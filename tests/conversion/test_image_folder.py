@@ -82,13 +82,13 @@ def test_a_class_without_validation_images_is_mentioned(folder: Path, tmp_path: 
 
 
 def test_an_output_inside_the_input_is_refused(folder: Path):
-    with pytest.raises(DataError, match="the output folder lies inside the images' folder"):
+    with pytest.raises(DataError, match="the output folder is inside the folder of images"):
         convert("image-folder", folder / "train", folder / "train/set", options=Options(val_fraction=0.5))
-    with pytest.raises(DataError, match="the output folder lies inside the images' folder"):
+    with pytest.raises(DataError, match="the output folder is inside the folder of images"):
         convert("image-folder", folder, folder / "val/set")
     assert sorted(os.listdir(folder / "train")) == sorted(os.listdir(folder / "val")) == ["cat", "dog"]
     (folder.parent / "link").symlink_to(folder / "train", target_is_directory=True)
-    with pytest.raises(DataError, match="the output folder lies inside the images' folder"):
+    with pytest.raises(DataError, match="the output folder is inside the folder of images"):
         convert("image-folder", folder / "train", folder.parent / "link/set", options=Options(val_fraction=0.5))
     convert("image-folder", folder, folder / "set", progress=False)  # beside train and val: none of the images
     assert Manifest.load(folder / "set").classes == ("cat", "dog")
@@ -104,7 +104,7 @@ def test_links_out_of_the_input_are_followed_only_if_asked_for(folder: Path, tmp
         "split": ("test", "elsewhere"),
     }[what]
     (folder / source).symlink_to(tmp_path / target)
-    with pytest.raises(DataError, match=r"leads out of the input .* Give --follow-links"):
+    with pytest.raises(DataError, match=r"points outside the input .* give --follow-links"):
         opened(folder)
     found = opened(folder, follow_links=True)
     assert sum(found.num_images.values()) == 13
@@ -203,7 +203,7 @@ def test_names_in_lists_that_leave_the_input_are_refused(tmp_path: Path, name: s
     save(tmp_path / "in/secret.jpg")
     (tmp_path / "in/places365_val.txt").write_text(f"Places365_val_00000000.jpg 0\n../{name.lstrip('/')} 1\n")
     request = Request(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(DataError, match="leads out of the input"):
+    with pytest.raises(DataError, match="points outside the input"):
         open_source("places365", request)
     (tmp_path / "in/places365_val.txt").write_text("../secret.jpg 1\n")  # stays inside
     open_source("places365", request)
@@ -216,13 +216,13 @@ def test_linked_images_and_archives_of_places_are_refused(tmp_path: Path):
     image.unlink()
     image.symlink_to(tmp_path / "secret.jpg")
     source = open_source("places365", Request(tmp_path / "in", tmp_path / "out"))
-    with pytest.raises(DataError, match="leads out of the input"):
+    with pytest.raises(DataError, match="points outside the input"):
         source.load("val", 1)
     follow = Request(tmp_path / "in", tmp_path / "out", options=Options(follow_links=True))
     assert open_source("places365", follow).load("val", 1)[0].shape == (100, 100, 3)
     (tmp_path / "in/places365_val.txt").rename(tmp_path / "list.txt")
     (tmp_path / "in/places365_val.txt").symlink_to(tmp_path / "list.txt")
-    with pytest.raises(DataError, match=r"places365_val\.txt leads out of the input"):
+    with pytest.raises(DataError, match=r"places365_val\.txt points outside the input"):
         open_source("places365", Request(tmp_path / "in", tmp_path / "out"))
     open_source("places365", follow)
 

@@ -124,7 +124,7 @@ def test_damaged_elpv(tmp_path: Path):
         "images/a.png 0.5 thin\n": "line 1: 'images/a.png 0.5 thin' is not",
         "images/a.png\n": "is not `image probability",
         "": "lists no images",
-        "../../../etc/passwd 0.5 mono\n": "leads out of the input",
+        "../../../etc/passwd 0.5 mono\n": "points outside the input",
     }.items():
         table.write_text(line)
         with pytest.raises(DataError, match=message):
@@ -154,7 +154,7 @@ def test_emoji_leave_a_vendor_out(tmp_path: Path):
     assert {shade % 100 for shade in shades(source, "train")}.isdisjoint(shade % 100 for shade in shades(source, "val"))
     with pytest.raises(ConfigError, match="must be one of google, twitter, fluent"):
         opened("emoji", tmp_path / "in", tmp_path, leave_out="apple")
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="give only one of them"):
         opened("emoji", tmp_path / "in", tmp_path, leave_out="google", fold=1)
 
 

@@ -104,7 +104,7 @@ def test_the_tool_tells_what_it_imported_and_what_to_do(imported, weights, run_t
 
 def test_the_tools_errors_are_one_line(tmp_path, run_tool):
     status, told, errors = run_tool(tmp_path / "none.pth", "--output", tmp_path / "run")
-    assert (status, told, errors) == (2, "", f"error: there is no file {tmp_path / 'none.pth'}\n")
+    assert (status, told, errors) == (2, "", f"error: {tmp_path / 'none.pth'} does not exist or is not a file\n")
     status, _, errors = run_tool("x.pth", "--output", tmp_path / "run", "--trangle=row")
     assert status == 2
     assert errors.startswith("error: unrecognized argument --trangle=row; did you mean --triangle?")
@@ -113,7 +113,7 @@ def test_the_tools_errors_are_one_line(tmp_path, run_tool):
 def test_nothing_is_written_where_something_is_wrong(weights, tmp_path):
     few = tmp_path / "few.txt"
     few.write_text("one\ntwo\n")
-    with pytest.raises(CheckpointError, match=r"few\.txt names 2 classes; the network has 10"):
+    with pytest.raises(CheckpointError, match=r"few\.txt lists 2 classes, but the network has 10"):
         import_weights(weights, tmp_path / "run", classes=few)
     with pytest.raises(CheckpointError, match=r"can't be read from .*none\.txt"):
         import_weights(weights, tmp_path / "run", classes=tmp_path / "none.txt")

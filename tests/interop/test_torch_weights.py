@@ -167,7 +167,7 @@ def test_the_order_of_a_triangle_is_the_callers_word(names_and_shapes):
     [
         ({"layer2.0.bn1.bias": None}, r"'layer2\.0\.bn1\.bias' is missing"),
         ({"layer4.2.conv1.weight": None, "fc.bias": None}, r"'layer4\.2\.conv1\.weight', 'fc\.bias' are missing"),
-        ({"attention.weight": (3,)}, r"'attention\.weight' is not part of such a network"),
+        ({"attention.weight": (3,)}, r"'attention\.weight' is not part of this network"),
         ({"layer1.0.conv1.weight": (32, 64, 1, 1)}, r"conv1\.weight' has shape \(32, 64, 1, 1\).*\(64, 64, 1, 1\)$"),
         ({"bn1.weight": (63,), "bn1.bias": (63,)}, r"bn1\.\w+' has shape \(63,\).*\(64,\)"),
         ({"fc.weight": None}, r"'fc\.weight' is missing"),
@@ -280,7 +280,7 @@ def test_files_of_torch_are_read_and_never_executed(tmp_path):
     torch.save({"a": Trap()}, tmp_path / "trap.pth")
     (tmp_path / "damaged.pth").write_bytes((tmp_path / "plain.pth").read_bytes()[:300])
     for name in ("pickle.pth", "trap.pth", "damaged.pth"):
-        with pytest.raises(CheckpointError, match=rf"{name} (is damaged|holds an object of type).*state_dict\(\)"):
+        with pytest.raises(CheckpointError, match=rf"{name} (is damaged|contains an object of type).*state_dict\(\)"):
             read_state(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
     for content, message in (

@@ -153,7 +153,7 @@ def candidate_use(run: Run) -> Chart | None:
 
 
 def _heat_map(title: str, cells: list[Spec], x: str, y: str, size: int, labelled: bool, angle: int = 0) -> Chart:
-    """A matrix whose cells are the more opaque, the larger their `percent`; this suits any background."""
+    """A matrix whose cells are more opaque for a larger `percent`, which suits any background."""
     opacity = {"field": "percent", "type": "quantitative", "legend": None, "scale": {"range": [0, 1]}}
     mark = {"type": "rect", "color": "#2f7ed8", "tooltip": {"content": "data"}}
     layers: list[Spec] = [{"mark": mark, "encoding": {"opacity": opacity}}]
@@ -170,7 +170,7 @@ def _heat_map(title: str, cells: list[Spec], x: str, y: str, size: int, labelled
 
 
 def confusion(predictions: Predictions, most: int = 30) -> Chart:
-    """The share of each true class (row) predicted as each class; if there are many, only the most confused."""
+    """The percentage of each true class (row) that is predicted as each class; at most `most` classes."""
     counts = predictions.confusion
     errors = counts.sum(1) - np.diag(counts)
     chosen = np.sort(np.argsort(-errors, kind="stable")[:most])
@@ -187,13 +187,13 @@ def confusion(predictions: Predictions, most: int = 30) -> Chart:
 
 
 def together(predictions: Predictions) -> Chart:
-    """The share of the images that select a candidate (row) that also select another (column)."""
+    """The percentage of the images selecting a candidate (row) that also select another one (column)."""
     cells = [
         {"candidate": str(i), "with": str(j), "percent": round(100 * float(share), 1), "text": f"{100 * share:.0f}"}
         for (i, j), share in np.ndenumerate(predictions.together)
         if not math.isnan(share)
     ]
-    title = "Which candidates go together, % of the row's images"
+    title = "Candidates that are selected together, % of the row's images"
     return _heat_map(title, cells, "with", "candidate", 26, len(predictions.together) <= 16)
 
 
@@ -224,7 +224,7 @@ def error_by_selected(errors: GateErrors, num_selected: int) -> Chart:
 
 
 def entropy(predictions: Predictions, num_selected: int, most: int = 40) -> Chart:
-    """The mean entropy of the gate weights by class, in ascending order. Of many classes, both ends are shown."""
+    """The mean entropy of the gate weights by class, in ascending order; of many classes, the lowest and highest."""
     values = predictions.by_class(predictions.entropy)
     order = [int(i) for i in np.argsort(values, kind="stable") if not math.isnan(values[i])]
     maximum = math.log2(num_selected)

@@ -1,4 +1,4 @@
-"""The findings about a run, in words that are computed from its predictions."""
+"""Findings about a run, in sentences that are computed from its predictions."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from gmsop_jax.analysis.report.significance import (
     proportion_interval,
 )
 
-_MAX_CLASSES = 3  # that are named for each candidate
+_MAX_CLASSES = 3  # maximum number of classes that are named for each candidate
 
 
 def describe(predictions: Predictions, num_selected: int) -> list[str]:

@@ -144,7 +144,7 @@ def _rules(config: Any, shuffled: np.ndarray, rng: np.random.Generator) -> list[
 
 
 def _largest(values: np.ndarray, k: int) -> np.ndarray:
-    """Whether each value is among the k largest of its row; among equal values, the first count."""
+    """Whether each value is among the k largest of its row; of equal values, the first ones are chosen."""
     order = np.argsort(-values, axis=1, kind="stable")[:, :k]
     chosen = np.zeros(values.shape, bool)
     np.put_along_axis(chosen, order, True, axis=1)

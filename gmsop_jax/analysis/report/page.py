@@ -1,4 +1,4 @@
-"""Gathers the contents of the report and renders `page.html.jinja`."""
+"""Collects the contents of the report and renders `page.html.jinja`."""
 
 import base64
 import dataclasses
@@ -31,18 +31,18 @@ _HEAVIEST = 8  # images for each candidate
 _PAIRS = 10  # confused pairs of classes
 _CLASSES = 60  # rows of the table of classes and candidates
 _MISSING = "–"  # a value that a run does not have
-_TITLE = 60  # characters of the names of several runs that the title shows
+_TITLE = 60  # maximum length of a title that lists the names of the runs
 _THUMBNAIL = 96  # largest side in pixels
 
 
 def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_images: int = 5000) -> str:
-    """Returns the report of one or several runs as HTML that needs no other file.
+    """Returns the report of one or more runs as self-contained HTML.
 
     Args:
       workdirs: the working directories.
       data: folder of the data set; None means that of each run's configuration. If the data set or the checkpoint of a
         run is missing, the report omits what needs it and says so.
-      max_images: largest number of images of each evaluation split.
+      max_images: maximum number of images of each evaluation split.
 
     Raises:
       CheckpointError: if a folder is not a working directory.
@@ -152,13 +152,13 @@ def _pair(predictions: Predictions, true: int, predicted: int) -> dict[str, Any]
 
 
 def _galleries(predictions: Predictions) -> list[tuple[str, list[Card]]]:
-    """Galleries of images that are ranked by the probability of their prediction; empty where noise ranks them."""
+    """Galleries of images ranked by the probability of their prediction; empty if the ranking is not above noise."""
     right = predictions.labels == predictions.predicted
     order = np.argsort(-predictions.confidence, kind="stable")
     chosen = (
-        ("Most certain, and right", order[right[order]]),
-        ("Most certain, and wrong", order[~right[order]]),
-        ("Least certain", order[::-1]),
+        ("Most confident, correct", order[right[order]]),
+        ("Most confident, wrong", order[~right[order]]),
+        ("Least confident", order[::-1]),
     )
     return [
         (title, _ranked(predictions, predictions.confidence, predictions.mirrored_confidence, rows, _GALLERY))

@@ -87,7 +87,7 @@ class Predictions:
 
     @functools.cached_property
     def together(self) -> np.ndarray:
-        """The share of the images that select i (row) that also select j (column) [n, n]; NaN if no image selects i."""
+        """The fraction of the images selecting i (row) that also select j (column) [n, n]; NaN if none selects i."""
         selected = self.selected.astype(float)
         counts = selected.sum(axis=0)
         counts[counts == 0] = np.nan

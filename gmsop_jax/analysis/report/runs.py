@@ -18,7 +18,7 @@ class Run:
     """The files of a run.
 
     Attributes:
-      name: name of the folder, or a longer end of its path that tells it apart from other runs.
+      name: name of the folder, or a longer suffix of its path that distinguishes it from other runs.
       workdir: the folder.
       config: the resolved configuration.
       records: the records of `metrics.jsonl`.
@@ -84,14 +84,14 @@ def read_run(workdir: Path) -> Run:
 
 
 def read_runs(workdirs: Sequence[Path]) -> list[Run]:
-    """Reads several working directories, with names that differ. A directory that is given twice is read once."""
+    """Reads several working directories, with distinct names. A directory that is given twice is read once."""
     folders = list({workdir.resolve(): workdir for workdir in workdirs}.values())
     names = distinct_names(folders)
     return [dataclasses.replace(read_run(folder), name=name) for folder, name in zip(folders, names, strict=True)]
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Returns the shortest ends of the folders' paths that differ, all with the same number of parts.
+    """Returns the shortest suffixes of the folders' paths that are distinct, all with the same number of parts.
 
     Example:
       >>> distinct_names([Path("sweep/gap/seed0"), Path("sweep/gmsop/seed0")])

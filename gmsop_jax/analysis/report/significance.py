@@ -1,13 +1,13 @@
-"""Tests of whether a pattern in the predictions of a network is larger than chance."""
+"""Tests of whether patterns in the predictions of a network are statistically significant."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.stats
 
-LEVEL = 0.01  # of every test, divided by the number of comparisons that are made at once
+LEVEL = 0.01  # significance level of every test, divided by the number of simultaneous comparisons
 _PERMUTATIONS = 199
-_RESOLUTION = 0.01  # smaller differences can't be seen in weights and probabilities of two digits
+_RESOLUTION = 0.01  # smaller differences are invisible, because weights and probabilities are shown with two digits
 
 
 def proportion_interval(count: int, total: int) -> tuple[float, float]:
@@ -32,11 +32,11 @@ def paired_difference(wrong: np.ndarray, reference: np.ndarray) -> tuple[float, 
 
 
 def differs(wrong: np.ndarray, reference: np.ndarray, comparisons: int = 1) -> bool:
-    """Whether two errors on the same images differ by more than chance: McNemar's exact test at 1 %.
+    """Whether two errors on the same images differ significantly: McNemar's exact test at the level 1 %.
 
     Args:
       wrong, reference: whether each image is misclassified [m].
-      comparisons: number of tests that are made at once, by which the level is divided (Bonferroni).
+      comparisons: number of simultaneous tests, by which the level is divided (Bonferroni).
     """
     only, others = int(np.sum(wrong & ~reference)), int(np.sum(reference & ~wrong))
     return only != others and float(scipy.stats.binomtest(only, only + others).pvalue) < LEVEL / comparisons
@@ -83,7 +83,7 @@ def lifts(weights: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np
       num_classes: c.
 
     Returns: the lifts [c, n], mean weight in the class / mean weight (NaN for an empty class or an unused candidate),
-      and whether each is above 1 by more than chance: z-test at 1 % over all classes and candidates (Bonferroni).
+      and whether each is significantly above 1: z-test at 1 % over all classes and candidates (Bonferroni).
     """
     counts = np.bincount(labels, minlength=num_classes)[:, None]
     sums = np.zeros((num_classes, weights.shape[1]))

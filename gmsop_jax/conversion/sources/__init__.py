@@ -1,8 +1,8 @@
-"""Readers of foreign data sets: one module for each format, all behind the same protocol.
+"""Readers of data sets in other formats: one module per format, all with the same interface.
 
-A module defines `open_source(request) -> Source`, and the names of the options that it accepts in
-`OPTIONS`. `gmsop_jax.conversion.convert` does everything that follows reading: the order of the images,
-shards, statistics, checksums and progress.
+A module defines `open_source(request) -> Source`, and the names of the options that it accepts in `OPTIONS`.
+`gmsop_jax.conversion.convert` does everything after reading: the order of the images, shards, statistics, checksums and
+progress.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ NAMES = tuple(_MODULES)
 
 
 class UnreadableImage(DataError):
-    """One image among many can't be decoded. Conversion lists and skips it, up to a given share of images."""
+    """An image can't be decoded. The conversion lists and skips such images, up to a given fraction of all."""
 
 
 class Source(Protocol):
-    """An opened foreign data set, with random access to its images.
+    """An opened data set in another format, with random access to its images.
 
     Sources are pickled and sent to worker processes, so they contain paths and tables but no open files.
     """
@@ -71,25 +71,25 @@ class Source(Protocol):
 
         Raises:
           UnreadableImage: if this image is damaged.
-          DataError: if the source as a whole is wrong, or its files can't be opened.
+          DataError: if the source as a whole is invalid, or its files can't be opened.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the sources; None stands for the default of the source.
+    """Options of the sources; None means the default of the source.
 
     Attributes:
       size: side of the square images, in pixels.
       resize: 'matlab' or 'pillow', the implementation of bicubic resizing.
-      val_fraction: share of the training images to set aside as the split 'val'.
-      train_fraction: share of the training images to keep, the same share of each class.
+      val_fraction: fraction of the training images to set aside as the split 'val'.
+      train_fraction: fraction of the training images to keep, the same for each class.
       fold: which fifth of the images is the split 'test', 0 to 4.
       leave_out: the vendor whose images are the split 'test'.
-      follow_links: also read files outside the input folder, to which links or lists inside it lead. All
-        sources accept it.
-      allow_partial: convert an incomplete download of a source with several files.
+      follow_links: whether to read files outside the input folder to which links or lists inside it point. All sources
+        accept it.
+      allow_partial: whether to convert an incomplete download of a source with several files.
     """
 
     size: int | None = None
@@ -129,7 +129,7 @@ class Request:
 
     @property
     def required_path(self) -> Path:
-        """The input path; DataError if it was not given or does not exist."""
+        """The input path. Raises DataError if it was not given or does not exist."""
         if self.path is None:
             raise DataError("this source needs --input, the folder or file that was downloaded")
         if not self.path.exists():
@@ -137,21 +137,23 @@ class Request:
         return self.path
 
     def check_inside(self, path: Path) -> None:
-        """Raises DataError if `path` leads out of the input folder, unless `follow_links` is set."""
+        """Raises DataError if `path` points outside the input folder, unless `follow_links` is set."""
         root, target = os.path.realpath(self.required_path), os.path.realpath(path)
         if not self.options.follow_links and not Path(target).is_relative_to(root):
             raise DataError(
-                f"{path} leads out of the input {root}, to {target}. Give --follow-links if it should be read anyway"
+                f"{path} points outside the input {root}, to {target}; give --follow-links to read it anyway"
             )
 
 
 def open_source(name: str, request: Request) -> Source:
-    """Opens a foreign data set.
+    """Opens a data set in another format.
 
     Args:
       name: one of `NAMES`.
       request: the input path and the options.
+
     Returns: the opened source.
+
     Raises:
       ConfigError: if the name is unknown, or the source does not accept an option.
       DataError: if the files are missing, damaged, not in the format of the source, or outside the input.

@@ -1,7 +1,7 @@
 """Three kinds of images in one data set: solar cells (ELPV), clothing (Fashion-MNIST) and emoji.
 
 The input folder contains the folders `elpv`, `fashion-mnist` and `emoji` with the inputs of these sources. The classes
-are the union of theirs. A tenth of the training images of Fashion-MNIST is used, so that they don't outnumber the rest.
+are those of all three. Only a tenth of Fashion-MNIST's training images are used, so that they don't outnumber the rest.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _SPLITS = ("train", "val", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Domains:
-    """Sources one after the other. Their images are resized to the same size."""
+    """The concatenation of several sources, with their images resized to one size."""
 
     sources: Mapping[str, Source]
     size: int
@@ -38,7 +38,7 @@ class Domains:
 
     @property
     def num_images(self) -> dict[str, int]:
-        """Number of images in each split. The splits `test_elpv` and so on repeat those of `test` by source."""
+        """Number of images in each split. The splits `test_elpv` etc. contain the images of `test` from one source."""
         total = {split: sum(source.num_images[split] for source in self.sources.values()) for split in _SPLITS}
         return total | {_test_split(name): source.num_images["test"] for name, source in self.sources.items()}
 

@@ -1,6 +1,6 @@
 """ELPV: 2,624 electroluminescence photographs of solar cells, read from the package `elpv-dataset`.
 
-300×300 gray images. A cell counts as defective if the probability of a defect that experts gave it is at least ½. The
+300×300 gray images. A cell is labelled defective if experts rated the probability of a defect at ½ or more. The
 package is licensed under CC BY-NC-SA 4.0, so it is read where it is installed and not part of this project.
 (Deitsch et al. 2019, 2021; Buerhop-Lutz et al. 2018.)
 """
@@ -28,10 +28,10 @@ _SIZE = 300
 
 
 def open_source(request: Request) -> ImageTable:
-    """Opens the folder of the package `elpv_dataset`, which is found by itself if it is installed.
+    """Opens the folder of the package `elpv_dataset`; by default, that of the installed package.
 
-    The splits are those of `fold_masks`, stratified by class and by kind of cell. The splits `test_mono` and
-    `test_poly` repeat the images of `test` that show monocrystalline and polycrystalline cells.
+    The splits are those of `fold_masks`, stratified by class and by type of cell. The splits `test_mono` and
+    `test_poly` contain the images of `test` that show monocrystalline and polycrystalline cells.
     """
     table = _find_table(request)
     paths, labels, types = _read_table(request, table)
@@ -68,7 +68,7 @@ def _find_table(request: Request) -> Path:
 
 
 def _read_table(request: Request, table: Path) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray]:
-    """Returns the path of each image, its class, and its kind of cell (a position in `CELL_TYPES`)."""
+    """Returns the path of each image, its class, and its type of cell (an index into `CELL_TYPES`)."""
     paths, labels, types = [], [], []
     for number, line in enumerate(read_lines(table), 1):
         try:

@@ -1,8 +1,8 @@
-"""Emoji as three vendors draw them, read from npm packages: their groups are the classes.
+"""Emoji as drawn by three vendors, read from npm packages; the classes are the groups of emoji.
 
 The input folder contains the tarballs that `npm pack emoji-datasource-google emoji-datasource-twitter
-@lobehub/fluent-emoji-3d` downloads. Emoji that one of the vendors does not draw are left out, and so are the variants
-with skin tones.
+@lobehub/fluent-emoji-3d` downloads. Emoji that are not drawn by all vendors are left out, and so are the variants with
+skin tones.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ CLASSES = (
     "Flags",
 )
 _SIZE = 64
-_LARGEST_FILE = 2**24  # bytes; the drawings have a few thousand, and the list of emoji a few million
+_MAX_FILE_BYTES = 2**24  # the drawings have a few thousand bytes, and the list of emoji a few million
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Vendor:
     """Where the drawings of a vendor are.
 
     Attributes:
-      tarball: the beginning of the tarball's name, which a version follows.
-      folder: the folder of the drawings in the tarball; each is named by its code points.
+      tarball: the beginning of the tarball's name, which is followed by a version.
+      folder: the folder of the drawings in the tarball; each file is named after its code points.
       licence: the licence of the drawings.
     """
 
@@ -63,14 +63,14 @@ def open_source(request: Request) -> ImageTable:
 
     All drawings of an emoji are in the same split, and the splits are those of `fold_masks`, stratified by class. With
     the option `leave_out`, the drawings of that vendor are the split `test` instead, and the other vendors' drawings
-    are in `train` (90 % of the emoji) and `val`. Without it, the splits `test_google` and so on repeat the images of
-    `test` by vendor.
+    are in `train` (90 % of the emoji) and `val`. Without it, the splits `test_google` etc. contain the images of `test`
+    from one vendor.
     """
     options = request.options
     if options.leave_out is not None and options.leave_out not in VENDORS:
         raise ConfigError(f"--leave-out is {options.leave_out!r}; it must be one of {', '.join(VENDORS)}")
     if options.leave_out is not None and options.fold is not None:
-        raise ConfigError("--fold and --leave-out are two ways to choose the test images; give one of them")
+        raise ConfigError("--fold and --leave-out both choose the test images; give only one of them")
     tarballs = {name: _find_tarball(request, vendor) for name, vendor in VENDORS.items()}
     groups = _read_groups(tarballs["google"])
     drawings = {name: _read_drawings(tarballs[name], vendor) for name, vendor in VENDORS.items()}
@@ -116,7 +116,7 @@ def _members(tarball: Path, wanted: str) -> Iterator[tuple[str, bytes]]:
     """Yields the name and content of a file, or of each file directly in a folder."""
     for member, read in tar_members(tarball, "r:gz"):
         if wanted in (member.name, member.name.rpartition("/")[0]):
-            if member.size > _LARGEST_FILE:
+            if member.size > _MAX_FILE_BYTES:
                 raise DataError(f"{tarball}: {member.name} has {member.size:,} bytes, which is too large")
             yield member.name, read()
 
@@ -140,7 +140,7 @@ def _read_drawings(tarball: Path, vendor: Vendor) -> dict[str, bytes]:
 
 
 def _code_points(name: str) -> str:
-    """Code points in lower case without FE0F, which asks for a coloured drawing and which vendors may omit."""
+    """Code points in lower case without FE0F, which requests a coloured drawing and which vendors may omit."""
     return "-".join(part for part in name.lower().split("-") if part != "fe0f")
 
 

@@ -85,7 +85,7 @@ class FileArray:
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Reads `size` bytes of a file from `offset`; DataError if it ends before."""
+    """Reads `size` bytes of a file from `offset`. Raises DataError if the file ends before."""
     try:
         with path.open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), size, offset)
@@ -114,7 +114,7 @@ def npy_array(path: Path, offset: int = 0) -> FileArray:
             raise DataError(f"{path} does not contain a readable .npy array ({error}); download it again") from error
         start = file.tell()
     if dtype.hasobject:
-        raise DataError(f"{path} contains Python objects (dtype {dtype}); such arrays are refused")
+        raise DataError(f"{path} contains Python objects (dtype {dtype}); only arrays of numbers are supported")
     if dtype.kind not in "uif" or any(type(n) is not int or n < 0 for n in shape):
         raise DataError(f"{path} contains an array of dtype {dtype} and shape {shape}; expected numbers")
     if (fortran and len(shape) > 1) or not shape:
@@ -139,7 +139,7 @@ def npz_arrays(path: Path, names: Sequence[str], scratch: Path) -> dict[str, Fil
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Opens a zip file for reading; DataError if it is not one."""
+    """Opens a zip file for reading. Raises DataError if it is not one."""
     try:
         return zipfile.ZipFile(path)
     except (*_ZIP_ERRORS, OSError) as error:
@@ -168,7 +168,7 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> 
 
 
 def tar_members(path: Path, mode: Literal["r:", "r:gz"]) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
-    """Yields the regular files of a tar archive, each with a function that returns its content if it is called at once.
+    """Yields the regular files of a tar archive, each with a function that reads it, which must be called at once.
 
     Raises:
       DataError: if the archive is damaged or truncated.
@@ -176,7 +176,7 @@ def tar_members(path: Path, mode: Literal["r:", "r:gz"]) -> Iterator[tuple[tarfi
     with _explaining_tar_errors(path), tarfile.open(path, mode) as archive:
         end = 0
         for member in archive:
-            if member.offset < end or member.size < 0:  # the headers of a damaged file may form a circle
+            if member.offset < end or member.size < 0:  # the headers of a damaged file may form a cycle
                 raise tarfile.ReadError(f"the member at byte {member.offset:,} has a wrong size")
             end = member.offset_data
             if member.isfile() and not member.issparse():
@@ -210,7 +210,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Returns the non-empty lines of a UTF-8 text file; DataError if it can't be read as one."""
+    """Returns the non-empty lines of a UTF-8 text file. Raises DataError if it can't be read as one."""
     if not file.is_file():
         raise DataError(f"{file} does not exist or is not a file")
     try:
@@ -235,7 +235,7 @@ def _stored_member(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """Opens a file for reading; DataError if that fails."""
+    """Opens a file for reading. Raises DataError if that fails."""
     try:
         return path.open("rb")
     except OSError as error:

@@ -25,7 +25,7 @@ MAX_FOLDERS = 200_000  # ImageNet-21k has 21,841; links can form a graph with en
 
 
 def read_image_file(path: Path) -> bytes:
-    """Reads a file; FileAccessError if that fails, which does not mean that the image is damaged."""
+    """Reads a file. Raises FileAccessError if that fails, which does not mean that the image is damaged."""
     try:
         return read_bytes(path)
     except OSError as error:
@@ -40,7 +40,7 @@ def open_source(request: Request) -> ImageTable:
     classes = tuple(sorted(found["train"]))
     if len(classes) == 1:
         _LOG.warning(
-            "%s has a single class folder, %s; if the classes are the folders in it, they need to be moved up",
+            "%s has a single class folder, %s; if the classes are the folders in it, move them one level up",
             folders["train"],
             classes[0],
         )
@@ -78,7 +78,7 @@ def _decode(root: Path, names: Names, size: int | None, method: Method, row: int
 
 
 def _split_folders(request: Request) -> dict[str, Path]:
-    """Returns the folder of each split, after checking that --val-fraction is given exactly if it is needed."""
+    """Returns the folder of each split, after checking that --val-fraction is given if and only if it is needed."""
     root, fraction = request.required_path, request.options.val_fraction
     if not root.is_dir():
         raise DataError(f"--input {root.absolute()} is a file; expected a folder of images")
@@ -98,13 +98,13 @@ def _split_folders(request: Request) -> dict[str, Path]:
 def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, int]]]:
     """Finds the images of one split: name and size in bytes of each image of each class.
 
-    Raises: DataError if there are no images, if a link leads out of the input, or if the output folder lies
-      inside `folder` and would be taken for a class.
+    Raises: DataError if there are no images, if a link points outside the input, or if the output folder is inside
+      `folder` and would be mistaken for a class.
     """
     root = request.required_path
     request.check_inside(folder)
     if Path(os.path.realpath(request.scratch)).is_relative_to(os.path.realpath(folder)):
-        raise DataError(f"the output folder lies inside the images' folder {folder}; choose one outside of it")
+        raise DataError(f"the output folder is inside the folder of images {folder}; choose one outside it")
     classes: dict[str, list[tuple[str, int]]] = {}
     ignored = []
     for path, size in _walk(request, folder):
@@ -129,7 +129,7 @@ def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, in
 def _walk(request: Request, folder: Path) -> Iterator[tuple[Path, int]]:
     """Yields the path and size of every visible file below a folder, sorted by the parts of the path.
 
-    Raises: DataError if a link is broken or leads out of the input, or if links make the number of folders explode.
+    Raises: DataError if a link is broken or points outside the input, or if there are more than `MAX_FOLDERS` folders.
     """
     pending: list[tuple[Path, int | None]] = [(folder, None)]  # paths, and the sizes of those that are files
     num_folders = 0
@@ -140,7 +140,7 @@ def _walk(request: Request, folder: Path) -> Iterator[tuple[Path, int]]:
             continue
         num_folders += 1
         if num_folders > MAX_FOLDERS:
-            raise DataError(f"{folder} has more than {MAX_FOLDERS:,} folders; remove links that lead in circles")
+            raise DataError(f"{folder} has more than {MAX_FOLDERS:,} folders; remove links that form cycles")
         found = []
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
@@ -154,7 +154,7 @@ def _inspect(request: Request, path: Path, entry: os.DirEntry[str]) -> list[tupl
     if entry.is_symlink():
         request.check_inside(path)
         if not path.exists():
-            raise DataError(f"{path} is a link to a file that does not exist; remove or repair it")
+            raise DataError(f"{path} is a link to a file that does not exist; remove or fix it")
         if path.is_dir() and Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(path)):
             raise DataError(f"{path} is a link to a folder that contains the link; remove it")
     if entry.is_dir():
@@ -167,7 +167,7 @@ def _set_aside(rows: np.ndarray, fraction: float, seed: int) -> dict[str, np.nda
     count = round(fraction * len(rows))
     if not 0 < count < len(rows):
         raise ConfigError(
-            f"--val-fraction {fraction:g} of {len(rows)} images leaves a split empty; choose another share, such as 0.1"
+            f"--val-fraction {fraction:g} of {len(rows)} images leaves a split empty; choose another, such as 0.1"
         )
     order = permutation(len(rows), seed, 1)
     return {"train": rows[np.sort(order[count:])], "val": rows[np.sort(order[:count])]}

@@ -101,7 +101,7 @@ def _unpack(archive: Path, scratch: Path) -> dict[str, Path]:
 
 
 def _check_published(archive: Path) -> str:
-    """Compares an archive with the published sizes and checksums; returns a sentence for the manifest."""
+    """Compares an archive with the published sizes and checksums; returns a description for the manifest."""
     size = archive.stat().st_size
     for part, (published_size, checksum) in PUBLISHED.items():
         if size == published_size:
@@ -116,10 +116,10 @@ def _check_published(archive: Path) -> str:
 
 
 def _class_names(file: Path, request: Request) -> tuple[str, ...]:
-    """Returns the third column of map_clsloc.txt, which the second column numbers; numbers without that file."""
+    """Returns the names in map_clsloc.txt in the order of their labels; without that file, `class 1` and so on."""
     if not file.exists():
         return tuple(f"class {label}" for label in range(1, _NUM_CLASSES + 1))
-    if request.required_path.is_dir():  # beside a single archive, it is outside of the input anyway
+    if request.required_path.is_dir():  # a file beside a single archive is always outside the input
         request.check_inside(file)
     rows = [line.split() for line in read_lines(file)]
     if any(len(row) != 3 or row[1] != str(at) for at, row in enumerate(rows, 1)):
@@ -150,8 +150,8 @@ def _read(file: Path, num_classes: int, scratch: Path) -> tuple[Images, np.ndarr
         raise DataError(f"{file}: there are {len(data)} images, but 'labels' is not an array of {len(data)} integers")
     if len(labels) and not 1 <= labels.min() <= labels.max() <= num_classes:
         raise DataError(
-            f"{file}: labels go from {labels.min()} to {labels.max()}; expected 1 to {num_classes} (1-based). They are"
-            " wrong, or belong to another map_clsloc.txt"
+            f"{file}: labels are {labels.min()} to {labels.max()}; expected 1 to {num_classes} (1-based). Download the"
+            " file again, or use the map_clsloc.txt that belongs to it"
         )
     return data, (labels.astype(np.int64) - 1).astype(np.int32)
 
@@ -160,5 +160,5 @@ def _side(images: Sequence[Images]) -> int:
     widths = {int(data.shape[1]) for data in images}
     side = math.isqrt(max(widths) // 3)
     if len(widths) != 1 or 3 * side**2 not in widths or not side:
-        raise DataError(f"'data' has rows of {sorted(widths)} bytes; expected 3·s·s of one side s (12288 for 64)")
+        raise DataError(f"'data' has rows of {sorted(widths)} bytes; expected 3·s·s for one side s (12288 for s = 64)")
     return side

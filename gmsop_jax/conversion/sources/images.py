@@ -1,4 +1,4 @@
-"""Decodes image files of every mode, and stores many file names compactly."""
+"""Decodes image files of all modes, and stores many file names compactly."""
 
 import dataclasses
 import io
@@ -21,8 +21,8 @@ _BITS_TAG, _PHOTOMETRIC_TAG = 258, 262  # of TIFF
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decodes an image file.
 
-    Gray images keep one channel. Palettes are resolved, transparent pixels are composed over white, gray images of
-    more than 8 bits are scaled to 8 bits, and EXIF rotation is applied.
+    Gray images keep one channel. Palettes are converted to RGB, transparent pixels are composited over white, gray
+    images of more than 8 bits are scaled to 8 bits, and EXIF rotation is applied.
 
     Args:
       data: the file's bytes.
@@ -45,7 +45,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{name}: {error}") from error
     except Exception as error:  # Pillow's decoders raise exceptions of many types on damaged files
-        message = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # the same file gives the same message
+        message = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # addresses would make the message vary
         raise UnreadableImage(f"{name}: {message or type(error).__name__}") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

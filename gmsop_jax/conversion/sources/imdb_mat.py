@@ -38,12 +38,12 @@ def open_source(request: Request) -> ImageTable:
         raise DataError(str(error)) from error
     labels, sets = (_codes(fields[name], name, len(data), path) for name in ("labels", "set"))
     if labels.min() < 1:
-        raise DataError(f"{path}: images.labels go down to {labels.min()}, but labels must start at 1")
+        raise DataError(f"{path}: the minimum of images.labels is {labels.min()}, but labels must start at 1")
     if unknown := sorted(set(sets.tolist()) - _SETS.keys()):
         raise DataError(f"{path}: images.set contains {unknown}; expected 1 (train), 2 (val) and 3 (test)")
     rows = {name: np.flatnonzero(sets == code) for code, name in _SETS.items() if (sets == code).any()}
     if "train" not in rows:
-        raise DataError(f"{path}: images.set has no 1: there are no training images")
+        raise DataError(f"{path}: images.set contains no 1, so there are no training images")
     classes = tuple(f"class {label}" for label in range(1, int(labels.max()) + 1))
     facts = {} if fields["mean"] is None else {"stored_mean_rgb": _mean(fields["mean"], path)}
     decode = functools.partial(_decode, data)
@@ -86,7 +86,7 @@ def _dataset(file: h5py.File, name: str, budget: Budget) -> h5py.Dataset:
 
 
 def _flat(data: h5py.Dataset, path: Path, scratch: Path) -> FileArray:
-    """Returns the images where they are in the file, or a copy, if the file stores them in chunks."""
+    """Returns the images as an array in the file itself, or in a copy if the file stores them in chunks."""
     offset = data.id.get_offset()
     if data.chunks is None and offset is not None:
         return FileArray(path, offset, data.shape)
@@ -95,7 +95,7 @@ def _flat(data: h5py.Dataset, path: Path, scratch: Path) -> FileArray:
         scratch.mkdir(parents=True, exist_ok=True)
         check_space(scratch, math.prod(data.shape))
         chunk = (data.chunks or (1,))[0]
-        step = -(-_BLOCK // chunk) * chunk  # whole chunks: each is unpacked once
+        step = -(-_BLOCK // chunk) * chunk  # whole chunks, so that each is decompressed only once
         with replacing(target) as temporary, temporary.open("wb") as file:
             for start in range(0, len(data), step):
                 file.write(data[start : start + step].tobytes())
@@ -135,7 +135,7 @@ def _codes(values: Any, name: str, count: int, path: Path) -> np.ndarray:
     if values.dtype.kind not in "uif" or not np.isfinite(values).all() or (values != np.round(values)).any():
         raise DataError(f"{path}: images.{name} contains values that are not whole numbers")
     if (found := float(values.max())) > _MAX_LABEL:
-        raise DataError(f"{path}: images.{name} goes up to {found:g}; at most {_MAX_LABEL:,} classes are supported")
+        raise DataError(f"{path}: the maximum of images.{name} is {found:g}, but at most {_MAX_LABEL:,} is supported")
     if (found := float(values.min())) < 0:
-        raise DataError(f"{path}: images.{name} goes down to {found:g}; it must not be negative")
+        raise DataError(f"{path}: the minimum of images.{name} is {found:g}, but it must not be negative")
     return values.astype(np.int32)

@@ -1,12 +1,12 @@
 """Reads pickles of numbers and NumPy arrays without executing them and without loading the arrays.
 
 A pickle is a program for a small stack machine, one of whose instructions calls any function by name. `pickletools`
-decodes the instructions. This module carries out only those that numbers, strings, lists, tuples, dictionaries and
-NumPy arrays need, and calls nothing: it recognises the few names in the pickle of an array and refuses all others.
+decodes the instructions. This module executes only those that numbers, strings, lists, tuples, dictionaries and NumPy
+arrays need, and calls nothing: it recognises the few names in the pickle of an array and rejects all others.
 
-`pickle.Unpickler` with a restricted `find_class` is not enough. It loads every array, 1.5 GB for one file of ImageNet;
-a few bytes make it allocate gigabytes (an index of its memo) or crash (the hash of a deeply nested tuple); and NumPy's
-`__setstate__` trusts what the file says about the memory of an array.
+`pickle.Unpickler` with a restricted `find_class` is not enough. It loads every array, 1.5 GB for one file of ImageNet.
+A few bytes can make it allocate gigabytes (by an index into its memo) or crash (by hashing a deeply nested tuple). And
+NumPy's `__setstate__` trusts what the file says about the memory of an array.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _ALLOWED_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """One of the allowed globals."""
+    """An allowed global."""
 
     role: str
 
@@ -73,7 +73,7 @@ class _Skipped:
 
 
 class _Placeholder(bytes):
-    """What `pickletools` receives for a skipped string: it checks the length and keeps the rest."""
+    """What `pickletools` receives for a skipped string, of which it checks only the length."""
 
     length = 0
 
@@ -82,7 +82,7 @@ class _Placeholder(bytes):
 
 
 class _File:
-    """The file as `pickletools` reads it; `skipped` is the long string that was skipped last."""
+    """The file as `pickletools` reads it; `skipped` is the most recently skipped string."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self._file, self._path = file, path
@@ -94,7 +94,7 @@ class _File:
     def read(self, count: int) -> bytes:
         start = self.tell()
         if start + count > self._size:
-            raise self.refuse("the file is truncated")
+            raise self.error("it is truncated")
         if count < _LAZY_BYTES:
             return self._file.read(count)
         self._file.seek(start + count)
@@ -106,11 +106,11 @@ class _File:
     def readline(self) -> bytes:
         line = self._file.readline(_MAX_LINE)
         if not line.endswith(b"\n") or b"\\" in line:  # pickletools would warn of unknown escapes
-            raise self.refuse("a line without end, or with a backslash,")
+            raise self.error("it contains a line without end, or with a backslash,")
         return line
 
-    def refuse(self, what: str) -> DataError:
-        return DataError(f"{self._path} is refused: {what} at byte {self.tell():,}")
+    def error(self, problem: str) -> DataError:
+        return DataError(f"{self._path} can't be read as a pickle of arrays: {problem} at byte {self.tell():,}")
 
 
 def load(path: Path) -> Any:
@@ -120,7 +120,7 @@ def load(path: Path) -> Any:
       small, and keys that are bytes become strings.
 
     Raises:
-      DataError: if the file is truncated, is not a pickle, or contains anything else than arrays and plain values.
+      DataError: if the file is truncated, is not a pickle, or contains anything but arrays and plain values.
     """
     with open_binary(path) as opened:
         file = _File(opened, path)
@@ -132,13 +132,13 @@ def load(path: Path) -> Any:
         except DataError:
             raise
         except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise file.refuse(f"a damaged pickle ({type(error).__name__}: {error})") from error
+            raise file.error(f"it is damaged, or contains something else ({type(error).__name__}: {error}),") from error
 
 
 def _run(file: _File) -> Any:
     """Executes the instructions. Containers are never traversed, so cycles and deep nesting do no harm."""
     if not b"\x80\x02" <= file.read(2) < b"\x81":
-        raise file.refuse("not a pickle of protocol 2 or later")
+        raise file.error("it is not a pickle of protocol 2 or later")
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
@@ -146,7 +146,7 @@ def _run(file: _File) -> Any:
     argument: Any
     for count, (instruction, argument, _) in enumerate(pickletools.genops(decodable)):
         if count >= MAX_INSTRUCTIONS:
-            raise file.refuse(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+            raise file.error(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
         name = instruction.name
         if name in _NUMBERS_AND_STRINGS:
             stack.append(file.skipped or argument)
@@ -182,7 +182,7 @@ def _run(file: _File) -> Any:
         elif name == "STOP":
             return stack.pop()
         elif name != "FRAME":  # only a hint for buffering
-            raise file.refuse(f"the pickle instruction {name}")
+            raise file.error(f"it contains the instruction {name}")
 
 
 def _collect(name: str, stack: list[Any], items: list[Any]) -> None:
@@ -203,7 +203,7 @@ def _collect(name: str, stack: list[Any], items: list[Any]) -> None:
 
 def _global(name: str) -> _Name:
     if name not in _ALLOWED_NAMES:
-        raise ValueError(f"it names {name.replace(' ', '.')}, which no data file needs and which could run code")
+        raise ValueError(f"it refers to {name.replace(' ', '.')}, which could run code and which no data file needs")
     return _Name(_ALLOWED_NAMES[name])
 
 

@@ -1,7 +1,7 @@
-"""Places365-Standard in its 256×256 version: the list files, with the tar archives or the folders unpacked from them.
+"""Places365-Standard in its 256×256 version: the lists of images, with the tar archives or the unpacked folders.
 
-The input folder contains `categories_places365.txt`, `places365_train_standard.txt`, `places365_val.txt`, and
-the images, in `train_256_places365standard.tar` and `val_256.tar` or in the folders `data_256` and `val_256`.
+The input folder contains `categories_places365.txt`, `places365_train_standard.txt`, `places365_val.txt`, and the
+images, in `train_256_places365standard.tar` and `val_256.tar` or in the folders `data_256` and `val_256`.
 """
 
 import array
@@ -61,8 +61,8 @@ def open_source(request: Request) -> ImageTable:
         names, numbers = _list(folder / name)
         if numbers.max() >= len(classes):
             raise DataError(
-                f"{folder / name}: labels go from {numbers.min()} to {numbers.max()}; {len(classes)} categories go"
-                f" from 0 to {len(classes) - 1}. The labels are wrong, or the lists are of different versions"
+                f"{folder / name}: labels are {numbers.min()} to {numbers.max()}, but those of {len(classes)}"
+                f" categories are 0 to {len(classes) - 1}; download the lists again, all of the same version"
             )
         images = _find_images(request, split, names)
         splits.append(images)
@@ -119,8 +119,8 @@ def _find_members(tar: Path, names: Names) -> np.ndarray:
     missing = np.flatnonzero(found[order][positions] != wanted) if len(found) else np.arange(len(names))
     if len(missing):
         raise DataError(
-            f"{tar} lacks {len(missing)} of the {len(names)} listed images, such as {names[int(missing[0])]}: it is"
-            " truncated or of another version"
+            f"{tar} lacks {len(missing)} of the {len(names)} listed images, such as {names[int(missing[0])]}; it is"
+            " truncated or of another version: download it again"
         )
     return table[order][positions]
 

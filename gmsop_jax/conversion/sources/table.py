@@ -11,12 +11,12 @@ from gmsop_jax.data.randomness import permutation
 
 NUM_FOLDS = 5
 _PARTS = 2 * NUM_FOLDS  # a fold consists of two parts; a third part is for validation
-_PARTS_KEY, _SUBSET_KEY = 2, 3  # keep the draws of these purposes apart
+_PARTS_KEY, _SUBSET_KEY = 2, 3  # in the keys of the random numbers, so that they are independent
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTable:
-    """Images that are numbered through, with splits that refer to them by number.
+    """Images with consecutive numbers, and splits that refer to them by number.
 
     Attributes:
       classes: the class names.
@@ -48,21 +48,21 @@ class ImageTable:
 
 
 def stratified_parts(strata: np.ndarray, seed: int) -> np.ndarray:
-    """Divides rows into ten parts with nearly the same number of rows of each stratum.
+    """Divides rows at random into ten parts with nearly the same number of rows of each stratum.
 
     Args:
       strata: the stratum of each row, non-negative int [n].
       seed: seed of the division.
 
-    Returns: the part of each row, 0 to 9, int [n]. The sizes of the parts differ by one at most, in every stratum
-      and over all.
+    Returns: the part of each row, 0 to 9, int [n]. The sizes of the parts differ by at most one, within every stratum
+      and in total.
 
     Example:
       >>> np.bincount(stratified_parts(np.repeat([0, 1], 20), 0)).tolist()
       [4, 4, 4, 4, 4, 4, 4, 4, 4, 4]
     """
     parts = np.zeros(len(strata), np.int64)
-    dealt = 0  # each stratum starts where the last one stopped, so that remainders spread over the parts
+    dealt = 0  # each stratum continues where the last one stopped, to spread the remainders over the parts
     for stratum in np.unique(strata).tolist():
         members = np.flatnonzero(strata == stratum)
         shuffled = members[permutation(len(members), seed, _PARTS_KEY, stratum)]
@@ -72,7 +72,7 @@ def stratified_parts(strata: np.ndarray, seed: int) -> np.ndarray:
 
 
 def fold_masks(parts: np.ndarray, fold: int) -> dict[str, np.ndarray]:
-    """Returns which rows belong to `train` (70 %), `val` (10 %) and `test` (20 %) of a fold, bool [n] each.
+    """Returns masks of the rows in `train` (70 %), `val` (10 %) and `test` (20 %) of a fold, bool [n] each.
 
     Every row is in the split `test` of exactly one of the five folds.
 
@@ -86,15 +86,15 @@ def fold_masks(parts: np.ndarray, fold: int) -> dict[str, np.ndarray]:
 
 
 def subset(rows: np.ndarray, labels: np.ndarray, fraction: float | None, seed: int) -> np.ndarray:
-    """Keeps a share of the rows of each class, at least one. A smaller share is a subset of a larger one.
+    """Keeps a fraction of the rows of each class, at least one. A smaller fraction keeps a subset of a larger one.
 
     Args:
       rows: numbers of the images to choose from, int [m].
       labels: the class of each image of the table, int [n].
-      fraction: the share to keep; None keeps all rows.
+      fraction: the fraction to keep; None keeps all rows.
       seed: seed of the choice.
 
-    Returns: the rows that are kept, in their order.
+    Returns: the rows that are kept, in ascending order.
     """
     if fraction is None:
         return rows

@@ -2,8 +2,8 @@
 
 A struct is read as a dict, a struct array as a list of dicts, a cell array as a NumPy array of objects, text as a
 `str`, and everything else as a NumPy array with MATLAB's axes, of which there are at least two. Logical arrays have
-dtype bool. Nothing in a file is executed: functions and instances of classes are ignored. The memory that a file can
-claim is bounded.
+dtype bool. Nothing in a file is executed: functions and instances of classes are ignored. The memory that reading takes
+is limited in proportion to the size of the file.
 """
 
 import pathlib
@@ -20,11 +20,11 @@ _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def read(path: str | pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads the variables with these names; names that the file does not have are ignored.
+    """Reads the variables with these names; missing ones are ignored.
 
     Raises:
-      CheckpointError: if the file does not exist, is not a MATLAB file, is damaged, or claims much more memory than its
-        size justifies.
+      CheckpointError: if the file does not exist, is not a MATLAB file, is damaged, or needs too much memory for its
+        size.
     """
     path = pathlib.Path(path)
     reader = hdf5 if is_hdf5(path) else v7
@@ -54,7 +54,7 @@ def write(path: str | pathlib.Path, variables: Mapping[str, Any], *, v73: bool =
     Args:
       path: the file, which is replaced once the new one is complete.
       variables: values as `read` returns them; a list of dicts with the same keys is a row of structs.
-      v73: write version 7.3 (HDF5) instead of version 7.
+      v73: whether to write version 7.3 (HDF5) instead of version 7.
     """
     with replacing(pathlib.Path(path)) as temporary:
         if v73:
@@ -64,7 +64,7 @@ def write(path: str | pathlib.Path, variables: Mapping[str, Any], *, v73: bool =
 
 
 def _write_v7(path: pathlib.Path, variables: Mapping[str, Any]) -> None:
-    import scipy.io  # imported late: the process that reads version 7.3 does not need it
+    import scipy.io  # imported late, because the process that reads version 7.3 does not need it
 
     stored = {name: _to_scipy(value) for name, value in variables.items()}
     with path.open("wb") as file:  # given a path, SciPy would append .mat

@@ -15,14 +15,14 @@ import numpy as np
 from gmsop_jax.files import Budget
 from gmsop_jax.interop.matfile import isolated
 
-_MAX_DEPTH = 32  # of structs within structs; a deeper one contains itself
+_MAX_DEPTH = 32  # of nested structs; a deeper struct must contain itself
 SECONDS, BYTES_PER_SECOND = 30, 2**22  # the time limit for a file
 _HEADER = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created by gmsop_jax HDF5 schema 1.00 ."
 _CLASSES = {"f8": "double", "f4": "single", "b1": "logical"}
 
 
 def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads variables as `matfile.read` describes them, in another process.
+    """Reads variables as described in `matfile.read`, in another process.
 
     Raises:
       ValueError: if the file is damaged.
@@ -61,14 +61,14 @@ def _read(path: pathlib.Path, budget: Budget, names: Sequence[str]) -> dict[str,
 
 
 def _own(group: h5py.Group, name: str) -> Any:
-    """Returns a member of a group; raises ValueError for a link, which could lead out of the file."""
+    """Returns a member of a group; raises ValueError for a link, which could point outside the file."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f"{group.name}/{name} is a link")
     return group[name]
 
 
 def check_array(node: h5py.Dataset) -> None:
-    """Raises ValueError unless an array consists of numbers or references and is stored in this very file.
+    """Raises ValueError unless an array consists of numbers or references and is stored in the file itself.
 
     An array of strings of variable length could refer a million times to one long string.
     """
@@ -159,7 +159,7 @@ def _text(value: Any) -> str:
 
 
 def write(path: pathlib.Path, variables: Mapping[str, Any]) -> None:
-    """Writes variables as `matfile.write` describes them."""
+    """Writes variables as described in `matfile.write`."""
     with h5py.File(path, "w", userblock_size=512, libver=("earliest", "v110")) as file:
         for name, value in variables.items():
             _write(file, name, value)

@@ -43,7 +43,7 @@ def call(function: Callable[..., Any], *arguments: Any, seconds: float, memory_b
         try:
             value, error, status = _exchange(request)
         except BaseException:
-            _stop_server()  # its answer may still arrive, and must not be taken for that of the next call
+            _stop_server()  # its answer may still arrive, and must not be mistaken for that of the next call
             raise
     if os.waitstatus_to_exitcode(status) == -signal.SIGALRM:
         raise ValueError(f"HDF5 did not read it within {seconds:.0f} seconds")
@@ -64,7 +64,7 @@ def _exchange(request: bytes) -> tuple[Any, Exception | None, int]:
             os.close(writing)
         try:
             value, error = pickle.load(answer)
-        except (EOFError, pickle.UnpicklingError):  # the process ended early, as its status says
+        except (EOFError, pickle.UnpicklingError):  # the process ended early; its status says why
             value = error = None
     status = b""
     with contextlib.suppress(ConnectionError):
@@ -92,7 +92,7 @@ def _server(pid: int) -> tuple[subprocess.Popen, socket.socket]:
     ours, theirs = socket.socketpair()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
-    with theirs:  # its own process group: Ctrl-C is handled here
+    with theirs:  # a process group of its own, because Ctrl-C is handled by this process
         return subprocess.Popen(command, stdin=theirs.fileno(), env=environment, process_group=0), ours
 
 

@@ -1,6 +1,6 @@
 """Reads MATLAB files of version 5 to 7: a sequence of tagged elements, in which each variable can be compressed.
 
-SciPy's reader can crash the process on a damaged file. This one compares every size with the bytes that are left.
+SciPy's reader can crash the process on a damaged file. This reader compares every size with the remaining bytes.
 """
 
 import math
@@ -28,7 +28,7 @@ Element = tuple[int, memoryview]
 
 
 def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads variables as `matfile.read` describes them.
+    """Reads variables as described in `matfile.read`.
 
     Raises:
       Exception: ValueError or another exception, if the file is damaged.
@@ -46,7 +46,7 @@ def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
             if kind == _COMPRESSED:
                 ((kind, data),) = _elements(_inflate_all(data, budget), order)
             if kind != _MATRIX:
-                raise ValueError(f"element of type {kind} where a variable should be")
+                raise ValueError(f"an element of type {kind} in place of a variable")
             budget.take_nodes()
             variables[name] = reader.matrix(data)
     return variables
@@ -84,7 +84,7 @@ def _elements(data: memoryview, order: str) -> Iterator[Element]:
         elif kind != _COMPRESSED:
             padding = -size % 8
         if size > room:
-            raise ValueError(f"element of {size} bytes where {room} are left")
+            raise ValueError(f"an element of {size} bytes, but only {room} bytes remain")
         yield kind, data[body : body + size]
         start = body + size + padding
 
@@ -101,7 +101,7 @@ class _Reader:
         flags = int(self._numbers(next(parts))[0])
         sizes = self._numbers(next(parts))
         if not 2 <= sizes.size <= _MAX_DIMENSIONS or sizes.min() < 0:
-            raise ValueError(f"array of shape {sizes[:_MAX_DIMENSIONS].tolist()}")
+            raise ValueError(f"an array of shape {sizes[:_MAX_DIMENSIONS].tolist()}")
         shape = tuple(sizes.tolist())
         next(parts)  # the name
         kind = flags & 0xFF
@@ -124,7 +124,7 @@ class _Reader:
     def _child(self, parts: Iterator[Element]) -> Any:
         kind, data = next(parts)
         if kind != _MATRIX:
-            raise ValueError(f"element of type {kind} where an array should be")
+            raise ValueError(f"an element of type {kind} in place of an array")
         return self.matrix(data)
 
     def _structs(self, shape: Sequence[int], parts: Iterator[Element], data: memoryview, *, is_object: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: the sample that comes with the package, or the whole set's IDX files.
+"""Fashion-MNIST: the sample that comes with the package, or the IDX files of the whole data set.
 
 28×28 gray images of ten kinds of clothing. The test images are the split 'val'. With the option `val_fraction`,
 they are the split 'test', and 'val' is a part of the training images. © 2017 Zalando SE, MIT licence (NOTICE).
@@ -79,7 +79,7 @@ def _read_folder(folder: Path) -> tuple[Part, Part, tuple[Path, ...]]:
 
 
 def read_idx(path: Path, num_dims: int) -> np.ndarray:
-    """Reads the uint8 array of an IDX file, gzipped or not; DataError if it is damaged or has another type."""
+    """Reads the uint8 array of an IDX file, gzipped or not. Raises DataError if it is damaged or has another type."""
     size = 4 + 4 * num_dims
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
