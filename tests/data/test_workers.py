@@ -115,5 +115,5 @@ def test_a_dead_worker_is_said(fashion: Path):
         next(batches)
         for child in multiprocessing.active_children():
             child.kill()
-        with pytest.raises(DataError, match=r"reads the data died .*code -9\).*config.data.num_workers \(now 1\)"):
+        with pytest.raises(DataError, match=r"data worker process died .*code -9\).*config.data.num_workers \(now 1\)"):
             list(itertools.islice(batches, 10))

@@ -120,7 +120,7 @@ def test_evaluation_gives_the_authors_errors(checkpoint_path, tmp_path):
 def test_another_mean_colour_or_number_of_classes_is_told(checkpoint_path, small_model, tmp_path, capsys):
     data = data_set(checkpoint_path, tmp_path, (126.0, 115.0, 120.0))
     assert run_import(checkpoint_path, "--output", tmp_path / "run", f"--config.data.dir={data}") == 0
-    assert "differs from the file's by up to 4.76 of 255" in capsys.readouterr().out
+    assert "differs by up to 4.76 of 255" in capsys.readouterr().out
     save(tmp_path / "x.mat", *small_model("gap"))
     with pytest.raises(CheckpointError, match=r"has 3 classes, but the data set .* has 10"):
         import_checkpoint(tmp_path / "x.mat", tmp_path / "other", [f"data.dir={data}"])
