@@ -66,6 +66,32 @@ def test_the_table_of_roots():
     ]
 
 
+def test_tables_of_the_page_by_hand():
+    def row(name: str, ratios: dict[str, float]):
+        numbers = {"gflop": 5.1, "ms": 29.04, "quartiles_ms": [28.7, 30.0], "share_of_ceiling": 0.51}
+        return {"name": name, **numbers, "times_faster_than": ratios}
+
+    steps = {"rows": [row("copy", {}), row("step", {"peer": 1.5})], "peak_mb": {"jax": 458.3, "torch": 669.6}}
+    reading = {"plain chain": [1000.0, 900.0, 1100.0], "pipeline": [21_000.0, 20_000.0, 22_000.0]}
+    found = benchmark.sections({"ops": [row("copy", {})], "mixture": [], "step": steps, "pipeline": reading})
+    assert found["speed"].splitlines()[2:] == [
+        "| copy | 5.1 | 29 (28.7–30) | 51% |  |",
+        "| step | 5.1 | 29 (28.7–30) | 51% | 1.50× peer |",
+        "",
+        "Peak memory of the step: jax 458 MB, torch 670 MB.",
+    ]
+    assert found["reading"].splitlines()[-1] == "| pipeline | 21,000 (20,000–22,000) | 21.0× |"
+    assert benchmark.sections({"ops": []}) == {}
+
+
+@pytest.mark.parametrize("name", ["speed", "roots", "reading", "lowering", "accelerator"])
+def test_the_page_has_every_section(tmp_path, name):
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "performance.md").read_text("utf-8"), "utf-8")
+    benchmark.write_section(page, name, "new text")
+    assert page.read_text("utf-8").count("\n\nnew text\n\n<!-- end of") == 1
+
+
 def test_roots_that_are_exact_equal_each_other():
     sigma = covariances(4, 2)
     exact = [method.root(sigma) for method in METHODS if method.name.startswith(("matrix_power", "jnp", "jax"))]

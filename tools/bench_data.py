@@ -100,8 +100,11 @@ def _memory(pid: int) -> int:
     return 1024 * size + sum(_memory(int(child)) for child in children)
 
 
-def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: float) -> None:
-    """Prints the median images/s of the pipeline, of a plain chain and of a memory copy, measured in turn."""
+def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Measures the pipeline, a plain chain and a memory copy in turn.
+
+    Returns: the median, least and most images/s by the name of the method; they are printed too.
+    """
     manifest = Manifest.load(directory)
     height, width = manifest.split("train").image_size or (_SIDE, _SIDE)
     # larger than the processor's caches, like the page cache
@@ -127,10 +130,20 @@ def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: floa
     for _ in range(rounds):
         for name, make_iterator in chains.items():
             speeds[name].append(_speed(make_iterator(), batch_size, seconds))
-    plain = statistics.median(speeds["plain chain"])
-    for name, found in speeds.items():
-        median, low, high = statistics.median(found), min(found), max(found)
+    rows = {name: [statistics.median(found), min(found), max(found)] for name, found in speeds.items()}
+    plain, *_ = rows["plain chain"]
+    for name, (median, low, high) in rows.items():
         print(f"{name:34} {median:>11,.0f} images/s {median / plain:6.2f}× ({low:,.0f}–{high:,.0f})")
+    return rows
+
+
+def reading_table(rows: dict[str, list[float]]) -> str:
+    """The result of `measure_reading` as a table in Markdown."""
+    plain, *_ = rows["plain chain"]
+    lines = ["| reading 64×64 images | images/s, median (least–most) | of the plain chain |", "|---|---|---|"]
+    for name, (median, low, high) in rows.items():
+        lines.append(f"| {name} | {median:,.0f} ({low:,.0f}–{high:,.0f}) | {median / plain:.1f}× |")
+    return "\n".join(lines)
 
 
 def _plain_chain(directory: Path, batch_size: int, threads: int | None = None) -> Iterator[Any]:

@@ -142,3 +142,16 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             f"{f'{low:.1f}–{high:.1f}':>17}{row['share_of_ceiling']:7.0%}  {speedup}"
         )
         print(line.rstrip())
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `report` as a table in Markdown. Rows that occur in several reports, the ceilings, are listed once."""
+    lines = ["| work | GFLOP | ms, median (quartiles) | share of the ceiling | speed-up |", "|---|---|---|---|---|"]
+    for row in {row["name"]: row for row in rows}.values():
+        low, high = row["quartiles_ms"]
+        speedup = ", ".join(f"{ratio:.2f}× {name}" for name, ratio in row["times_faster_than"].items())
+        lines.append(
+            f"| {row['name']} | {row['gflop']:.1f} | {row['ms']:.3g} ({low:.3g}–{high:.3g}) |"
+            f" {row['share_of_ceiling']:.0%} | {speedup} |"
+        )
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Compares the pooling, the mixture, the training step and the data pipeline with what the machine can do.
 
-    python tools/benchmark.py {ops,roots,mixture,step,pipeline,all} [--peer torch] [--json FILE]
+    python tools/benchmark.py {ops,roots,mixture,step,pipeline,all} [--peer torch] [--json FILE] [--docs PAGE]
     python tools/benchmark.py accelerator --out FILE [--docs docs/performance.md]
     python tools/benchmark.py lowering [--docs docs/performance.md]
 
@@ -19,6 +19,8 @@ import pathlib
 import platform
 import sys
 import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import bench_data
@@ -27,20 +29,21 @@ from bench_lowering import lowering_rows, lowering_table
 from bench_ops import mixture_cases, pooling_cases
 from bench_roots import root_cases, root_table
 from bench_step import peak_memory, step_cases
-from bench_timing import ceilings, measure, report, torch_device
+from bench_timing import ceilings, measure, report, speed_table, torch_device
 from sections import write_section
 
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.errors import ArgumentParser, UserError, run_command
 from gmsop_jax.files import write_json
 
+_PACKAGES = {"jax": ("jax", "jax"), "PyTorch": ("torch", "torch"), "OTT-JAX": ("ott", "ott-jax")}  # module, package
 _KINDS = ("ops", "roots", "mixture", "step", "pipeline")
 
 
 def main() -> None:
     """Parses the command line and prints the tables."""
     parser = ArgumentParser(description="Measures speed, and compares it with the machine's ceilings and with PyTorch.")
-    parser.add_argument("what", choices=(*_KINDS, "all", "accelerator", "lowering"))
+    parser.add_argument("what", nargs="+", choices=(*_KINDS, "all", "accelerator", "lowering"))
     parser.add_argument("--peer", choices=("torch",), help="compare with PyTorch (pip install '.[bench]')")
     parser.add_argument("--batch", type=int, default=16, help="images in a batch of the mixture and of the step")
     parser.add_argument("--pool-batch", type=int, default=64, help="images in a batch of the pooling (default: 64)")
@@ -48,24 +51,41 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="number of measurements of each case (default: 10)")
     parser.add_argument("--compute-dtype", default="", choices=("", "bfloat16"), help="dtype of the convolutions")
     parser.add_argument("--json", "--out", metavar="FILE", type=pathlib.Path, help="write the results to this file")
-    parser.add_argument(
-        "--docs", metavar="PAGE", type=pathlib.Path, help="put the table of `roots`, `accelerator` or `lowering` there"
-    )
+    parser.add_argument("--docs", metavar="PAGE", type=pathlib.Path, help="put the tables into this page")
     parser.add_argument("--toy", action="store_true", help="accelerator: tiny sizes, to try the tool on a CPU")
     options = parser.parse_args()
-    if options.what == "accelerator":
+    if len(options.what) > 1 and {"accelerator", "lowering"} & set(options.what):
+        parser.error("accelerator and lowering are measured alone")
+    if options.what == ["accelerator"]:
         return measure_accelerator(options)
-    if options.what == "lowering":
+    if options.what == ["lowering"]:
         return count_lowering(options)
-    print(f"{device()}, jax {jax.__version__}, Python {platform.python_version()}")
+    print(machine())
     results: dict[str, Any] = {}
-    for kind in _KINDS if options.what == "all" else (options.what,):
+    for kind in _KINDS if "all" in options.what else options.what:
         print(f"\n{kind}")
         results[kind] = run(kind, options)
     if options.json:
         write_json(options.json, results)
-    if options.docs and "roots" in results:
-        write_section(options.docs, "roots", root_table(results["roots"]))
+    if options.docs:
+        for name, text in sections(results).items():
+            write_section(options.docs, name, f"{machine()}\n\n{text}")
+
+
+def sections(results: dict[str, Any]) -> dict[str, str]:
+    """The tables of the documentation by the names of their sections."""
+    texts = {}
+    if "roots" in results:
+        texts["roots"] = root_table(results["roots"])
+    if "pipeline" in results:
+        texts["reading"] = bench_data.reading_table(results["pipeline"])
+    if {"ops", "mixture", "step"} <= results.keys():
+        step = results["step"]
+        rows = step["rows"] if isinstance(step, dict) else step
+        texts["speed"] = speed_table([*results["ops"], *results["mixture"], *rows])
+        if isinstance(step, dict):
+            texts["speed"] += f"\n\n{peak_memory_text(step['peak_mb'])}"
+    return texts
 
 
 def measure_accelerator(options: argparse.Namespace) -> None:
@@ -88,6 +108,12 @@ def count_lowering(options: argparse.Namespace) -> None:
         write_json(options.json, rows)
     if options.docs:
         write_section(options.docs, "lowering", lowering_table(rows))
+
+
+def machine() -> str:
+    """The device, and the versions of the libraries."""
+    versions = [f"{title} {version(package)}" for title, (module, package) in _PACKAGES.items() if find_spec(module)]
+    return ", ".join([device(), *versions, f"Python {platform.python_version()}"])
 
 
 def device() -> str:
@@ -118,17 +144,22 @@ def run(kind: str, options: argparse.Namespace) -> Any:
     if kind != "step" or torch_device() != "cpu":
         return rows
     peaks = {kind: peak_memory(kind, options.batch) for kind in ("jax", *([options.peer] if options.peer else []))}
-    print("peak memory of the step: " + ", ".join(f"{kind} {mb:.0f} MB" for kind, mb in peaks.items()))
+    print(peak_memory_text(peaks))
     return {"rows": rows, "peak_mb": peaks}
 
 
-def measure_pipeline(num_images: int) -> None:
+def peak_memory_text(peaks: dict[str, float]) -> str:
+    """The peak memory of the step by the library."""
+    return "Peak memory of the step: " + ", ".join(f"{kind} {mb:.0f} MB" for kind, mb in peaks.items()) + "."
+
+
+def measure_pipeline(num_images: int) -> dict[str, list[float]]:
     """Reads synthetic 64×64 images. Compares this with a plain chain of Grain's and with a memory copy."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = pathlib.Path(folder, "source"), pathlib.Path(folder, "shards")
         bench_data.make(source, num_images)
         convert("imagenet64", source, output, progress=False)
-        bench_data.measure_reading(output, batch_size=256, rounds=5, seconds=2)
+        return bench_data.measure_reading(output, batch_size=256, rounds=5, seconds=2)
 
 
 if __name__ == "__main__":
