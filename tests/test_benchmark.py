@@ -1,6 +1,7 @@
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import bench_accelerator
@@ -37,6 +38,12 @@ def test_each_case_runs_in_turn():
     bench_timing.measure(cases, 2)
     assert "".join(order) == "ababab"
     assert [len(case.seconds) for case in cases] == [2, 2]  # without the first round
+
+
+def test_processor_time_does_not_count_waiting():
+    waiting = Case("waiting", lambda: time.sleep(0.2))
+    bench_timing.measure([waiting], 1, time.process_time)
+    assert waiting.median < 0.2
 
 
 def test_tool_at_toy_size(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ import pathlib
 import platform
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -49,6 +50,11 @@ def main() -> None:
     parser.add_argument("--pool-batch", type=int, default=64, help="images in a batch of the pooling (default: 64)")
     parser.add_argument("--images", type=int, default=20_000, help="images that the pipeline reads (default: 20000)")
     parser.add_argument("--repeats", type=int, default=10, help="number of measurements of each case (default: 10)")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="measure the processor time of all threads, for one core (taskset) of a machine that runs other programs",
+    )
     parser.add_argument("--compute-dtype", default="", choices=("", "bfloat16"), help="dtype of the convolutions")
     parser.add_argument("--json", "--out", metavar="FILE", type=pathlib.Path, help="write the results to this file")
     parser.add_argument("--docs", metavar="PAGE", type=pathlib.Path, help="put the tables into this page")
@@ -69,7 +75,7 @@ def main() -> None:
         write_json(options.json, results)
     if options.docs:
         for name, text in sections(results).items():
-            write_section(options.docs, name, f"{machine()}\n\n{text}")
+            write_section(options.docs, name, f"{machine()}{', processor times' * options.processor_time}\n\n{text}")
 
 
 def sections(results: dict[str, Any]) -> dict[str, str]:
@@ -139,7 +145,7 @@ def run(kind: str, options: argparse.Namespace) -> Any:
     else:
         cases = step_cases(options.peer, options.batch, options.compute_dtype)
     cases = [*ceilings(), *cases]
-    measure(cases, options.repeats)
+    measure(cases, options.repeats, time.process_time if options.processor_time else time.perf_counter)
     rows = report(cases)
     if kind != "step" or torch_device() != "cpu":
         return rows

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
@@ -86,10 +87,10 @@ class Head(ReluConvolutions):
         self.deterministic = True
 
     def _check_channels(self, x: Any) -> None:
-        if jnp.shape(x)[-1:] != (self.in_features,):
+        if np.shape(x)[-1:] != (self.in_features,):
             raise ValueError(
                 f"the last axis of the features must have in_features={self.in_features} channels, got shape"
-                f" {jnp.shape(x)}"
+                f" {np.shape(x)}"
             )
 
 

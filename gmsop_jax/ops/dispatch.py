@@ -106,13 +106,13 @@ def mix_candidates(
 
 
 def _check_shapes(x: AnyArray, kernels: Sequence[AnyArray]) -> None:
-    shapes = [jnp.shape(kernel) for kernel in kernels]
-    channels = [jnp.shape(x)[-1:], *(shape[2:] for shape in shapes)]
+    shapes = [np.shape(kernel) for kernel in kernels]
+    channels = [np.shape(x)[-1:], *(shape[2:] for shape in shapes)]
     fits = all(len(shape) == 3 and shape[1:2] == given for shape, given in zip(shapes, channels, strict=False))
-    if jnp.ndim(x) != 3 or not shapes or not fits or len({shape[0] for shape in shapes}) > 1:
+    if np.ndim(x) != 3 or not shapes or not fits or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
             "candidates need features [b, p, c] and kernels [n, c, d], [n, d, e], … of one n, layer by layer, got"
-            f" {jnp.shape(x)} and {', '.join(map(str, shapes)) or 'no kernel'}"
+            f" {np.shape(x)} and {', '.join(map(str, shapes)) or 'no kernel'}"
         )
 
 

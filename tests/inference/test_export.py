@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,16 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import gmsop_jax
+from gmsop_jax import models
 from gmsop_jax.config import ConfigDict, load, model_defaults
 from gmsop_jax.errors import CheckpointError, ConfigError
 from gmsop_jax.inference import evaluate, export
 from gmsop_jax.inference.model_card import command
 from gmsop_jax.inference.predict import make_predict_step
 from gmsop_jax.main import main
-from gmsop_jax.models import CrossCovarianceHead, DropCovHead, create_model
+from gmsop_jax.models import create_model
 from gmsop_jax.models.network import HEADS
+from gmsop_jax.nnx import from_linen
 from gmsop_jax.training.parallel import create_mesh, replicated
 from gmsop_jax.training.transfer import read_source
 
@@ -239,15 +243,40 @@ def test_onnx_agrees_with_the_original(trained_run, tmp_path):
     assert max(exported.differences.values()) < 1e-4
 
 
+BANK: dict[str, Any] = {"num_candidates": 4, "candidate_widths": (5, 3)}
+GATED: dict[str, Any] = {**BANK, "num_selected": 2, "gate_widths": (4,), "gate_init": "random"}
+ONNX_HEADS: dict[str, Any] = {
+    "gap": models.GAPHead(5, (4,), True),
+    "sop": models.CovarianceHead(5),
+    "srsop": models.SecondOrderHead(5),
+    "dropcov": models.DropCovHead(5, (4,), True),
+    "sot": models.CrossCovarianceHead(5, num_heads=2, head_width=4),
+    "avesop": models.MixtureHead(5, **BANK),
+    "concatgap": models.MixtureHead(5, **BANK, order=1, combine="concatenate"),
+    "gmgap": models.GatedMixtureHead(5, **GATED, order=1, dispatch="gather"),
+    "gmsop": models.GatedMixtureHead(5, **GATED, dispatch="gather"),
+}
+
+
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("head", [DropCovHead(5, (4,), True), CrossCovarianceHead(5, num_heads=2, head_width=4)])
-def test_onnx_of_a_head_takes_any_batch(head):
+@pytest.mark.parametrize("with_nnx", [False, True], ids=["linen", "nnx"])
+@pytest.mark.parametrize("name", ONNX_HEADS)
+def test_onnx_of_a_head_takes_any_batch(name, with_nnx):
     to_onnx = pytest.importorskip("jax2onnx").to_onnx
-    x = np.random.default_rng(0).normal(size=(3, 4, 4, 6)).astype(np.float32)
+    head, x = ONNX_HEADS[name], np.random.default_rng(0).normal(size=(3, 4, 4, 6)).astype(np.float32)
     variables = head.init(jax.random.key(0), x)
-    proto = to_onnx(lambda x: head.apply(variables, x)[0], [("b", 4, 4, 6)], input_names=["x"])
+    expected = head.apply(variables, x)[0]
+    function = from_linen(head, variables) if with_nnx else functools.partial(head.apply, variables)
+    proto = to_onnx(lambda x: function(x)[0], [("b", 4, 4, 6)], input_names=["x"])
     session = pytest.importorskip("onnxruntime").InferenceSession(proto.SerializeToString())
-    np.testing.assert_allclose(session.run(None, {"x": x})[0], head.apply(variables, x)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", ["ops", "models", "nnx"])
+def test_no_code_reads_shapes_by_jax(package):
+    """jax2onnx replaces these functions by operations, whose results are traced."""
+    for file in (ROOT / "gmsop_jax" / package).glob("*.py"):
+        assert not re.findall(r"jnp\.(?:shape|ndim|size)\(", file.read_text("utf-8")), file
 
 
 def test_onnx_is_compared_in_its_runtime(trained_run, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The networks in pretrained/."""
 
+import json
 import pathlib
 
 import jax
@@ -10,6 +11,9 @@ from batches import eval_batches
 
 import gmsop_jax
 from gmsop_jax.conversion.convert import convert
+from gmsop_jax.inference.model_card import model_card
+from gmsop_jax.models import count_parameters
+from gmsop_jax.training.exported import describe
 from gmsop_jax.training.step import normalize
 
 PRETRAINED = pathlib.Path(__file__).parents[2] / "pretrained"
@@ -33,6 +37,16 @@ def test_trained_networks_classify(folder: pathlib.Path, fashion: pathlib.Path):
         wrong += int(np.sum(np.asarray(logits.argmax(-1) != batch["label"])[batch["mask"]]))
         count += int(batch["mask"].sum())
     assert 100 * wrong / count < 11  # 8.3 % on all test images; these are a sample of a thousand or fewer
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_cards_and_descriptions_are_those_that_an_export_writes(folder: pathlib.Path):
+    """After a change of the model card, export the networks again: `gmsop export FOLDER --format safetensors`."""
+    _, variables, info = gmsop_jax.load(folder)
+    card = model_card(info, count_parameters(variables["params"]), license_name="mit")
+    assert (folder / "README.md").read_text("utf-8") == card
+    description = json.dumps(describe(info.config, info.inputs, info.step, info.metrics))
+    assert json.loads((folder / "config.json").read_text("utf-8")) == json.loads(description)
 
 
 def test_networks_are_small_and_listed():
