@@ -124,7 +124,9 @@ def export_onnx(path: str | os.PathLike[str], output: str | os.PathLike[str]) ->
     finally:
         logger.setLevel(level)
     files = _write(output, {ONNX_FILE: proto.SerializeToString(), JSON_FILE: _json(_describe(info, variables))})
-    session = onnxruntime.InferenceSession(str(files[0]), providers=["CPUExecutionProvider"])
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3  # errors; the warnings are about constants that the converter leaves behind
+    session = onnxruntime.InferenceSession(str(files[0]), quiet, providers=["CPUExecutionProvider"])
 
     def run(images: np.ndarray) -> Outputs:
         return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"images": images}), strict=True))

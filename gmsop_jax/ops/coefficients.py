@@ -5,6 +5,8 @@ import math
 import numbers
 from typing import Literal
 
+import numpy as np
+
 Coefficients = Literal["newton_schulz", "minimax"]
 Step = tuple[float, float]  # (a, b)
 Steps = tuple[Step, ...]
@@ -30,6 +32,9 @@ def iteration_steps(num_iters: int, coefficients: Coefficients = "newton_schulz"
         that many steps.
       TypeError: if num_iters is not a Python int, because it determines the program that is compiled.
     """
+    if np.ndim(num_iters):
+        shape = np.shape(num_iters)
+        raise TypeError(f"num_iters must be a Python int, got an array of shape {shape}; pass a mask as where=…")
     if not isinstance(num_iters, numbers.Integral) or isinstance(num_iters, bool):
         raise TypeError(f"num_iters must be a Python int, got {num_iters!r}; under jax.jit, make it a static argument")
     if num_iters < 1:

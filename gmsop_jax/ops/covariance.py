@@ -92,7 +92,7 @@ def covariance_pool(
     x = jnp.asarray(x)
     _check_positions(x, "covariance_pool")
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"covariance_pool needs floating features, got {x.dtype}")
+        raise TypeError(f"covariance_pool needs floating features, got {x.dtype}; convert with x.astype(jnp.float32)")
     precision = matrix_precision(precision, jnp.promote_types(x.dtype, jnp.float32))
     covariance = _weighted_covariance if forward_mode else _covariance
     return covariance(x, None if where is None else position_weights(x, where), centered, precision)

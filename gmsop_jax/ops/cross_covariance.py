@@ -78,9 +78,11 @@ def multi_head_cross_covariance_pool(
     Returns: the matrices of all heads, row by row, as one vector for each image; float32 or float64.
 
     Raises:
-      ValueError: if x does not have 2 · num_heads · r channels.
+      ValueError: if x does not have three axes, or not 2 · num_heads · r channels.
     """
     x, start = jnp.asarray(x), jnp.asarray(start)
+    if x.ndim != 3:
+        raise ValueError(f"multi_head_cross_covariance_pool needs tokens [b, p, c], got shape {x.shape}")
     b, p, channels = x.shape
     width = start.shape[0]
     if channels != (needed := 2 * num_heads * width):

@@ -54,11 +54,17 @@ def apply_candidates(
     Returns: the pooled vector of each pair.
 
     Raises:
-      ValueError: if `dispatch` is unknown, or if the shapes of x and the kernels do not fit together.
+      ValueError: if `dispatch` is unknown, if the shapes of x, the kernels and the indices do not fit together, or if
+        the indices are not ints.
     """
     _check_shapes(x, kernels)
     x, where = _masked(x, where)
     indices = jnp.asarray(indices)
+    if indices.ndim != 2 or indices.shape[0] != x.shape[0] or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(
+            f"indices must be ints [b, k], the candidates of each of the {x.shape[0]} images, got {indices.dtype}"
+            f" {indices.shape}"
+        )
     kernels = tuple(jnp.asarray(kernel) for kernel in kernels)
     if dispatch == "auto":
         dispatch = _choose(x, kernels, indices)
@@ -98,7 +104,16 @@ def mix_candidates(
       indices: the selected candidates.
 
     Returns: one vector for each image.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
     """
+    shapes = np.shape(pooled), np.shape(weights), np.shape(indices)
+    if len(shapes[0]) != 3 or len(shapes[1]) != 2 or shapes[0][:2] != shapes[2] or shapes[1][:1] != shapes[2][:1]:
+        raise ValueError(
+            "mix_candidates needs pooled vectors [b, k, f], weights [b, n] and indices [b, k], got"
+            f" {', '.join(map(str, shapes))}"
+        )
     # A product with one-hot rows, because the gradient of take_along_axis is a scatter.
     weights = jnp.asarray(weights)
     selected = jnp.sum(weights[:, None] * jax.nn.one_hot(indices, weights.shape[-1], dtype=weights.dtype), axis=-1)

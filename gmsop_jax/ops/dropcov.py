@@ -12,8 +12,14 @@ from gmsop_jax.ops.random import draw_rows
 
 
 def channel_attention(mean: Float[AnyArray, "b c"], kernel: Float[AnyArray, " 3"]) -> Float[Array, "b c"]:
-    """Attention over channels from the mean features: softmax(conv1d(μ)), with zero padding and without bias."""
+    """Attention over channels from the mean features: softmax(conv1d(μ)), with zero padding and without bias.
+
+    Raises:
+      ValueError: if the kernel does not have 3 entries.
+    """
     mean, kernel = jnp.asarray(mean), jnp.asarray(kernel)
+    if kernel.shape != (3,):
+        raise ValueError(f"channel_attention needs a kernel of shape (3,), got {kernel.shape}")
     c = mean.shape[-1]
     padded = jnp.pad(mean, ((0, 0), (1, 1)))
     return jax.nn.softmax(sum(kernel[i] * padded[:, i : i + c] for i in range(3)), axis=-1)

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import re
 import runpy
@@ -281,9 +282,11 @@ def test_no_code_reads_shapes_by_jax(package):
 
 def test_onnx_is_compared_in_its_runtime(trained_run, tmp_path, monkeypatch):
     """With stand-ins for jax2onnx, which only stores the function, and for ONNX Runtime, which calls it."""
-    stored = []
+    stored, logger = [], logging.getLogger("onnx_ir")
+    level = logger.level
 
     def to_onnx(function, inputs, input_names, output_names):
+        assert logger.level == logging.ERROR
         assert str(inputs[0].shape) == "(b, 28, 28, 3)"
         assert (input_names, output_names) == (["images"], list(export.OUTPUTS))
         stored.append(jax.jit(function))
@@ -292,14 +295,16 @@ def test_onnx_is_compared_in_its_runtime(trained_run, tmp_path, monkeypatch):
     class InferenceSession:
         error = 0.0
 
-        def __init__(self, file, providers):
+        def __init__(self, file, options, providers):
+            assert options.log_severity_level == 3
             assert pathlib.Path(file).read_bytes() == b"onnx"
 
         def run(self, names, inputs):
             return [np.asarray(output) + self.error for output in stored[-1](inputs["images"])]
 
+    runtime = types.SimpleNamespace(InferenceSession=InferenceSession, SessionOptions=types.SimpleNamespace)
     monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=to_onnx))
-    monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=InferenceSession))
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
     assert max(export.export_onnx(trained_run, tmp_path).differences.values()) < 1e-4
     monkeypatch.setattr(InferenceSession, "error", 0.1)
     with pytest.raises(export.ExportError, match="differ by"):
@@ -311,6 +316,7 @@ def test_onnx_is_compared_in_its_runtime(trained_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["jax2onnx"], "to_onnx", refuse)
     with pytest.raises(export.ExportError, match=r"'gmsop' \(NotImplementedError: no such operation\); use --format"):
         export.export_onnx(trained_run, tmp_path)
+    assert logger.level == level  # the converter is silenced only while it runs
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(export.ExportError, match="needs jax2onnx: pip install"):
         export.export_onnx(trained_run, tmp_path)

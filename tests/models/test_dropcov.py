@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gmsop_jax import ops
 
@@ -89,3 +90,9 @@ def test_images_that_do_not_count_and_zero_covariances(x64):
     np.testing.assert_allclose(rate, ops.channel_dropout_rate(ops.covariance_pool(x[::2]), a[::2]), rtol=1e-12)
     slope = jax.grad(lambda x: jnp.sum(ours(x, KERNEL)))(jnp.zeros_like(x))
     assert not slope.any()  # everything is dropped: the cosine is 0, and the rate 1
+
+
+def test_a_kernel_of_another_length_is_refused(unchecked_types):
+    for shape in ((2,), (5,), (3, 1)):
+        with pytest.raises(ValueError, match=r"needs a kernel of shape \(3,\), got \("):
+            ops.channel_attention(jnp.ones((2, 4)), jnp.ones(shape))

@@ -68,3 +68,5 @@ def test_shapes_without_positions_or_of_other_keys_are_refused(unchecked_types):
             ops.cross_covariance_pool(jnp.ones(queries), jnp.ones(keys))
     with pytest.raises(ValueError, match="2 heads of width 3 need 12 channels, got 10"):
         ops.multi_head_cross_covariance_pool(jnp.ones((1, 4, 10)), jnp.ones(3), 2)
+    with pytest.raises(ValueError, match=r"needs tokens \[b, p, c\], got shape \(4, 12\)"):
+        ops.multi_head_cross_covariance_pool(jnp.ones((4, 12)), jnp.ones(3), 2)

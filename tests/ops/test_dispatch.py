@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.ops import apply_all_candidates, apply_candidates, average_pool, second_order_pool, select_top_k
+from gmsop_jax.ops import (
+    apply_all_candidates,
+    apply_candidates,
+    average_pool,
+    mix_candidates,
+    second_order_pool,
+    select_top_k,
+)
 
 WIDTHS = (3, 6, 4)
 every_dispatch = pytest.mark.parametrize("dispatch", ["gather", "group", "loop"])
@@ -168,6 +175,21 @@ def test_shapes_that_do_not_fit_are_refused(x, kernels):
         apply_candidates(jnp.ones(x), arrays, jnp.zeros((2, 1), int), average_pool)
     with pytest.raises(ValueError, match=message):
         apply_all_candidates(jnp.ones(x), arrays, average_pool)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("indices", [jnp.zeros(5, int), jnp.zeros((4, 2), int), jnp.zeros((5, 2))])
+def test_indices_that_are_not_candidates_of_each_image_are_refused(indices):
+    with pytest.raises(ValueError, match=re.escape(f"of the 5 images, got {indices.dtype} {indices.shape}")):
+        apply_candidates(images(), bank(4), indices, average_pool)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("shapes", [((2, 2, 6), (2, 3), (2, 1)), ((2, 6), (2, 3), (2, 2)), ((2, 2, 6), (1, 3), (2, 2))])
+def test_shapes_that_cannot_be_mixed_are_refused(shapes):
+    pooled, weights, indices = (jnp.zeros(shape, int) for shape in shapes)
+    with pytest.raises(ValueError, match=re.escape(f"got {', '.join(map(str, shapes))}")):
+        mix_candidates(pooled, weights, indices)
 
 
 @pytest.mark.usefixtures("unchecked_types")

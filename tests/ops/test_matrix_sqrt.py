@@ -273,6 +273,8 @@ def test_num_iters_that_is_not_an_int_is_refused(function):
         with pytest.raises(TypeError, match="num_iters must be a Python int"):
             jax.jit(function, static_argnums=() if isinstance(n, jax.Array) else 1)(jnp.eye(3), n)
     np.testing.assert_array_equal(function(jnp.eye(3), np.int64(3)), function(jnp.eye(3), 3))
+    with pytest.raises(TypeError, match=r"got an array of shape \(2, 7\); pass a mask as where="):
+        function(jnp.eye(3), jnp.ones((2, 7), bool))
 
 
 @pytest.mark.usefixtures("unchecked_types")
