@@ -27,6 +27,7 @@ from gmsop_jax.models.layers import (
     Classifier,
     Dropout,
     ModuleFactory,
+    dropout_key,
     he_normal,
     normalize,
     relu_convolution,
@@ -231,7 +232,7 @@ class DropCovHead(_PoolingHead):
         sigma = covariance_pool(x, where=where, precision=self.pool_precision)
         if train and not self.is_initializing():
             attention = channel_attention(average_pool(x, where=where), kernel)
-            key, images = self.make_rng("dropout"), nonempty_images(where)
+            key, images = dropout_key(self), nonempty_images(where)
             sigma = adaptive_channel_dropout(sigma, attention, key, where=images, axis_name=self.axis_name)
         return triangle_vector(sigma)
 

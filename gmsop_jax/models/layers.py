@@ -118,6 +118,17 @@ class BatchNorm(CheckedModule):
         return y
 
 
+def dropout_key(module: nn.Module) -> Array:
+    """A key from the RNG stream `dropout`, or from `params` if only that exists, as in `init`.
+
+    Raises:
+      ValueError: if there is neither.
+    """
+    if not (module.has_rng("dropout") or module.has_rng("params")):
+        raise ValueError("training draws the dropout: pass rngs={'dropout': key} to apply, or train=False")
+    return module.make_rng("dropout")
+
+
 class Dropout(CheckedModule):
     """Sets each element to 0 with probability `rate` in training; see `ops.dropout`.
 
@@ -135,4 +146,4 @@ class Dropout(CheckedModule):
         x = jnp.asarray(x)
         if not train or self.rate == 0:
             return x
-        return dropout(x, self.rate, self.make_rng("dropout"), self.axis_name)
+        return dropout(x, self.rate, dropout_key(self), self.axis_name)

@@ -131,3 +131,11 @@ def test_a_mask_in_the_place_of_train_is_refused(head):
     call = functools.partial(head(5).init, KEY) if head in HEADS else head(4, 5, rngs=flax.nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"got an array of shape \(2, 7\); pass a mask as where="):
         call(x, mask)
+
+
+@pytest.mark.parametrize("head", [DropCovHead(5), MixtureHead(5, candidate_widths=(3,))])
+def test_training_without_a_key_for_the_dropout_is_refused(head):
+    x = jnp.ones((2, 7, 4))
+    variables = jax.jit(functools.partial(head.init, train=True))(KEY, x)  # draws from the stream `params`
+    with pytest.raises(ValueError, match=r"pass rngs=\{'dropout': key\} to apply"):
+        head.apply(variables, x, train=True, mutable=["batch_stats"])
