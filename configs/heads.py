@@ -1,4 +1,4 @@
-"""Every head, and gates with other options, on the quickstart's backbone and images, with one plain recipe.
+"""Every head, and the options of the gate, on the quickstart's backbone and images, with one simple recipe.
 
     gmsop train --config heads:HEAD
 

@@ -7,7 +7,7 @@ BACKBONE: resnet34, resnet50, resnet101, resnext50_32x4d, resnext101_32x4d, resn
 
 Published: single-crop top-1 errors of the gap rows at 224×224 are 25.81, 23.9, 22.0, 22.2, 21.2 and 20.4 %, in that
 order; that of ResNet-34 is from the authors of DropCov. The recipe is the usual one of these networks (He et al. 2016);
-second-order heads keep a 14×14 map, as iSQRT-COV.
+second-order heads keep a 14×14 feature map, as in iSQRT-COV.
 """
 
 from gmsop_jax.config import ConfigDict, default_config
@@ -33,7 +33,7 @@ def get_config(network: str = "") -> ConfigDict:
         m.candidate_widths = (512,)
     if side == 224:
         c.data.image_size, c.data.crop, c.eval.resize = 224, "resized", 256
-        c.data.num_workers = 8  # processes: images of many sizes are cut and resized
+        c.data.num_workers = 8  # processes, because cropping and resizing images of many sizes is slow
     c.train.learning_rates = ((0.1, 30), (0.01, 30), (0.001, 30))
     c.train.num_epochs = 90
     return c

@@ -9,4 +9,4 @@ from gmsop_jax.config import ConfigDict, default_config
 
 
 def get_config() -> ConfigDict:
-    return default_config()  # the defaults are this row
+    return default_config()  # the defaults are those of this network

@@ -24,9 +24,9 @@ def get_config() -> ConfigDict:
     c.train.learning_rates = ((0.1, 16),)
     c.train.schedule = "cosine"
     c.train.warmup_epochs = 1.0
-    c.train.rate_factors = (("head/classifier", 0.1),)  # batch norm before it makes its steps larger
+    c.train.rate_factors = (("head/classifier", 0.1),)  # its updates are larger due to the batch norm before it
     c.train.num_epochs = 16
     c.train.log_every_steps = 50
     c.eval.batch_size = 200
-    c.parallel.cpu_devices = 0  # a device a core
+    c.parallel.cpu_devices = 0  # one device per core
     return c

@@ -1,4 +1,4 @@
-"""What N, K, the gate's start, noise and gradient, the iterations, and the classifier's rate change in GM-SOP.
+"""Ablations of GM-SOP: N, K, the gate's initial values, noise and gradient, the iterations, and the classifier's rate.
 
     python tools/sweep.py configs/studies/ablations.py
 

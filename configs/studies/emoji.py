@@ -1,4 +1,4 @@
-"""All methods on emoji in three vendors' drawings at 64×64: nine groups are the classes.
+"""All methods on emoji drawn by three vendors, at 64×64; the classes are nine groups of emoji.
 
     npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d
     python tools/sweep.py configs/studies/emoji.py --input FOLDER

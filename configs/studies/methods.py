@@ -23,7 +23,7 @@ METHODS = {
     # controls, which show what the mixture and its gate add
     "matched_srsop": {"head": "srsop", "projection_widths": (460, 32)},  # as many parameters as gmsop
     "gmsop_all_selected": {**_GATED, "num_selected": 8},
-    "gmsop_random_gate": {**_GATED, "gate_init": "random", "gate_noise": "none"},  # frozen where it starts
+    "gmsop_random_gate": {**_GATED, "gate_init": "random", "gate_noise": "none"},  # frozen at its initial values
     "avesop_k": {**_GATED, "head": "avesop", "num_candidates": 4},  # K candidates with equal weights, for every image
 }
 _ABLATIONS = {
@@ -65,7 +65,7 @@ def create_config(method: str, *, epochs: int, batch_size: int = 50) -> ConfigDi
 
 
 def grid(method: str, *, epochs: int, size: int = 4) -> list[tuple[str, ...]]:
-    """The points that a method chooses from: as many for every method, over what the method has.
+    """The points of hyperparameters that a method chooses from, equally many for every method.
 
     Args:
       method: the method.

@@ -37,7 +37,7 @@ class Progress:
       step: number of optimizer steps. Together with the seed, it determines the position in the data and in every
         random stream.
       epoch: number of complete epochs.
-      wall_seconds: seconds spent so far, over all starts of the run.
+      wall_seconds: seconds spent so far, in total over all starts of the run.
       skipped: steps that were skipped because their loss was not finite.
       pending: totals of the training metrics since the last record (`metrics.add_up`).
     """
@@ -56,8 +56,8 @@ def _error(metrics: Mapping[str, float]) -> float:
 class Checkpoints:
     """The checkpoints in a folder, with one sub-folder per step.
 
-    Parameters, moments, optimizer state and averages are stored separately. A checkpoint is written under a temporary
-    name, together with the checksums of its files, and renamed when it is complete.
+    Parameters, batch statistics, optimizer state and averages are stored separately. A checkpoint is written under a
+    temporary name, together with the checksums of its files, and renamed when it is complete.
 
     Attributes:
       directory: the folder.
@@ -71,7 +71,7 @@ class Checkpoints:
         Args:
           directory: the folder.
           keep: number of latest checkpoints to keep, besides the best; None keeps all.
-          read_only: whether the folder is only read.
+          read_only: whether to only read the folder.
 
         Raises:
           CheckpointError: if all checkpoints are damaged, or the folder can't be written to.
@@ -81,7 +81,7 @@ class Checkpoints:
         self._files = {} if read_only else _read_files(path.parent)
         if not read_only:
             first_process_does(self._clean_up)
-        self._refuse_special_files()
+        self._check_regular_files()
         _silence_orbax()
         options = ocp.CheckpointManagerOptions(
             best_fn=_error,  # without this function, Orbax writes no metrics
@@ -94,7 +94,7 @@ class Checkpoints:
         )
         with self._open_failure_as_error() if read_only else self._write_failure_as_error():
             self._manager = ocp.CheckpointManager(path, options=options, handler_registry=_handlers())
-            # it stays open, so that no other folder can get its inode number
+            # kept open, so that no new folder can reuse its inode number
             self._folder = None if read_only else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self):
@@ -114,7 +114,7 @@ class Checkpoints:
         return {step: f"checkpoint {self._folder_of(step)} is damaged ({what})" for step, what in found.items() if what}
 
     def _clean_up(self) -> None:
-        """Deletes what a killed process had begun to delete, and moves damaged checkpoints out of the way."""
+        """Finishes the deletions of a killed process, and moves damaged checkpoints out of the way."""
         self._delete_discarded()
         damaged = self._damaged()
         if damaged and len(damaged) == len(steps_on_disk(self.directory)):
@@ -130,8 +130,8 @@ class Checkpoints:
                 self._folder_of(step).rename(target)
             self.set_aside.append(f"{line}; moved to {target}")
 
-    def _refuse_special_files(self) -> None:
-        """Raises CheckpointError for a named pipe, for example, because Orbax would wait for it forever."""
+    def _check_regular_files(self) -> None:
+        """Raises CheckpointError for other files, such as named pipes, for which Orbax would wait forever."""
         for step in steps_on_disk(self.directory):
             with contextlib.suppress(FileNotFoundError):  # the run deletes an old checkpoint while another reads it
                 for file in self._folder_of(step).rglob("*"):
@@ -149,15 +149,15 @@ class Checkpoints:
             write_checksums(folder)
 
     def _check_folder(self) -> None:
-        """Raises FileNotFoundError if the folder was removed, after removing what a save in flight wrote since then."""
+        """Raises FileNotFoundError if the folder was removed, after removing what a running save has written since."""
         with contextlib.suppress(FileNotFoundError):
             if self._folder is None or os.path.samestat(self.directory.stat(), os.fstat(self._folder)):
                 return
-        self._remove_what_saves_brought_back()
+        self._remove_recreated_folders()
         raise FileNotFoundError(f"{self.directory} was removed")
 
-    def _remove_what_saves_brought_back(self) -> None:
-        """Removes folders that a failed save created again; a directory with other files is that of a new run."""
+    def _remove_recreated_folders(self) -> None:
+        """Removes folders that a failed save recreated; a directory with other files belongs to a new run."""
         for _ in range(20):  # a thread of the failed save may still be writing
             if set(self.directory.parent.glob("*")) - {self.directory}:
                 return
@@ -219,7 +219,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         if (folder / "metrics").is_dir() and (damage := find_damage(folder, below="metrics/")):
             raise CheckpointError(
-                f"checkpoint {folder} is damaged ({damage}); name another step, or delete that folder"
+                f"checkpoint {folder} is damaged ({damage}); give another step, or delete that folder"
             )
         with self._read_failure_as_error(step):
             values = self._manager.metrics(step)
@@ -289,7 +289,7 @@ class Checkpoints:
                 self._delete_discarded()
 
     def _finish(self, wait: Callable[[], object]) -> None:
-        """Waits for saves in flight; if they fail, what they brought back of a removed folder is removed too."""
+        """Waits for running saves; if they fail, removes what they have recreated of a removed folder."""
         try:
             wait()
         finally:
@@ -304,7 +304,7 @@ def _parse_progress(stored: Any, folder: pathlib.Path) -> Progress:
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"checkpoint {folder} has no progress ({error})") from error
     if str(progress.step) != folder.name:
-        raise CheckpointError(f"checkpoint {folder} is step {progress.step}; rename it back")
+        raise CheckpointError(f"checkpoint {folder} contains step {progress.step}; rename the folder back")
     return progress
 
 
@@ -328,7 +328,7 @@ def _check_shapes(abstract: Mapping[str, Any], stored: Any, folder: pathlib.Path
 
 
 def _latest_and_best(keep: int | None) -> policies.PreservationPolicy:
-    # BestN sorts by error, so that with `reverse` the lowest error comes last, and of equal errors the latest step.
+    # BestN keeps the last in its order: with `reverse`, the lowest error, and of equal errors the latest step.
     best = policies.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     return policies.AnyPreservationPolicy([policies.LatestN(keep), best])
 
@@ -347,11 +347,11 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 
 @functools.cache
 def _silence_orbax() -> None:
-    """Silences the messages of Orbax, except for the exceptions that it raises.
+    """Silences the messages of Orbax; the exceptions that it raises are reported in any case.
 
-    Otherwise it logs every step, and errors a second time. When a save fails, the other writes in flight finish
-    after their event loop is closed, or never start, and each would print a traceback or a warning from a thread of
-    TensorStore or of asyncio.
+    Orbax logs every step, and every error a second time. When a save fails, the other pending writes finish after their
+    event loop is closed, or never start, and each prints a traceback or a warning from a thread of TensorStore or
+    asyncio.
     """
     warnings.filterwarnings("ignore", message="coroutine '.*serialize.*' was never awaited", category=RuntimeWarning)
     logging.getLogger("absl").setLevel(logging.CRITICAL)

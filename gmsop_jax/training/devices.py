@@ -8,7 +8,7 @@ import jax
 
 from gmsop_jax.config import ConfigDict
 
-MIN_ROWS_PER_DEVICE = 16  # for a CPU; with fewer rows, splitting the batch costs more time than it saves
+MIN_ROWS_PER_DEVICE = 16  # on a CPU; with fewer rows, splitting the batch takes more time than it saves
 
 
 def num_cpu_devices(config: ConfigDict, cores: int) -> int:

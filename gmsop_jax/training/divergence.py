@@ -1,4 +1,4 @@
-"""Divergence: how a run notices that its numbers are no longer finite, and which step it then skips."""
+"""Divergence: checks whether the numbers of a run are finite, and chooses the step to skip if they are not."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,8 +11,8 @@ from gmsop_jax.config import ConfigDict
 from gmsop_jax.training.metrics import NonFiniteError, check_metrics
 from gmsop_jax.training.step import TrainState
 
-MAX_LOSS = 1e4  # nats per image; above it, training has diverged. Guessing among a million classes costs 14
-MAX_SKIPPED = 10  # a run ends rather than skip more than this many steps in a row
+MAX_LOSS = 1e4  # nats per image; a larger loss counts as divergence. Guessing among a million classes has a loss of 14
+MAX_SKIPPED = 10  # maximum number of consecutive steps that a run skips before it ends
 
 
 def check_evaluation(step: int, evaluation: Mapping[str, Any]) -> None:
@@ -23,16 +23,18 @@ def check_evaluation(step: int, evaluation: Mapping[str, Any]) -> None:
 
 
 def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) -> None:
-    """Checks that a state is worth saving, before it replaces a good checkpoint.
+    """Checks that a state has not diverged, before it replaces a good checkpoint.
 
-    An update may have ruined the parameters without making them infinite, which only the next loss would show.
-    Therefore, the batch of the last trained step is run once more with the new parameters, and the result is discarded.
+    An update can make the parameters useless but finite, which only the next loss would show. Therefore, the batch of
+    the last trained step is run once more with the new parameters, and the result is discarded.
 
     Raises:
       NonFiniteError: if the state, its loss or its gradient is not finite, or the loss is absurdly large.
     """
     if not _all_finite(state):
-        raise NonFiniteError(f"the parameters, moments or optimiser state are not finite after step {step}", step)
+        raise NonFiniteError(
+            f"the parameters, batch statistics or optimiser state are not finite after step {step}", step
+        )
     copy = jax.tree.map(jnp.copy, state.replace(step=state.step * 0 + step - 1))
     metrics = jax.device_get(train_step(copy, batch)[1])
     check_metrics(step, metrics)
@@ -41,7 +43,7 @@ def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) 
 
 def _check_size(loss: float, name: str, step: int) -> None:
     if loss > MAX_LOSS:
-        raise NonFiniteError(f"the {name} diverged to {loss:.3g}, which counts as not finite at step {step}", step)
+        raise NonFiniteError(f"the {name} diverged to {loss:.3g} at step {step}, which is treated as not finite", step)
 
 
 @jax.jit

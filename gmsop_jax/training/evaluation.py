@@ -25,12 +25,12 @@ def create_evaluation(
 
     Args:
       config: a resolved configuration.
-      manifest: of its data set.
+      manifest: that of its data set.
       mean_rgb: the mean colour that the network was trained with.
       mesh: the devices.
 
-    Returns: a function that maps variables on all devices of the mesh (parameters and moments, or their averages) to
-      `loss` (nats), `top1_error`, `top5_error` (percent) and `candidate_use` (mean gate weights).
+    Returns: a function that maps variables on all devices of the mesh (parameters and batch statistics, or their
+      averages) to `loss` (nats), `top1_error`, `top5_error` (percent) and `candidate_use` (mean gate weights).
 
     Raises:
       ConfigError: if `config.eval.batch_size` doesn't split evenly over the devices.
@@ -50,16 +50,16 @@ def create_evaluation(
 
 
 def verify_shards(data: Any, manifest: Manifest, splits: Collection[str] | None = None) -> None:
-    """Verifies the checksums of this process's share of the shards, if the configuration asks for that.
+    """Verifies the checksums of this process's part of the shards, if the configuration requests it.
 
     Args:
       data: `config.data`. Nothing is verified without `verify`, or if damaged records are to be skipped.
-      manifest: of the data set.
+      manifest: that of the data set.
       splits: names of the splits to verify; all of them by default.
 
     Raises:
       DataError: if a shard is missing or its bytes changed.
-      FileAccessError: if the system refuses to read one.
+      FileAccessError: if a shard can't be read.
     """
     if data.verify and data.on_corrupt == "stop":
         index, count = jax.process_index(), jax.process_count()

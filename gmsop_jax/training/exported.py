@@ -75,7 +75,7 @@ def describe(config: ConfigDict, inputs: Inputs, step: int, metrics: Mapping[str
 
 
 def public_config(config: ConfigDict) -> dict[str, Any]:
-    """Returns the configuration as a dictionary in which absolute paths are cut to their last component."""
+    """Returns the configuration as a dictionary in which absolute paths are reduced to their last component."""
     stored = config.to_dict()
     for section, field in (("data", "dir"), ("train", "init_from")):
         if os.path.isabs(path := stored[section][field]):
@@ -116,12 +116,12 @@ def read_description(folder: pathlib.Path) -> tuple[ConfigDict, Inputs]:
 def load_variables(
     folder: pathlib.Path, like: Mapping[str, Any], sharding: Sharding
 ) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
-    """Loads the parameters and moments of an exported network.
+    """Loads the parameters and batch statistics of an exported network.
 
     Args:
       folder: the folder.
       like: a tree of the shapes and dtypes that the network needs.
-      sharding: where each array goes.
+      sharding: the sharding of each array.
 
     Returns: (variables, step, metrics at that step).
 
@@ -142,8 +142,8 @@ def load_variables(
     if different := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
         name = different[0]
         raise CheckpointError(
-            f"{folder}: {WEIGHTS} and {DESCRIPTION} describe different arrays; {name} is {found.get(name, 'missing')}"
-            f" and should be {shapes.get(name, 'missing')} ({len(different)} differ). Export the network again"
+            f"{folder}: {WEIGHTS} and {DESCRIPTION} describe different arrays: {name} is {found.get(name, 'missing')}"
+            f" and should be {shapes.get(name, 'missing')} ({len(different)} arrays differ); export the network again"
         )
     placed = {name: jax.device_put(arrays[name].astype(leaf.dtype), sharding) for name, leaf in flatten(like).items()}
     variables = {"batch_stats": {}, **unflatten_dict(placed, sep=".")}

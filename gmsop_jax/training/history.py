@@ -13,7 +13,7 @@ _RESULT_FIELDS = {"last_top1_error": float, "wall_seconds": float, "parameters":
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the records of `metrics.jsonl`, without damaged lines, such as a last one that a kill cut off."""
+    """Returns the records of `metrics.jsonl`, without damaged lines, such as an incomplete last one."""
     file = workdir / METRICS
     records = []
     for line in read_bytes(file).splitlines() if file.exists() else []:
@@ -33,7 +33,7 @@ def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
     file = workdir / RESULT
     if not file.exists():
         return None
-    return read_object(file, _RESULT_FIELDS, "delete it, and start the run again to write it again")
+    return read_object(file, _RESULT_FIELDS, "delete it, and start the run again to recreate it")
 
 
 def _is_record(value: Any) -> bool:

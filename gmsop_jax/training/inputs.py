@@ -22,7 +22,7 @@ FILE_NAME = "inputs.json"
 
 
 def fingerprint(manifest: Manifest) -> dict[str, str]:
-    """Returns, for each split, a text that identifies its records and their order."""
+    """Returns a text for each split that identifies its records and their order."""
     return {
         name: f"{split.num_images} images, sha256 "
         + hashlib.sha256("".join(shard.sha256 for shard in split.shards).encode()).hexdigest()
@@ -64,8 +64,8 @@ class Inputs:
         """Writes `inputs.json` into a working directory, whose checkpoints must be of the same data.
 
         Raises:
-          CheckpointError: if a split, or the number or order of the classes, is not the one that the checkpoints were
-            made with. Classes may get other names; a warning says so.
+          CheckpointError: if a split, or the number or order of the classes, differs from those of the checkpoints.
+            Classes may be renamed, with a warning.
         """
         path = pathlib.Path(workdir)
         if steps_on_disk(path / DIRECTORY) and ((path / FILE_NAME).exists() or read_copy(path, FILE_NAME)):
@@ -76,8 +76,8 @@ class Inputs:
         if stored.order != self.order:
             logging.getLogger(__name__).warning(
                 "%s was trained by another version of gmsop_jax, which shuffled the images in another order (version"
-                " %d; this is version %d). From here on the run differs from an uninterrupted one, and in the current"
-                " epoch it may see some images twice",
+                " %d; this is version %d). From now on, the run differs from an uninterrupted one, and in the current"
+                " epoch, it may see some images twice",
                 workdir,
                 stored.order,
                 self.order,
@@ -91,12 +91,12 @@ class Inputs:
         if len(stored.classes) != len(self.classes):
             lines.append(f"classes: {len(stored.classes)} → {len(self.classes)}")
         elif moved := {old for old, _ in renamed} & {new for _, new in renamed}:
-            lines.append(f"order of the classes: {min(moved)!r} is at another place")
+            lines.append(f"order of the classes: {min(moved)!r} is in another position")
         if lines:
             raise CheckpointError(
                 f"{workdir} was trained on other data than data set {self.dataset!r} in config.data.dir:\n  "
                 + "\n  ".join(sorted(lines))
-                + "\npoint config.data.dir to that run's data (the folder may have moved), or name another --workdir"
+                + "\nset config.data.dir to that run's data (the folder may have moved), or give another --workdir"
             )
         if renamed and stored.splits:  # without splits, the network was imported, perhaps without names
             logging.getLogger(__name__).warning(
@@ -121,7 +121,7 @@ class Inputs:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], file: pathlib.Path, remedy: str) -> "Inputs":
-        """Makes inputs of their fields; CheckpointError with the name of the file and a remedy if one is wrong."""
+        """Creates inputs from their fields. Raises CheckpointError, with the file and the remedy, if one is wrong."""
         try:
             red, green, blue = (float(x) for x in value["mean_rgb"])
             height, width = (int(x) for x in value["image_size"])

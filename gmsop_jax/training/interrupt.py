@@ -1,4 +1,4 @@
-"""Stopping a run by a signal, after its state has been saved."""
+"""Stops a run after a signal, once its state has been saved."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ RESTART_STATUS = os.EX_TEMPFAIL  # 75: exit status after SIGTERM and SIGHUP, aft
 
 
 class Interrupted(UserError):
-    """The run was asked to stop, and saved its state first.
+    """The run was stopped by a signal, and has saved its state.
 
     Attributes:
       status: exit status, 130 after Ctrl-C and 75 (restart) after SIGTERM and SIGHUP; always 75 in a run of several
@@ -60,7 +60,7 @@ class SignalCatcher:
             signal.signal(signum, handler)
 
     def caught(self, step: int) -> int | None:
-        """Returns the signal that asks the run to stop after this step, or None; must be called at every step."""
+        """Returns the signal that stops the run after this step, or None; must be called at every step."""
         if self._several:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._caught

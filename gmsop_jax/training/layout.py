@@ -10,7 +10,7 @@ from gmsop_jax.files import find_damage, read_bytes
 
 DIRECTORY = "checkpoints"
 WORKDIR_FILES = ("config.json", "inputs.json")  # each checkpoint contains a copy of them
-_STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # what Python takes for digits includes "²" and "٣"
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # str.isdigit accepts "²" and "٣" too
 
 
 def steps_on_disk(directory: pathlib.Path) -> list[int]:
@@ -20,7 +20,7 @@ def steps_on_disk(directory: pathlib.Path) -> list[int]:
 
 
 def latest_saved(directory: pathlib.Path) -> str:
-    """Says which step was saved last, for the message of an error."""
+    """Describes which step was saved last, for error messages."""
     steps = steps_on_disk(directory)
     return f"the latest saved step is {steps[-1]}" if steps else "no step has been saved"
 

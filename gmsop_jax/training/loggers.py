@@ -1,6 +1,6 @@
-"""Where the metrics of a run are logged, besides `metrics.jsonl`: TensorBoard, Weights & Biases, Trackio, or your own.
+"""Loggers of a run's metrics, besides `metrics.jsonl`: TensorBoard, Weights & Biases, Trackio, or your own.
 
-`config.log.backends` names them. To log elsewhere, write a class with the methods of `Logger`, and name it as
+`config.log.backends` lists them. To log elsewhere, write a class with the methods of `Logger`, and list it as
 `module:Class`.
 """
 
@@ -51,7 +51,7 @@ class TensorBoard:
     """A `Logger` that writes `events.out.tfevents.*` into the working directory."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start_step: int):
-        # not tensorboardX's SummaryWriter: if the disk is full, its thread dies and leaves this one waiting
+        # not tensorboardX's SummaryWriter, because if the disk is full, its thread dies and this one waits forever
         self._events = EventsWriter(str(workdir / "events"), f".{start_step}")
         if start_step:  # TensorBoard discards the events of later steps
             self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -118,7 +118,7 @@ _BACKENDS: dict[str, type[Logger]] = dict(zip(LOG_BACKENDS, (TensorBoard, WandB,
 
 
 def find_backends(names: Sequence[str]) -> list[type[Logger]]:
-    """Returns the classes that the names in `config.log.backends` stand for.
+    """Returns the classes that `config.log.backends` names.
 
     Raises:
       ConfigError: if a package is not installed, or there is no such class.
@@ -168,10 +168,11 @@ def _start(name: str, backend: type[Logger], workdir: pathlib.Path, config: Conf
     try:
         return backend(workdir, config.to_dict(), start_step)
     except Exception as error:  # each library raises its own errors
-        if name == "tensorboard" and isinstance(error, OSError):  # the caller explains it
+        if name == "tensorboard" and isinstance(error, OSError):  # explained by `Workdir.explaining_errors`
             raise
         raise UserError(
-            f"{name}, which config.log.backends names, can't start ({type(error).__name__}: {error})"
+            f"the logger {name!r} of config.log.backends can't start ({type(error).__name__}: {error}); fix this, or"
+            " remove it from config.log.backends"
         ) from error
 
 

@@ -38,30 +38,30 @@ def train_and_evaluate(
     If the working directory already contains checkpoints, training resumes from the latest one:
       1. The run is set up (`setup.prepare`).
       2. The directory is locked, and the configuration is compared with its `config.json`.
-      3. The checksums of the shards are verified; each process verifies its share.
+      3. The checksums of the shards are verified; each process verifies a part of them.
       4. Damaged checkpoints are moved out of the way.
-      5. Parameters, batch norm's moments, their averages and the optimiser's state are restored.
+      5. Parameters, batch statistics, their averages and the optimiser's state are restored.
       6. The data order, augmentation, gate noise, dropout and mixup continue where they were, because they are
          functions of the seed and the step.
 
     Otherwise it starts from random parameters, or from the network that `config.train.init_from` names.
 
     A resumed run computes the same numbers as an uninterrupted one, bit for bit, on the same machine with the
-    same software and the same number of devices. On GPUs this relies on XLA's deterministic kernels, which
-    `parallel.compiler_options` asks for (not in mode `pmap`, where XLA_FLAGS has to).
+    same software and the same number of devices. On GPUs, this requires XLA's deterministic kernels, which
+    `parallel.compiler_options` selects (except in mode `pmap`, where XLA_FLAGS must select them).
 
     Args:
       config: a validated configuration.
-      workdir: created if it does not exist. In the end it contains `config.json`, `inputs.json`,
-        `checkpoints/`, `metrics.jsonl`, what `config.log.backends` write, `curves.png` and `result.json`.
+      workdir: created if it does not exist. It finally contains `config.json`, `inputs.json`, `checkpoints/`,
+        `metrics.jsonl`, the files of the loggers, `curves.png` and `result.json`.
       profile: the steps to trace for TensorBoard's profiler, counted from 1.
 
     Returns: the contents of `result.json`: errors of the last epoch in percent, the lowest top-1 error of all epochs
       and its step, number of parameters, feature dimension and seconds.
 
     Raises:
-      UserError: if something the user gave is wrong, before anything slow happens; or later, if the
-        directory can no longer be written to or data turns out to be damaged.
+      UserError: if the configuration, the data set or the directory is invalid, before anything slow happens; or later,
+        if the directory can no longer be written to or data are damaged.
       NonFiniteError: if the loss is no longer finite and `config.train.on_nonfinite` is `stop`, or rolling
         back does not help.
       Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
@@ -86,7 +86,7 @@ def train_and_evaluate(
 
 
 def _train(run: Run, workdir: Workdir, checkpoints: Checkpoints, profile: range, started: float) -> Progress:
-    """Trains to the end, resuming from the last checkpoint at first and after each rollback."""
+    """Trains to the end, resuming from the last checkpoint at the start and after each rollback."""
     _say(*checkpoints.set_aside)
     skipped: set[int] = set()
     with SignalCatcher() as signals:
@@ -121,8 +121,8 @@ def _restore(run: Run, workdir: Workdir, checkpoints: Checkpoints) -> tuple[Trai
     if step > run.total_steps:
         raise ConfigError(
             f"config.train.num_epochs = {run.config.train.num_epochs} ends at step {run.total_steps}, but"
-            f" {workdir.path} already holds a checkpoint of step {step}. Set --config.train.num_epochs="
-            f"{-(-step // run.steps_per_epoch)} or more, or choose another --workdir"
+            f" {workdir.path} already contains a checkpoint of step {step}; set --config.train.num_epochs="
+            f"{-(-step // run.steps_per_epoch)} or more, or give another --workdir"
         )
     return checkpoints.restore(run.abstract_state, step)
 

@@ -16,7 +16,7 @@ class NonFiniteError(UserError):
     """The loss, its gradient or the state became infinite, NaN or absurdly large.
 
     Attributes:
-      step: the first step where this was seen, counted from 1.
+      step: the first step where this was detected, counted from 1.
     """
 
     def __init__(self, message: str, step: int):
@@ -29,9 +29,9 @@ def count_errors(
     labels: Int[Array, "b"],
     mask: Bool[Array, "b"] | None = None,
 ) -> dict[str, Int[Array, ""]]:
-    """Counts the images whose label is not the first guess, or not among the first five.
+    """Counts the top-1 and top-5 errors of a batch.
 
-    If logits are equal, the class with the lower index ranks first. With fewer than five classes, the label is always
+    If logits are equal, the class with the lower index ranks first. With at most five classes, the label is always
     among the first five. A row with an infinite or NaN logit counts as an error.
 
     Returns: `top1_errors`, `top5_errors` and `count`, leaving out the rows that `mask` marks as padding.
@@ -53,7 +53,7 @@ def count_errors(
 
 
 def add_up(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Adds the metrics of several steps, one after the other in float64.
+    """Adds the metrics of several steps, in order and in float64.
 
     A total can be added to later steps; the result is the same as if all steps were added at once.
 
@@ -82,7 +82,7 @@ def summarize(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     total = add_up(sums)
     count, steps = total.pop("count", 0), total.pop("steps", 0)
     if not count:
-        raise ValueError("there are no images to compute ratios of")
+        raise ValueError("there are no images to compute metrics of")
     ratios: dict[str, Any] = {"loss": total.pop("loss_sum") / count}
     ratios["top1_error"] = 100 * total.pop("top1_errors") / count
     ratios["top5_error"] = 100 * total.pop("top5_errors") / count
@@ -92,7 +92,7 @@ def summarize(sums: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def error_text(values: Mapping[str, float], num_classes: int) -> str:
-    """Returns the errors in words; with at most five classes without the top-5 error, which is then always 0.
+    """Formats the errors; with at most five classes, without the top-5 error, which is then always 0.
 
     Example:
       >>> error_text({"top1_error": 8.0, "top5_error": 0.15}, num_classes=10)
@@ -106,7 +106,7 @@ def check_metrics(step: int, metrics: Mapping[str, np.ndarray]) -> None:
     """Raises NonFiniteError unless the loss and the gradient of a step are finite."""
     bad = [name for name in ("loss_sum", "balance_loss", "grad_norm") if not np.isfinite(metrics[name])]
     if bad:
-        raise NonFiniteError(f"{' and '.join(bad)} not finite at step {step}", step)
+        raise NonFiniteError(f"{' and '.join(bad)} {'are' if len(bad) > 1 else 'is'} not finite at step {step}", step)
 
 
 class MetricsBuffer:

@@ -15,7 +15,7 @@ RateFactors = Sequence[tuple[str, float]]
 def create_schedule(train: Any, steps_per_epoch: int) -> optax.Schedule:
     """Creates the learning rate as a function of the step, counted from 0.
 
-    `steps`: each rate of `learning_rates` applies for its number of epochs, the last one for ever.
+    `steps`: each rate of `learning_rates` applies for its number of epochs, and the last one afterwards too.
     `cosine`: rate · (1 + cos(π t/T))/2 at step t of T = epochs · steps_per_epoch, and 0 from T on.
     During a warm-up of w = warmup_epochs · steps_per_epoch steps, rounded to a whole number, both are multiplied by
     min(1, (t + 1)/w).
@@ -52,8 +52,8 @@ def create_optimizer(train: Any, schedule: optax.Schedule, pixel_scale: float) -
 
     In the authors' code, m has the opposite sign.
 
-    The input of the stem's kernel are pixels of magnitude `pixel_scale`, and its entries are smaller than usual by
-    that factor. It is updated as if the pixels were divided by pixel_scale and the kernel multiplied by it. For SGD
+    The inputs of the stem's kernel are pixels of magnitude `pixel_scale`, and its entries are smaller than usual by
+    that factor. It is updated as if the pixels were divided by pixel_scale and the kernel multiplied by it. For SGD,
     this multiplies the update by 1/pixel_scale²: one factor for the gradient and one for the kernel. (Its weight decay
     is then 1/pixel_scale² of that of other parameters, as in the authors' code.) Adam's step does not depend on the
     scale of the gradient, so m̂/(√v̂ + 10⁻⁸) is divided by pixel_scale once, and the decay is unchanged.
@@ -100,7 +100,7 @@ def rate_factor_tree(params: Any, rate_factors: RateFactors) -> Any:
 
     Args:
       params: nested dictionaries.
-      rate_factors: pairs (part, factor). A part is the beginning of a parameter's path, made of whole names
+      rate_factors: pairs (part, factor). A part is a prefix of a parameter's path that consists of whole names
         joined by `/`, such as `backbone` or `backbone/stage1_block1`. If several pairs match a parameter, the
         last one applies.
 

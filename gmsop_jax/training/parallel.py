@@ -34,7 +34,7 @@ def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 def check_eval_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises ConfigError if `config.eval.batch_size` doesn't split evenly over the devices."""
     if batch_size % mesh.size:
-        _refuse_split("eval.batch_size", batch_size, mesh.size, f"{mesh.size} devices")
+        raise _uneven_split("eval.batch_size", batch_size, mesh.size, f"{mesh.size} devices")
 
 
 def check_train_batches(train: Any, batch_norm: str, num_images: int, mesh: Mesh) -> None:
@@ -47,14 +47,14 @@ def check_train_batches(train: Any, batch_norm: str, num_images: int, mesh: Mesh
       mesh: the devices.
 
     Raises:
-      ConfigError: if a batch doesn't split evenly, if batch norm would take the moments of a single image, or if mixup
-        would have to pair an odd number of images on a device.
+      ConfigError: if a batch doesn't split evenly, if batch norm would compute its statistics from a single image, or
+        if mixup would have to pair an odd number of images on a device.
     """
     t, devices = train, mesh.size
     over = f"{devices} devices" + (f" × {t.sub_batches} sub-batches" if t.sub_batches > 1 else "")
     parts = devices * t.sub_batches
     if t.batch_size % parts:
-        _refuse_split("train.batch_size", t.batch_size, parts, over)
+        raise _uneven_split("train.batch_size", t.batch_size, parts, over)
     last = 0 if t.drop_last else num_images % t.batch_size
     for size in {t.batch_size, last} - {0}:
         name, advice = f"config.train.batch_size = {t.batch_size}", "choose another batch size"
@@ -65,8 +65,8 @@ def check_train_batches(train: Any, batch_norm: str, num_images: int, mesh: Mesh
             raise ConfigError(f"{name} doesn't split evenly over {over}; {advice}")
         if size // t.sub_batches // (devices if batch_norm == "device" else 1) < 2:
             raise ConfigError(
-                f"{name} makes batch norm take the moments of single images (train.sub_batches = {t.sub_batches},"
-                f" parallel.batch_norm = {batch_norm!r}, {devices} devices); {advice}"
+                f"{name} makes batch norm compute its statistics from single images (train.sub_batches ="
+                f" {t.sub_batches}, parallel.batch_norm = {batch_norm!r}, {devices} devices); {advice}"
             )
         if t.mixup_alpha and devices > 1 and size // devices % 2:
             raise ConfigError(
@@ -76,13 +76,13 @@ def check_train_batches(train: Any, batch_norm: str, num_images: int, mesh: Mesh
             )
 
 
-def _refuse_split(field: str, batch_size: int, parts: int, over: str) -> None:
+def _uneven_split(field: str, batch_size: int, parts: int, over: str) -> ConfigError:
     nearest = max(batch_size // parts, 1) * parts
-    raise ConfigError(f"config.{field} = {batch_size} doesn't split evenly over {over}; use {nearest}, for example")
+    return ConfigError(f"config.{field} = {batch_size} doesn't split evenly over {over}; use {nearest}, for example")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds a copy of."""
+    """Returns the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -104,7 +104,7 @@ def place_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
 def compiler_options() -> dict[str, Any]:
     """Returns the XLA options for training steps; empty, with a warning, if the installed jaxlib does not know them.
 
-    On CPUs, reductions (above all those of batch norm) use XLA's library of fused loops, which runs on all cores. The
+    On CPUs, reductions (mainly those of batch norm) use XLA's library of fused loops, which runs on all cores. The
     library's other fusion types don't help: matrix products become no faster, and elementwise operations copy arrays
     that a loop updates in place. On GPUs, only deterministic kernels are allowed, also for evaluation steps, so that a
     resumed run repeats an uninterrupted one bit for bit. Options that the user sets in XLA_FLAGS are not changed.
@@ -115,7 +115,7 @@ def compiler_options() -> dict[str, Any]:
         jax.jit(lambda x: x, compiler_options=chosen).lower(0.0).compile()
     except jax.errors.JaxRuntimeError as error:
         logging.getLogger(__name__).warning(
-            "jaxlib %s refuses the options %s, so steps may be slower, or on a GPU not repeat bit for bit (%s)",
+            "jaxlib %s rejects the options %s, so steps may be slower, or not reproducible bit for bit on a GPU (%s)",
             jax.lib.__version__,
             ", ".join(chosen),
             str(error).partition("\n")[0],
@@ -160,7 +160,7 @@ def _split_rows(batch: HostBatch, parts: int) -> dict[str, np.ndarray]:
 
 
 def compile_eval_step(step: Callable, mesh: Mesh) -> Callable:
-    """Prepares an evaluation step, (variables, part of a batch) → metrics with collectives over `AXIS`, for a mesh."""
+    """Prepares an evaluation step for a mesh: (variables, part of a batch) → metrics, with collectives over `AXIS`."""
     options = None if jax.default_backend() == "cpu" else compiler_options()
     return jax.jit(_map_over(step, mesh), compiler_options=options)
 

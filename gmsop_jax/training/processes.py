@@ -104,10 +104,10 @@ def check_same(values: Mapping[str, object]) -> None:
     """Checks that all processes of a run have the same values.
 
     Args:
-      values: what to compare, by name.
+      values: the values to compare, by name.
 
     Raises:
-      ConfigError: in all processes, if a value differs from that of the first process; the message names both.
+      ConfigError: in all processes, if a value differs from that of the first process; the message states both.
     """
     if jax.process_count() == 1:
         return
@@ -127,7 +127,7 @@ def check_same(values: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends all processes of a run if one of them fails inside this context, or has ended. Initialises no device."""
+    """Ends all processes of a run if one of them fails inside this context, or has ended. Uses no device."""
     try:
         yield
     except BaseException as error:
@@ -136,7 +136,7 @@ def ending_together() -> Iterator[None]:
         if isinstance(error, UserError):
             _report_failure(str(error))
             raise
-        time.sleep(4 * _POLL_SECONDS)  # if another process failed first, `_watch` reports its error meanwhile
+        time.sleep(4 * _POLL_SECONDS)  # meanwhile, `_watch` reports the error of another process that failed first
         first_line = str(error).strip().partition("\n")[0]
         _report_failure(f"{type(error).__name__}: {first_line}")
         if isinstance(error, jax.errors.JaxRuntimeError):

@@ -27,8 +27,8 @@ class Info:
 
     Attributes:
       config: the resolved configuration of its run.
-      inputs: its classes' names, mean colour and image size.
-      step: optimiser steps after which it was saved.
+      inputs: the names of its classes, its mean colour and image size.
+      step: number of optimiser steps after which it was saved.
       metrics: `loss` (nats), `top1_error` and `top5_error` (percent) measured at that step; None if
         it was not evaluated.
     """
@@ -65,7 +65,7 @@ def load(path: str | os.PathLike[str], sharding: Sharding | None = None) -> tupl
     configs.validate(config)
     if config.model.num_classes != len(inputs.classes):
         raise CheckpointError(
-            f"{os.fspath(path)}: config.json has {config.model.num_classes} classes, inputs.json names"
+            f"{os.fspath(path)}: config.json has {config.model.num_classes} classes, but inputs.json lists"
             f" {len(inputs.classes)}; they belong to different runs"
         )
     model = create_model(config.model)
@@ -106,7 +106,7 @@ def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:
 def load_variables(
     model: Network, image_shape: tuple[int, int, int], path: str | os.PathLike[str], sharding: Sharding
 ) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
-    """Restores the parameters and moments of a network for images of a shape [h, w, c]; `path` is as in `load`.
+    """Restores the variables of a network for images of a shape [h, w, c]; `path` is as in `load`.
 
     If the run computed averages, they are restored instead.
 

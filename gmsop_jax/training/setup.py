@@ -70,7 +70,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
 
     Args:
       config: a validated configuration.
-      workdir: the working directory, which may not exist yet. If it holds checkpoints, the network keeps the
+      workdir: the working directory, which may not exist yet. If it contains checkpoints, the network keeps the
         mean colour that it was trained with.
 
     Raises:
@@ -143,7 +143,7 @@ def _stored_mean_rgb(workdir: pathlib.Path, init_from: str) -> tuple[float, floa
 def _batches(
     config: ConfigDict, manifest: Manifest, mean_rgb: Sequence[float], place: Callable, start_step: int
 ) -> Iterator[Any]:
-    """Yields the placed batches after `start_step` steps, for ever."""
+    """Yields the placed batches after `start_step` steps, indefinitely."""
     iterator = pipeline.train_batches(
         config.data,
         config.train,

@@ -31,7 +31,7 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: number of optimiser steps that are done, an int32 scalar.
       params: parameters.
-      batch_stats: running moments of batch norm; {} for a network without batch norm.
+      batch_stats: running statistics of batch norm; {} for a network without batch norm.
       opt_state: state of the optimiser.
       ema: moving averages of `params` and `batch_stats`; None in a run without averages.
     """
@@ -101,7 +101,7 @@ def cross_entropy(
       logits: float32 or float64.
       labels: class indices, counted from 0.
       mask: False for padding, which is left out.
-      smoothing: ε, the share of the target that is spread evenly over all classes (Szegedy et al., 2016).
+      smoothing: ε, the fraction of the target that is spread evenly over all classes (Szegedy et al., 2016).
 
     Returns: a scalar, in nats.
     """
@@ -114,7 +114,7 @@ def cross_entropy(
 
 
 def draw_share(seed: int, step: Array, alpha: float) -> Float[Array, ""]:
-    """Draws the share of each row's own image in mixup: max(λ, 1 − λ) for λ ~ Beta(α, α).
+    """Draws the weight of each row's own image in mixup: max(λ, 1 − λ) for λ ~ Beta(α, α).
 
     One draw serves all pairs of a step. It depends on the seed and the step alone, so all devices draw the
     same number.
@@ -159,7 +159,7 @@ def update_average(average: Any, new: Any, step: Array, decay: float) -> Any:
     a ← d·a + (1 − d)·new,  d = min(decay, (1 + t)/(10 + t))
 
     The average starts at the initial values. The smaller d of the first steps forgets them quickly: after
-    ten steps their share is 10⁻⁵, whereas a constant decay of 0.999 would still leave 99 %.
+    ten steps, their weight is 10⁻⁵, whereas it would still be 99 % with a constant decay of 0.999.
 
     Args:
       average: a.

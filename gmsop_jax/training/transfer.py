@@ -23,7 +23,7 @@ class Source:
       path: the value of `config.train.init_from`.
       step: number of optimizer steps for which it was trained.
       mean_rgb: mean colour that was subtracted from its images.
-      variables: parameters and moments in the memory of the host; the averages, if its run computed them.
+      variables: parameters and batch statistics in host memory; the averages, if its run computed them.
     """
 
     path: str
@@ -70,11 +70,11 @@ def _naming_field(path: str) -> Iterator[None]:
 def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], str]:
     """Chooses the arrays that are copied: the backbone, and each layer of the head that fits.
 
-    A layer is copied if all its arrays have the same shapes in both networks, and otherwise not at all, because a bias
-    is meaningless without its kernel.
+    A layer is copied only if all its arrays have the same shapes in both networks, because a bias is meaningless
+    without its kernel.
 
     Args:
-      like: parameters and moments of the new network, or their shapes.
+      like: variables of the new network, or their shapes.
       source: the other network.
 
     Returns: (a mapping from paths to arrays, a message about them).
@@ -89,9 +89,8 @@ def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], st
         if here != there:
             if path[1] == "backbone":
                 raise ConfigError(
-                    f"config.train.init_from = {source.path!r} has another backbone: {'/'.join(path)} is"
-                    f" {there} there and {here} here; set the fields of config.model as in"
-                    " that run's config.json"
+                    f"config.train.init_from = {source.path!r} has another backbone: {'/'.join(path)} has the shape"
+                    f" {there} there and {here} here; set the fields of config.model as in that run's config.json"
                 )
             if path in ours:
                 new_layers.add(path[1:-1])
@@ -105,7 +104,7 @@ def _flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def _name_parts(new: set[Path], taken: Mapping[Path, Any]) -> str:
-    """Names the largest parts to which nothing is copied."""
+    """Lists the largest parts to which nothing is copied."""
     used = {path[1:end] for path in taken for end in range(2, len(path) + 1)}
     starts = ((path[1:end] for end in range(2, len(path) + 1)) for path in new)
     parts = {"/".join(next(part for part in parts if part not in used)) for parts in starts}

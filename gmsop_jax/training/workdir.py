@@ -27,7 +27,7 @@ def check_same_config(config: ConfigDict) -> None:
     Fields that describe the host, such as `data.dir`, may differ.
 
     Raises:
-      ConfigError: naming the process and the field that differ.
+      ConfigError: if they differ; the message states the process and the field.
     """
     here = {f"config.{name}": value for name, value in configs.flatten(config) if name not in _HOST_FIELDS}
     check_same({"the version of gmsop_jax": gmsop_jax.__version__, "the version of JAX": jax.__version__, **here})
@@ -41,7 +41,7 @@ def check_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """
     text = os.fspath(workdir)
     if not text.strip():
-        raise CheckpointError("--workdir is empty; name the folder for the results, or leave the option out")
+        raise CheckpointError("--workdir is empty; give the folder for the results, or omit the option")
     path = pathlib.Path(text).absolute()
     try:
         os.lstat(path / DIRECTORY / "0.orbax-checkpoint-tmp")
@@ -49,7 +49,7 @@ def check_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
         pass
     except (OSError, ValueError) as error:
         if not isinstance(error, NotADirectoryError):
-            raise CheckpointError(f"--workdir {text} can't be used ({error}); name another") from error
+            raise CheckpointError(f"--workdir {text} can't be used ({error}); give another") from error
     return path
 
 
@@ -60,7 +60,7 @@ class Workdir:
 
     Args:
       path: the directory.
-      config: the resolved configuration, which is compared with the stored `config.json`, or stored as such.
+      config: the resolved configuration, which is compared with `config.json`, or stored there if it is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: ConfigDict):
@@ -91,10 +91,10 @@ class Workdir:
 
     @contextlib.contextmanager
     def explaining_errors(self) -> Iterator[None]:
-        """Turns an OSError (full disk, read-only or vanished folder) into an error that says what to do.
+        """Turns an OSError (full disk, read-only or removed folder) into an error that states the remedy.
 
         Raises:
-          CheckpointError: in its place.
+          CheckpointError: in place of an OSError.
         """
         try:
             yield
@@ -104,7 +104,7 @@ class Workdir:
     def check(self) -> None:
         """Raises CheckpointError if the folder is no longer the one that was locked."""
         if self._lock is not None and not self._lock.is_held():
-            raise CheckpointError(self._explain("the folder has vanished, or another took its place"))
+            raise CheckpointError(self._explain("the folder was removed or replaced"))
 
     def _explain(self, reason: str) -> str:
         return (
@@ -115,7 +115,7 @@ class Workdir:
     def _open(self) -> None:
         try:
             if (self.path / manifest.FILE_NAME).exists():
-                raise CheckpointError(f"the working directory {self.path} is a data set; name another --workdir")
+                raise CheckpointError(f"the working directory {self.path} is a data set; give another --workdir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / _LOCK)
             self._lock.acquire()
@@ -125,13 +125,13 @@ class Workdir:
             self._check_config(self.path / _CONFIG)
         except LockHeldError as error:
             raise CheckpointError(
-                f"another run uses {self.path} ({error}); wait until it ends, stop it, or name another --workdir"
+                f"another run uses {self.path} ({error}); wait until it ends, stop it, or give another --workdir"
                 " (the processes of one run are started with --coordinator)"
             ) from error
         except OSError as error:
             self.__exit__()
             raise CheckpointError(
-                f"can't write to the working directory {self.path} ({error.strerror}); name another --workdir"
+                f"can't write to the working directory {self.path} ({error.strerror}); give another --workdir"
             ) from error
         except CheckpointError:
             self.__exit__()
@@ -143,8 +143,8 @@ class Workdir:
         if not file.exists():
             if copy is None and steps_on_disk(self.path / DIRECTORY):
                 raise CheckpointError(
-                    f"{file} is missing, and the checkpoints beside it, of an older version, contain no copy of it."
-                    " Copy it back, or name another --workdir"
+                    f"{file} is missing, and the checkpoints beside it, from an older version, contain no copy of it."
+                    " Copy it back, or give another --workdir"
                 )
             write_atomic(file, copy or configs.to_json(self._config) + "\n")
         for place, read in ((str(file), lambda: read_bytes(file).decode()), ("the last checkpoint", lambda: copy)):
@@ -159,7 +159,7 @@ class Workdir:
                 ) from error
             if lines := configs.differences(stored, self._config):
                 raise CheckpointError(
-                    f"{self.path} was made with another configuration, which is stored in {place}:\n  "
+                    f"{self.path} was created with another configuration, which is stored in {place}:\n  "
                     + "\n  ".join(lines)
-                    + "\nset these fields back, or name another --workdir"
+                    + "\nset these fields back, or give another --workdir"
                 )

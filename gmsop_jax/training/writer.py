@@ -27,7 +27,7 @@ class Writer:
       start_step: number of steps that are already done. Records of later steps, which were written before an
         interruption and will be computed again, are removed.
       enabled: whether this process logs anything.
-      loggers: further places to log to; they are not closed.
+      loggers: further loggers, which are not closed.
     """
 
     SECONDS_PER_LINE = 10  # where standard error is not a terminal

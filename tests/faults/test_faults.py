@@ -164,7 +164,7 @@ def test_a_checkpoint_with_damaged_metrics_does_not_change_the_best_step(finishe
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         best = checkpoints.best_step
     (workdir / "checkpoints" / str(best) / "metrics" / "metrics").write_text("{}")
-    message = rf"{best} is damaged .metrics/metrics was changed.; name another step"
+    message = rf"{best} is damaged .metrics/metrics was changed.; give another step"
     with (
         Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints,
         pytest.raises(CheckpointError, match=message),
@@ -263,7 +263,7 @@ def test_vanished_workdir(config, tmp_path, monkeypatch):
         return vanish
 
     monkeypatch.setattr(setup, "create_evaluation", create_vanishing)
-    with pytest.raises(CheckpointError, match=r"the folder has vanished.*no step has been saved"):
+    with pytest.raises(CheckpointError, match=r"the folder was removed or replaced.*no step has been saved"):
         train_and_evaluate(config, tmp_path / "run")
 
 
@@ -271,7 +271,7 @@ def test_vanished_workdir(config, tmp_path, monkeypatch):
 def test_unwritable_workdir(config, tmp_path, make):
     (tmp_path / "file").write_text("")
     workdir = tmp_path / "file" / ("run" if make == "missing_parent" else "")
-    with pytest.raises(CheckpointError, match=r"can't write to the working directory .* name another --workdir"):
+    with pytest.raises(CheckpointError, match=r"can't write to the working directory .* give another --workdir"):
         train_and_evaluate(config, workdir)
 
 
@@ -313,7 +313,7 @@ def test_missing_configuration_is_restored_from_the_checkpoint(finished, config,
     for name in before:
         (workdir / name).unlink()
     config.seed = 5
-    with pytest.raises(CheckpointError, match=r"made with another configuration.*\n.*config\.seed: 0 → 5"):
+    with pytest.raises(CheckpointError, match=r"created with another configuration.*\n.*config\.seed: 0 → 5"):
         train_and_evaluate(config, workdir)
     config.seed = 0
     train_and_evaluate(config, workdir)

@@ -63,4 +63,4 @@ def test_refused_options_are_said_once(gpu, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert parallel.compiler_options() == {}
-    assert caplog.text.count("refuses the options xla_no_such_option, so ") == 1
+    assert caplog.text.count("rejects the options xla_no_such_option, so ") == 1

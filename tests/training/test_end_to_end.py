@@ -173,7 +173,7 @@ def test_a_data_set_is_no_working_directory(config_file, dataset, tmp_path, caps
     before = sorted(copy.iterdir())
     arguments = ["--config", config_file, f"--config.data.dir={copy}", "--workdir"]
     for workdir in (copy, tmp_path / "data" / ".." / "data"):
-        assert "is a data set; name another --workdir" in fails(capsys, *arguments, workdir)
+        assert "is a data set; give another --workdir" in fails(capsys, *arguments, workdir)
     assert sorted(copy.iterdir()) == before
 
 
@@ -257,7 +257,7 @@ def test_an_interruption_leaves_no_trace_in_metrics_jsonl(finished, tiny, tmp_pa
 def test_fewer_epochs_than_were_trained(finished, tiny, tmp_path):
     copy = shutil.copytree(finished, tmp_path / "run")
     tiny.train.num_epochs = 2
-    message = r"num_epochs = 2 ends at step 8, but .*run already holds a checkpoint of step 12. Set .*num_epochs=3 or"
+    message = r"num_epochs = 2 ends at step 8, but .*run already contains a checkpoint of step 12; set .*num_epochs=3 or"
     with pytest.raises(ConfigError, match=message):
         train_and_evaluate(tiny, copy)
 
@@ -443,7 +443,7 @@ def test_labels_out_of_range(config_file, dataset, tmp_path, capsys):
 def test_workdir_of_another_configuration(finished, config_file, capsys):
     arguments = ["--config", config_file, "--workdir", finished]
     message = fails(capsys, *arguments, "--config.seed=7", "--config.model.num_selected=3")
-    assert f"{finished} was made with another configuration" in message
+    assert f"{finished} was created with another configuration" in message
     assert "config.seed: 0 → 7" in message
     assert "config.model.num_selected: 2 → 3" in message
     assert message.count("→") == 2

@@ -55,8 +55,8 @@ def test_one_of_two_classes_of_the_same_name_may_be_renamed(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("b", "a"), "order of the classes: 'a' is at another place"),
-        (("b", "x"), "order of the classes: 'b' is at another place"),
+        (("b", "a"), "order of the classes: 'a' is in another position"),
+        (("b", "x"), "order of the classes: 'b' is in another position"),
         (("a", "b", "c"), "classes: 2 → 3"),
     ],
 )

@@ -186,14 +186,14 @@ def test_batches_that_can_not_be_split_are_refused(tmp_path, fields, num_images,
 
 
 def test_a_last_batch_of_one_image_a_device_is_refused(tmp_path):
-    """Batch norm would take the moments of single images, whose spread may be 0."""
+    """Batch norm would compute its statistics from single images, whose spread may be 0."""
     config = data_config(tmp_path, 24)
     config.train.update(batch_size=16, drop_last=False)
     prepare(config, tmp_path / "run")  # the last batch of 8 is normalised as a whole
     config.parallel.batch_norm = "device"
     with pytest.raises(
         ConfigError,
-        match="leaves a last batch of 8 of 24 images, which makes batch norm take the moments of single images",
+        match="leaves a last batch of 8 of 24 images, which makes batch norm compute its statistics from single images",
     ):
         prepare(config, tmp_path / "run")
     config.train.drop_last = True
