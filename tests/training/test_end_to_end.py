@@ -257,7 +257,7 @@ def test_an_interruption_leaves_no_trace_in_metrics_jsonl(finished, tiny, tmp_pa
 def test_fewer_epochs_than_were_trained(finished, tiny, tmp_path):
     copy = shutil.copytree(finished, tmp_path / "run")
     tiny.train.num_epochs = 2
-    message = r"num_epochs = 2 ends at step 8, but .*run already contains a checkpoint of step 12; set .*num_epochs=3 or"
+    message = r"num_epochs = 2 ends at step 8, but .*already contains a checkpoint of step 12; set .*num_epochs=3 or"
     with pytest.raises(ConfigError, match=message):
         train_and_evaluate(tiny, copy)
 
@@ -501,7 +501,7 @@ def test_workdir_that_can_not_be_made(config_file, tmp_path, capsys):
 def test_non_finite_loss(config_file, tmp_path, capsys):
     more = ["--config.model.head=gap", "--config.train.learning_rates=((0.02, 1), (1e30, 2))"]
     message = fails(capsys, *train(config_file, tmp_path, *more))
-    step = re.search(r"not finite at step (\d+)", message)
+    step = re.search(r" at step (\d+)", message)
     assert step
     assert 5 <= int(step[1]) <= 8
     assert "the last good checkpoint is step 4" in message

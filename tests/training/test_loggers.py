@@ -122,7 +122,7 @@ def test_backends_that_are_missing_or_fail_are_named(tmp_path, monkeypatch):
     package = Package("trackio")
     monkeypatch.setattr(package, "init", lambda **options: 1 // 0)
     monkeypatch.setitem(sys.modules, "trackio", package)
-    with pytest.raises(UserError, match=r"the logger 'trackio' of config\.log\.backends can't start \(ZeroDivisionError"):
+    with pytest.raises(UserError, match=r"logger 'trackio' of config\.log\.backends can't start \(ZeroDivisionError"):
         open_loggers(backends("trackio"), tmp_path, 0).__enter__()
 
 

@@ -146,7 +146,7 @@ def test_a_last_batch_of_one_image_is_refused(tiny):
     """Batch norm would put the spread of a single image, 0, into its running moments."""
     train, mesh = tiny.copy_and_resolve_references().train, parallel.create_mesh(jax.devices()[:1])
     train.update(batch_size=8, drop_last=False)
-    with pytest.raises(ConfigError, match="leaves a last batch of 1 of 17 images, which makes batch norm compute its stat"):
+    with pytest.raises(ConfigError, match="leaves a last batch of 1 of 17 images, which makes batch norm compute"):
         parallel.check_train_batches(train, "global", 17, mesh)
     parallel.check_train_batches(train, "global", 18, mesh)
     train.drop_last = True
