@@ -182,7 +182,7 @@ def test_accelerator_continues_and_repeats_what_failed(quick_parts, tmp_path, ca
 def test_accelerator_refuses_another_device_and_stops_in_time(quick_parts, tmp_path):
     out = tmp_path / "out.json"
     out.write_text(json.dumps({"device": {"device": {"device": "8 × TPU"}}}))
-    with pytest.raises(UserError, match=r"out\.json holds measurements of another device"):
+    with pytest.raises(UserError, match=r"out\.json contains measurements of another device"):
         bench_accelerator.measure_all(out, toy=True, isolated=False)
     assert not any(bench_accelerator.measure_all(tmp_path / "none", toy=True, isolated=False, seconds=-1).values())
 

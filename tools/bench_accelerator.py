@@ -1,8 +1,8 @@
 """Parts of `benchmark.py accelerator`: correctness, speed and memory on an accelerator, row by row.
 
-Each part runs in a process of its own, so that it has the device's memory to itself. Every row is written as soon as
-it is measured. If a row fails, or even ends its process, the other rows are still measured. A later call measures only
-what is missing.
+Each part runs in a process of its own, so that no other part uses the device's memory. Every row is written as soon as
+it is measured. If a row fails, or even crashes its process, the other rows are still measured. A later call measures
+only what is missing.
 """
 
 # pyright: reportMissingImports=false
@@ -101,18 +101,18 @@ _TOY_MODEL = {
 def measure_all(
     out: pathlib.Path, *, toy: bool, isolated: bool = True, seconds: float = SECONDS
 ) -> dict[str, dict[str, Row]]:
-    """Measures the rows that `out` does not hold yet, and writes each into it.
+    """Measures the rows that `out` does not contain yet, and writes each into it.
 
     Args:
       out: the JSON file with the rows of each part. A row that failed has the field `error`, and is measured again.
-      toy: uses tiny sizes.
-      isolated: runs each part in a new process.
+      toy: whether to use tiny sizes.
+      isolated: whether to run each part in a new process.
       seconds: time after which no further row is measured.
 
     Returns: the contents of `out`.
 
     Raises:
-      UserError: if `out` holds measurements of another device.
+      UserError: if `out` contains measurements of another device.
     """
     results: dict[str, dict[str, Row]] = json.loads(out.read_text("utf-8")) if out.exists() else {}
     deadline, previous = time.monotonic() + seconds, results.pop("device", {})
@@ -122,7 +122,7 @@ def measure_all(
             rows[name] = row
             print(f"{part}: {name}: {_show_row(row)}", flush=True)
             if part == "device" and row != previous.get(name, row):
-                raise UserError(f"{out} holds measurements of another device or other versions; name another file")
+                raise UserError(f"{out} contains measurements of another device or other versions; give another --out")
             write_json(out, results)
     return results
 
@@ -137,7 +137,7 @@ def run_part(part: str, toy: bool, done: set[str], deadline: float) -> Iterator[
         yield name, None
         try:
             yield name, measure()
-        except Exception as error:  # the other rows are measured all the same, and the table shows the error
+        except Exception as error:  # the other rows are still measured, and the table shows the error
             yield name, {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
 
 
@@ -148,7 +148,7 @@ def _run_here(part: str, toy: bool, done: set[str], deadline: float) -> Iterator
 
 
 def _run_in_process(part: str, toy: bool, done: set[str], deadline: float) -> Iterator[tuple[str, Row]]:
-    """Runs a part in a new process, and in a further one for the rows after one that ended the process."""
+    """Runs a part in a new process; if a row crashes it, the remaining rows run in another process."""
     skipped, environment = set(done), {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     while (left := deadline - time.monotonic()) > 0:
         command = [sys.executable, __file__, json.dumps([part, toy, sorted(skipped), left])]
@@ -253,7 +253,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _ceilings(toy: bool) -> Rows:
-    """What the device can do at best: large products, batches of small ones, and a copy."""
+    """The peak performance of the device: large products, batches of small ones, and a copy."""
     side, batch, numbers = (128, 8, 1 << 16) if toy else (8192, 4096, 1 << 28)
     for name, dtype, precision in (
         ("float32, highest precision", jnp.float32, "highest"),
@@ -317,7 +317,7 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _row_order(vector: np.ndarray) -> np.ndarray:
-    """Upper triangles that MATLAB wrote column by column, row by row."""
+    """Reorders upper triangles from MATLAB's order, column by column, to row by row."""
     d = int((8 * vector.shape[-1] + 1) ** 0.5) // 2
     columns, rows = np.tril_indices(d)
     matrix = np.zeros((*vector.shape[:-1], d, d), vector.dtype)
@@ -326,7 +326,7 @@ def _row_order(vector: np.ndarray) -> np.ndarray:
 
 
 def _error(actual: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest value; of a sample, if `expected` holds only a sample."""
+    """The largest difference, relative to the largest value; `expected` may be only a sample of the values."""
     actual, expected = np.asarray(actual, np.float64).ravel(), np.asarray(expected, np.float64).ravel()
     if actual.size != expected.size:
         actual = actual[(np.arange(expected.size) * 2654435761 + 12345) % actual.size]  # see tests/goldens/README.md
@@ -455,7 +455,7 @@ def _step_config(name: str, overrides: dict[str, Any], toy: bool) -> ConfigDict:
 def _torch(toy: bool) -> Rows:
     """The same pooling and the same step in PyTorch, eager and compiled, channels-last."""
     if not _is_installed("torch"):
-        yield "PyTorch", lambda: importlib.import_module("torch").__dict__  # says what is missing
+        yield "PyTorch", lambda: importlib.import_module("torch").__dict__  # raises an error that the table shows
         return
     import torch
 
@@ -529,7 +529,7 @@ def _training(toy: bool) -> Rows:
             state, _ = jax.block_until_ready(run.train_step(state, batch))
             steps = 2 if toy else 60
             seconds = []
-            for source in (iter(lambda: batch, None), batches):  # the same batch again and again, and the pipeline
+            for source in (iter(lambda: batch, None), batches):  # one batch repeated, and the pipeline
                 started = time.perf_counter()
                 for _ in range(steps):
                     state, _ = run.train_step(state, next(source))

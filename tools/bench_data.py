@@ -40,7 +40,7 @@ def make(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for batch in range(11):
         rows = count // 10
-        # Smooth shapes under noise: PNG can compress them a little, and no two images are equal.
+        # Smooth shapes with noise, which PNG can compress a little; no two images are equal.
         coarse = rng.integers(0, 256, (rows, 3, 8, 8), np.uint8).repeat(8, 2).repeat(8, 3)
         pixels = (coarse // 2 + rng.integers(0, 64, (rows, 3, _SIDE, _SIDE), np.uint8)).reshape(rows, -1)
         value: dict[str, Any] = {"data": pixels, "labels": rng.integers(1, 1001, rows).tolist()}
@@ -101,9 +101,9 @@ def _memory(pid: int) -> int:
 
 
 def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Measures the pipeline, a plain chain and a memory copy in turn.
+    """Measures and prints the speed of the pipeline, a plain chain and a memory copy, which run in turn.
 
-    Returns: the median, least and most images/s by the name of the method; they are printed too.
+    Returns: the median, minimum and maximum of images/s by the name of the method.
     """
     manifest = Manifest.load(directory)
     height, width = manifest.split("train").image_size or (_SIDE, _SIDE)
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", help="convert: the folder for the data set")
     parser.add_argument("--images", type=int, default=200_000, help="make: training images (default: 200,000)")
     parser.add_argument("--workers", type=int, default=2, help="convert: processes (default: 2)")
-    parser.add_argument("--kills", type=int, default=0, help="convert: kill and resume so often (default: 0)")
+    parser.add_argument("--kills", type=int, default=0, help="convert: how often to kill and resume (default: 0)")
     parser.add_argument("--batch-size", type=int, default=256, help="read: images per batch (default: 256)")
     parser.add_argument("--rounds", type=int, default=5, help="read: measurements of each method (default: 5)")
     parser.add_argument("--seconds", type=float, default=2, help="read: duration of a measurement (default: 2)")

@@ -20,7 +20,7 @@ _DENSE = "mixture, dense"
 
 
 def pooling_flops(positions: int, width: int) -> float:
-    """Operations of one pooling, forward and backward.
+    """Floating-point operations of one pooling, forward and backward.
 
     The covariance takes one product forward and one backward; three iterations of the root take 5 and 8.
     """
@@ -99,7 +99,7 @@ def _all_candidates(batch: int, n: int) -> Case:
 
 
 def _mixture_case(name: str, run: Callable[..., jax.Array], batch: int, n: int, k: int) -> Case:
-    """The case of n candidates of which each image uses k."""
+    """The case of n candidates, of which each image selects k."""
     kernels = [normal(n, i, o) / 10 for i, o in ((WIDTH, HIDDEN), (HIDDEN, WIDTH))]
     x, cotangent = jax.nn.relu(normal(batch, POSITIONS, WIDTH)), normal(batch, k, TRIANGLE)
     flops = batch * k * (3 * PROJECTION_FLOPS + pooling_flops(POSITIONS, WIDTH))

@@ -25,7 +25,7 @@ class Method:
       name: its name in the table.
       root: the function of covariances [b, d, d], in JAX or in PyTorch.
       package: the package that it needs, besides JAX.
-      widest_gradient: the largest matrices of which the gradient is measured; 0 if there is no gradient.
+      widest_gradient: side of the largest matrices whose gradient is measured; 0 if there is no gradient.
     """
 
     name: str

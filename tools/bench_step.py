@@ -41,9 +41,9 @@ def step_cases(peer: str | None, batch: int, compute_dtype: str) -> list[Case]:
 
 
 def step_flops() -> float:
-    """Operations of the training step for one image.
+    """Floating-point operations of the training step for one image.
 
-    The backward pass of a product takes two products, so these count three times. The pooling counts as in
+    The backward pass of a product takes two products, so each product counts three times. The pooling is counted as in
     `pooling_flops`.
     """
     backbone = 9 * (64 * 64 * (3 * 16 + 4 * 16 * 16) + 32 * 32 * (16 * 32 + 3 * 32 * 32))
@@ -101,7 +101,7 @@ def gmsop_step(num_candidates: int, batch: int, compute_dtype: str = "") -> JaxS
 
 
 def torch_step(batch: int, backend: str = "") -> Callable[[], None]:
-    """The same in PyTorch, with 16 candidates; `backend` is that of torch.compile, "" means eager."""
+    """The same step in PyTorch, with 16 candidates; `backend` is that of torch.compile, "" means eager."""
     import torch
     import torch_peer
 

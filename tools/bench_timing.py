@@ -21,9 +21,9 @@ class Case:
 
     Attributes:
       name: its name in the table.
-      run: does the work once, and returns when it is done.
-      flops: floating-point operations that the work needs; a multiply-add counts as two.
-      bytes: bytes that the work must read and write.
+      run: runs the computation once, and returns when it is done.
+      flops: floating-point operations that the computation needs; a multiply-add counts as two.
+      bytes: bytes that the computation must read and write.
       versus: the name of the case in the same table that it is compared with, or "".
       seconds: the measured times.
     """
@@ -49,7 +49,7 @@ class Program:
         self._program, self._arguments = jitted.lower(*arguments).compile(), arguments
 
     def __call__(self, *arguments: Any) -> Any:
-        """Runs it with the arguments that it was compiled for, or with others of the same shapes."""
+        """Runs the function with the arguments that it was compiled for, or with others of the same shapes."""
         return jax.block_until_ready(self._program(*(arguments or self._arguments)))
 
     @property
@@ -81,7 +81,7 @@ def torch_device() -> str:
 
 
 def ceilings(width: int = 128) -> list[Case]:
-    """What the machine can do at best: a large matrix product, a batch of small ones, and a copy."""
+    """The ceilings of the machine: a large matrix product, a batch of small ones, and a copy."""
     large, batch, memory = normal(2048, 2048), normal(256, width, width), normal(1 << 24)
     return [
         # the copy comes first, because freeing its memory would slow down the case after it
@@ -92,7 +92,7 @@ def ceilings(width: int = 128) -> list[Case]:
 
 
 def measure(cases: list[Case], repeats: int, clock: Callable[[], float] = time.perf_counter) -> None:
-    """Runs all cases in turn, `repeats` times. A first round warms up and is not counted."""
+    """Runs all cases in turn, `repeats` times, after a warm-up round that is not counted."""
     for turn in range(repeats + 1):
         for i, case in enumerate(cases, 1):
             _show_progress(f"round {turn}/{repeats}, case {i}/{len(cases)}: {case.name}")

@@ -1,4 +1,4 @@
-"""Compares the pooling, the mixture, the training step and the data pipeline with what the machine can do.
+"""Compares the speed of the pooling, the mixture, the training step and the data pipeline with the machine's ceilings.
 
     python tools/benchmark.py {ops,roots,mixture,step,pipeline,all} [--peer torch] [--json FILE] [--docs PAGE]
     python tools/benchmark.py accelerator --out FILE [--docs docs/performance.md]
@@ -10,7 +10,7 @@ time that the work would take at the measured ceilings, the fastest matrix produ
 
 `roots` compares the square root with those of other libraries that are installed. `accelerator` measures correctness,
 speed and memory on a GPU or TPU in at most 8 minutes; run it again to continue, or to repeat what failed. `lowering`
-measures nothing: it counts products and copies in the programs that JAX makes for a GPU, and needs none.
+measures nothing: it counts products and copies in the programs that JAX lowers for a GPU, without needing a GPU.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
 
 
 def measure_accelerator(options: argparse.Namespace) -> None:
-    """Measures what the file does not hold yet, and writes the table."""
+    """Measures what the file does not contain yet, and writes the table."""
     from bench_accelerator import measure_all, table
 
     if options.json is None:
@@ -160,7 +160,7 @@ def peak_memory_text(peaks: dict[str, float]) -> str:
 
 
 def measure_pipeline(num_images: int) -> dict[str, list[float]]:
-    """Reads synthetic 64×64 images. Compares this with a plain chain of Grain's and with a memory copy."""
+    """Compares reading synthetic 64×64 images with a plain Grain chain and with a memory copy."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = pathlib.Path(folder, "source"), pathlib.Path(folder, "shards")
         bench_data.make(source, num_images)

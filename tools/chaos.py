@@ -1,10 +1,9 @@
-"""Kills a small training run at random moments until it ends, and compares it with one left alone.
+"""Kills a small training run at random times until it ends, and compares it with an undisturbed run.
 
 python tools/chaos.py --kills 20 --seed 0
 
-Every start is killed with SIGKILL after a random time: while it compiles, trains, evaluates or writes a
-checkpoint. The final parameters, moments and optimiser's state must be the same bits. Exit status 0 if
-they are.
+Every start is killed with SIGKILL after a random time: while it compiles, trains, evaluates or writes a checkpoint. The
+final parameters, batch statistics and optimiser state must be identical, bit for bit. The exit status is 0 if they are.
 """
 
 import json
@@ -46,7 +45,7 @@ def _start(workdir: Path, data: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def _arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the last checkpoint, restored in a process of their own kind: plain NumPy."""
+    """All arrays of the last checkpoint, as NumPy arrays."""
     import orbax.checkpoint as ocp
     from jax.tree_util import keystr, tree_leaves_with_path
 
@@ -99,7 +98,7 @@ def main() -> int:
 
 
 def _check(folder: Path) -> int:
-    """How many arrays of both runs are equal in every bit; 0 if any is not."""
+    """The number of arrays, if all are bitwise equal in both runs; 0 otherwise."""
     alone, killed = _arrays(folder / "alone"), _arrays(folder / "killed")
     same = alone.keys() == killed.keys() and all(x.tobytes() == killed[name].tobytes() for name, x in alone.items())
     if not same:

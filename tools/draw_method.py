@@ -1,4 +1,4 @@
-"""Draws the method as a trained GM-SOP carries it out on one image.
+"""Draws the computation of a trained GM-SOP on one image.
 
 python tools/draw_method.py runs/quickstart --output docs/method.svg
 """
@@ -30,7 +30,7 @@ _BLUE, _GRAY = "#2f6fb2", "#c3c9cf"
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What the method computes on the way: k candidates are selected of n, each d wide.
+    """The intermediate results of the method: of n candidates with d channels each, k are selected.
 
     Attributes:
       image: uint8 [h, w, 3].
@@ -54,10 +54,10 @@ class Steps:
 
 
 def follow(workdir: pathlib.Path, image: int | pathlib.Path) -> Steps:
-    """Takes one image through a run's network.
+    """Runs the network of a run on one image.
 
     Args:
-      workdir: of a GM-SOP run.
+      workdir: the working directory of a GM-SOP run.
       image: a file, or a position in the run's evaluation split.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Turns a MatConvNet checkpoint into a run; the same as `gmsop import`."""
+"""Creates a run from a MatConvNet checkpoint; the same as `gmsop import`."""
 
 import sys
 

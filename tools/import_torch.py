@@ -1,4 +1,4 @@
-"""Turns PyTorch weights into a run; the same as `gmsop import`."""
+"""Creates a run from PyTorch weights; the same as `gmsop import`."""
 
 import sys
 

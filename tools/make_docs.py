@@ -54,7 +54,7 @@ img {{ max-width: 100%; background: white; }}
 
 
 class DocsError(UserError):
-    """Something in the documentation is wrong."""
+    """An error in the documentation."""
 
 
 def configuration_reference() -> str:
@@ -104,7 +104,7 @@ def write_source_tree() -> None:
 
 
 def check_links(pages: list[pathlib.Path]) -> None:
-    """Raises DocsError if a link to a file, from any of the Markdown pages, leads nowhere."""
+    """Raises DocsError if a Markdown page links to a file that does not exist."""
     dead = []
     for page in pages:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):
@@ -118,7 +118,7 @@ def build(output: pathlib.Path) -> None:
     """Writes the site: index.html (the README), the other Markdown pages, and the API reference in api/.
 
     Raises:
-      DocsError: at a dead link, a field without description, or a warning of pdoc's.
+      DocsError: for a dead link, a field without a description, or a warning from pdoc.
     """
     others = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     results = sorted((ROOT / "docs" / "results").glob("*.md"))

@@ -1,8 +1,8 @@
 """Computes the constants of `coefficients='minimax'`: python tools/minimax_coefficients.py
 
-Prints, for each number n of steps, the lower end l for which the largest error of the root,
-max |λ Zₙ(λ) − √λ| over 0 ≤ λ ≤ 1, is smallest, with this error and that of the plain iteration. The values of l
-belong into gmsop_jax/ops/coefficients.py.
+Prints, for each number n of steps, the lower end l that minimises the largest error of the root,
+max |λ Zₙ(λ) − √λ| over 0 ≤ λ ≤ 1, with this error and that of the Newton–Schulz iteration. The values of l are
+constants in gmsop_jax/ops/coefficients.py.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def root_error(steps: Steps, x: np.ndarray = ROOTS) -> float:
 
 
 def best_lower_end(num_iters: int) -> float:
-    """The l with the smallest error."""
+    """The value of l with the smallest error."""
 
     def error(log_end: float) -> float:
         return root_error(minimax_steps(num_iters, float(np.exp(log_end))))

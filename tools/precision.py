@@ -328,7 +328,7 @@ def rounding_row(key: Key, num_iters: int, errors: np.ndarray) -> str:
 
 
 def written(error: float) -> str:
-    """An error with two digits; one of more than 1 is not worth a number."""
+    """An error with two digits, or "> 1", because larger errors are meaningless."""
     return f"{error:.1e}" if error <= 1 else "> 1"
 
 

@@ -1,4 +1,4 @@
-"""Writes an HTML page about one run or several; the same as `gmsop report`."""
+"""Writes an HTML report about one or more runs; the same as `gmsop report`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Makes the pages of docs/results, and the table in the README, from the raw results of the studies.
+"""Writes the pages of docs/results, and the table in the README, from the raw results of the studies.
 
 python tools/results.py
 """

@@ -1,4 +1,4 @@
-"""GM-SOP in PyTorch as one would write it today: the implementation that `benchmark.py` compares with.
+"""An idiomatic implementation of GM-SOP in PyTorch, with which `benchmark.py` compares gmsop_jax.
 
 For each candidate, the images that selected it are gathered (`index_select`). Autograd differentiates the square root.
 """
@@ -57,7 +57,7 @@ class ISqrtCov(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        """Goes back through the iterates."""
+        """Computes the gradient from the stored iterates."""
         sigma, trace, a, thrice, last, *matrices = ctx.saved_tensors
         *iterates, (y, z) = zip(matrices[::2], matrices[1::2], strict=True)
         dy = trace.sqrt() * gradient
