@@ -102,7 +102,7 @@ def test_inputs_of_another_run_are_refused(trained_run, tmp_path):
     inputs = Inputs.load(trained_run)
     changed = dataclasses.replace(inputs, classes=inputs.classes[:3])
     write_json(tmp_path / "run" / "inputs.json", dataclasses.asdict(changed))
-    with pytest.raises(CheckpointError, match="10 classes, inputs"):
+    with pytest.raises(CheckpointError, match="10 classes, but inputs"):
         gmsop_jax.load(tmp_path / "run")
 
 

@@ -220,7 +220,7 @@ def test_import_torch_removes_prefixes(names_and_shapes, prefix):
     config, variables = from_torch(state)
     assert config.to_dict() == from_torch(plain)[0].to_dict()
     assert flat(variables).keys() == flat(from_torch(plain)[1]).keys()
-    with pytest.raises(CheckpointError, match=r"two arrays are named 'fc\.bias' once prefixes"):
+    with pytest.raises(CheckpointError, match=r"two arrays are named 'fc\.bias' after removing prefixes"):
         from_torch(state | {"fc.bias": plain["fc.bias"]})
 
 

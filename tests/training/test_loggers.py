@@ -133,7 +133,7 @@ def test_a_backend_without_a_connection_is_not_taken_for_a_full_disk(tmp_path, m
     package = Package("wandb")
     monkeypatch.setattr(package, "init", init)
     monkeypatch.setitem(sys.modules, "wandb", package)
-    with pytest.raises(UserError, match=r"wandb, .* can't start \(ConnectionError: no route to host\)"):
+    with pytest.raises(UserError, match=r"the logger 'wandb' .* can't start \(ConnectionError: no route to host\)"):
         open_loggers(backends("wandb"), tmp_path, 0).__enter__()
 
 
@@ -152,11 +152,11 @@ def test_backends_that_were_started_are_closed_if_a_later_one_or_the_writer_fail
     for package in (first, second):
         monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setattr(second, "init", lambda **options: 1 // 0)
-    with pytest.raises(UserError, match=r"trackio, which .* can't start"):
+    with pytest.raises(UserError, match=r"the logger 'trackio' .* can't start"):
         open_loggers(backends("wandb", "trackio"), tmp_path, 0).__enter__()
     assert first.finished == 1
     monkeypatch.setattr(first, "finish", lambda: 1 // 0)  # does not hide the reason
-    with pytest.raises(UserError, match=r"trackio, which .* can't start"):
+    with pytest.raises(UserError, match=r"the logger 'trackio' .* can't start"):
         open_loggers(backends("wandb", "trackio"), tmp_path, 0).__enter__()
     monkeypatch.setattr(second, "init", lambda **options: second)
     with pytest.raises(OSError, match="No such file"), open_loggers(backends("trackio"), tmp_path, 0) as loggers:
