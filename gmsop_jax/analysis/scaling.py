@@ -80,8 +80,8 @@ def count(model: ConfigDict, image_size: int) -> Counts:
     """Counts a network for square images, from shapes alone."""
     loss, variables, batch = _training_loss(model, image_size)
     forward = jax.jit(loss).lower(variables["params"], variables, batch(_ROWS)).cost_analysis()
-    moments = jax.tree_util.tree_leaves_with_path(variables.get("batch_stats", {}))
-    means = [leaf for path, leaf in moments if "mean" in str(path[-1])]
+    batch_stats = jax.tree_util.tree_leaves_with_path(variables.get("batch_stats", {}))
+    means = [leaf for path, leaf in batch_stats if "mean" in str(path[-1])]
     return Counts(
         parameters=count_parameters(variables["params"]),
         channels=sum(leaf.size for leaf in means),

@@ -119,7 +119,7 @@ class StudyRun:
 
 
 class StudyRunner:
-    """Executes the runs of a study one after the other in this process.
+    """Executes the runs of a study one at a time in this process.
 
     Args:
       study: the study.
@@ -294,7 +294,7 @@ def balanced_error(confusion: Any) -> float:
 def _describe(
     run: StudyRun, config: ConfigDict, fields: dict[str, Any], trained: Mapping[str, Any], workdir: pathlib.Path
 ) -> dict[str, Any]:
-    """Returns the part of a result that says how it was obtained."""
+    """Returns the part of a result that describes how it was obtained."""
     manifest = Manifest.load(config.data.dir, splits=())
     size = config.data.image_size or (manifest.split("train").image_size or (0,))[0]
     if not size:

@@ -140,7 +140,7 @@ def check_output(output: Path) -> None:
 
 
 def finished(output: Path, job: ConversionJob) -> Manifest | None:
-    """Returns the manifest if this job is already done; raises DataError if the folder holds another data set."""
+    """Returns the manifest if this job is already done; raises DataError if the folder contains another data set."""
     if not (output / FILE_NAME).exists():
         return None
     manifest = Manifest.load(output)
@@ -326,7 +326,7 @@ def _check_unreadable(unreadable: list[str], total: int, allowed: float) -> None
     if len(unreadable) > allowed * total:
         raise DataError(
             f"{len(unreadable)} of {total} images are unreadable, such as {unreadable[0]}. That is more than the"
-            f" allowed share {allowed:g}; repair the source, or raise --max-unreadable and run again"
+            f" allowed fraction {allowed:g}; repair the source, or increase --max-unreadable and run again"
         )
 
 

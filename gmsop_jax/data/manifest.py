@@ -214,7 +214,7 @@ def _what_is_there(path: Path) -> str:
             "its conversion is unfinished: run the same `gmsop convert` command again to finish it (after"
             " --shard-range, `gmsop merge`)"
         )
-    return f"the folder {f'holds other files and no {FILE_NAME}' if names else 'is empty'}; {_CONVERT}"
+    return f"the folder {f'contains other files and no {FILE_NAME}' if names else 'is empty'}; {_CONVERT}"
 
 
 def _parse(value: Any, file: Path) -> Manifest:

@@ -134,7 +134,7 @@ def decode_batch(records: Sequence[bytes]) -> tuple[np.ndarray | list[np.ndarray
 
 def _check_image(pixels: np.ndarray) -> None:
     if pixels.dtype != np.uint8:
-        raise DataError(f"image has dtype {pixels.dtype}; records hold uint8")
+        raise DataError(f"image has dtype {pixels.dtype}; records must be uint8, so convert it first")
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         raise DataError(f"image has shape {pixels.shape}; expected [h, w], [h, w, 1] or [h, w, 3]")
     if not all(1 <= side <= MAX_SIDE for side in pixels.shape[:2]):
@@ -150,7 +150,7 @@ def _header(record: bytes) -> np.void:
     if header["version"] != VERSION:
         raise DataError(f"record version {header['version']}; this release reads version {VERSION}")
     if header["codec"] >= len(CODECS) or header["channels"] not in (1, 3) or header["label"] < 0:
-        raise DataError("damaged record: its header holds an unknown codec, channel count or label")
+        raise DataError("damaged record: its header has an invalid codec, number of channels or label")
     return header
 
 

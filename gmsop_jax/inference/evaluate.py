@@ -67,7 +67,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     The shards of the training split need not exist. The mean colour of the images that the network was trained on
     (`inputs.json`) is subtracted. A warning is printed if the images have other classes or another size than those.
     With `config.data.verify`, the checksums of the split's shards are verified first, as at the start of training: each
-    process verifies its share. Several processes must evaluate the same network on the same data.
+    process verifies a part. Several processes must evaluate the same network on the same data.
 
     Args:
       config: the configuration; its model must fit the checkpoint.

@@ -21,7 +21,7 @@ _Result = Float[Array, "b h2 w2 c2"]
 
 
 class _Block(CheckedModule):
-    """What the residual blocks share: convolutions with batch norm, and the shortcut.
+    """Base class of the residual blocks: convolutions with batch norm, and the shortcut.
 
     Attributes:
       width: number of channels of the block's convolutions.

@@ -1,4 +1,4 @@
-"""One mesh over all devices of all processes: the batch is split over them, and each holds the whole state.
+"""Data parallelism on one mesh over all devices of all processes: the batch is split, and the state is replicated.
 
 A step is written for one device's part of the batch, with collectives over the axis `AXIS`. There are two
 ways to run it on the mesh, with the same results: `jit` of `shard_map`, and `pmap`.

@@ -26,7 +26,7 @@ ANSWER_SECONDS = 60  # time limit for each exchange of values
 HEARTBEAT_SECONDS = 20  # after this time without a heartbeat, JAX considers a process dead and ends the others
 SHUTDOWN_SECONDS = 30  # time limit for all processes to reach the end
 _POLL_SECONDS = 0.5
-_ACTION_SECONDS = 7 * 24 * 3600  # the first process may convert a data set; if it fails, the others notice at once
+_ACTION_SECONDS = 7 * 24 * 3600  # the first process may convert a data set; if it fails, the others end immediately
 _FAILURES = "gmsop_jax/failures/"
 
 _exchanges = itertools.count()

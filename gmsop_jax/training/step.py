@@ -120,8 +120,8 @@ def draw_share(seed: int, step: Array, alpha: float) -> Float[Array, ""]:
     same number.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), MIXUP_STREAM)
-    share = jax.random.beta(key, alpha, alpha)
-    return jnp.maximum(share, 1 - share)
+    weight = jax.random.beta(key, alpha, alpha)
+    return jnp.maximum(weight, 1 - weight)
 
 
 def swap_neighbours(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
@@ -192,7 +192,7 @@ def make_loss(
     Args: as in `make_train_step`.
 
     Returns: a function (params, state, batch) → (loss, (sums, balance loss, batch_stats)). On several devices, the loss
-      is this device's share of that of the whole batch, and `sums` (`loss_sum`, `top1_errors`, `top5_errors`, `count`)
+      is this device's part of that of the whole batch, and `sums` (`loss_sum`, `top1_errors`, `top5_errors`, `count`)
       are those of its rows.
     """
     forward = _make_forward(model, train, seed, mean_rgb)
@@ -205,8 +205,8 @@ def make_loss(
         parts = math.gcd(rows, train.sub_batches)
         compute = forward if parts == 1 else _in_parts(forward, parts, balance)
         sums, aux, batch_stats = compute(params, state, batch, rngs)
-        # The losses of the devices add up to that of the batch, so each takes its share of the balance loss,
-        # which is the same on all of them.
+        # The losses of the devices add up to that of the batch, so each adds a fraction of the balance loss, which is
+        # the same on all of them.
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
         loss = (sums["loss_sum"] + train.balance_weight * aux["balance_loss"] / devices) / (rows * devices)
         return loss, (sums, aux["balance_loss"], batch_stats)
@@ -238,12 +238,12 @@ def _make_forward(model: nn.Module, train: Any, seed: int, mean_rgb: Sequence[fl
 
 
 def _in_parts(forward: Forward, parts: int, balance: Callable[[Array], Array]) -> Forward:
-    """Makes a forward pass that computes a batch in parts, one after the other (`train.sub_batches`).
+    """Makes a forward pass that computes a batch in parts, one at a time (`train.sub_batches`).
 
     Part j of n consists of rows j, j + n, j + 2n, … Only one part's activations are in memory at a time, and each
     part's forward pass is computed twice. The sums, the balance loss and the gradient are those of the whole batch. Two
-    things differ: batch norm normalises each part by itself (the running moments move by the mean over the parts), and
-    each part draws its own gate noise and dropout.
+    things differ: batch norm normalises each part separately (and averages the updates of its running statistics over
+    the parts), and each part draws its own gate noise and dropout.
     """
 
     def forward_in_parts(params: Any, state: TrainState, batch: Batch, rngs: dict[str, Array]):

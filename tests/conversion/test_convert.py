@@ -355,7 +355,7 @@ def test_unreadable_images_are_listed(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_too_many_unreadable_are_refused(tmp_path: Path):
     write_photos(tmp_path / "in", broken=3)
     arguments = {"options": Options(size=8), "progress": False}
-    with pytest.raises(DataError, match=r"3 of 23 images are unreadable.* more than the allowed share 0.01"):
+    with pytest.raises(DataError, match=r"3 of 23 images are unreadable.* more than the allowed fraction 0.01"):
         convert("image-folder", tmp_path / "in", tmp_path / "set", **arguments)
     manifest = convert("image-folder", tmp_path / "in", tmp_path / "set", max_unreadable=0.5, **arguments)
     assert manifest is not None

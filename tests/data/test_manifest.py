@@ -55,7 +55,7 @@ def test_missing_empty_foreign_or_a_file(tmp_path: Path):
     with pytest.raises(DataError, match="the folder is empty"):
         Manifest.load(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds other files"):
+    with pytest.raises(DataError, match="contains other files"):
         Manifest.load(tmp_path)
     with pytest.raises(DataError, match="it is a file"):
         Manifest.load(tmp_path / "notes.txt")

@@ -398,7 +398,7 @@ def test_empty_and_foreign_folders(config_file, tmp_path, capsys):
     folder.mkdir()
     assert "the folder is empty" in bad_data(capsys, config_file, tmp_path, folder)
     (folder / "holiday.jpg").write_bytes(b"x")
-    assert "holds other files" in bad_data(capsys, config_file, tmp_path, folder)
+    assert "contains other files" in bad_data(capsys, config_file, tmp_path, folder)
     (folder / "dataset.json").write_text('{"rows": 3}')
     assert "isn't a manifest of gmsop_jax" in bad_data(capsys, config_file, tmp_path, folder)
     assert "it is a file" in bad_data(capsys, config_file, tmp_path, folder / "holiday.jpg")

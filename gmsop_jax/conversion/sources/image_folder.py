@@ -87,8 +87,8 @@ def _split_folders(request: Request) -> dict[str, Path]:
         folders = {"train": root}
     if "val" not in folders and fraction is None:
         raise DataError(
-            f"--input {root.absolute()} has no train/ and val/ folders; give --val-fraction to set a share of the"
-            " images aside for validation, such as 0.1"
+            f"--input {root.absolute()} has no train/ and val/ folders; give --val-fraction, such as 0.1, to set aside"
+            " a fraction of the images for validation"
         )
     if "val" in folders and fraction is not None:
         raise ConfigError(f"--val-fraction is given, but {root.absolute()} already has a folder val/; omit one of them")
