@@ -185,7 +185,7 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
 
     A signal that was ignored before, as SIGHUP is under nohup, is still ignored. Outside the main thread, Python allows
     no signal handlers. While a module is being imported, a signal is postponed, because an exception can crash the
-    initialization of a C extension. A signal is sent again if Python ignored the exception, as it does in destructors
+    initialisation of a C extension. A signal is sent again if Python ignored the exception, as it does in destructors
     and in callbacks of the garbage collector; JAX registers one.
     """
 

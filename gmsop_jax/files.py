@@ -212,7 +212,7 @@ class Budget:
     def check_text(self, count: int) -> None:
         """Checks that a text is short enough to be a name or a note."""
         if count > _MAX_TEXT:
-            raise ValueError(f"it has a text of {count:,} characters")
+            raise ValueError(f"it has a text of {count:,} characters, more than {_MAX_TEXT:,}")
 
 
 # ---- locks

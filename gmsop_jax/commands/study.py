@@ -144,7 +144,7 @@ def run_summary(arguments: Sequence[str]) -> None:
 
 
 def summarize_all(paths: Sequence[str]) -> list[summary.Row]:
-    """Summarizes configurations, with a progress line on a terminal."""
+    """Summarises configurations, with a progress line on a terminal."""
     rows, terminal = [], sys.stderr is not None and sys.stderr.isatty()
     for i, path in enumerate(paths, 1):
         if terminal:

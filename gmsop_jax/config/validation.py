@@ -87,7 +87,7 @@ def _check_model(m: ConfigDict) -> None:
 def _check_data(config: ConfigDict) -> None:
     size, resize = config.data.image_size, config.eval.resize
     if resize and not size:
-        raise ConfigError("config.eval.resize needs config.data.image_size, the side of the centre crop")
+        raise ConfigError("config.eval.resize needs config.data.image_size, the side of the centre crop, which is 0")
     if 0 < resize < size:
         raise ConfigError(
             f"config.eval.resize = {resize} is smaller than config.data.image_size = {size}, the side of the centre"

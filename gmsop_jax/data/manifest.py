@@ -112,8 +112,8 @@ class Manifest:
           splits: names of the splits whose shards are checked; all of them by default.
 
         Raises:
-          DataError: if the directory isn't a data set or an incomplete one, if dataset.json is damaged or of another
-            version, or if a shard is missing or of another size.
+          DataError: if the directory is not a data set, or is an incomplete one, if dataset.json is damaged or of
+            another version, or if a shard is missing or of another size.
           FileAccessError: if one of these files can't be opened.
         """
         path = Path(directory)

@@ -39,7 +39,7 @@ class ShardReader:
 
     Args:
       directory: the data set.
-      shards: of the split, in order.
+      shards: those of the split, in order.
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:

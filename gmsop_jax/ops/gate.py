@@ -24,7 +24,7 @@ class GateOutput(NamedTuple):
       logits: h, including the noise.
       indices: indices of the selected candidates, in decreasing order of their logits.
       weights: weights of all candidates, 0 for those that are not selected.
-      importance: each candidate's share of each image; the balance loss depends on its sum over the batch.
+      importance: importance of each candidate for each image; the balance loss depends on its sum over the batch.
       balance_loss: the result of `balance_loss` for `importance`.
     """
 

@@ -47,7 +47,9 @@ def matrix_power(
     if sigma.ndim < 2 or sigma.shape[-1] != sigma.shape[-2]:
         raise ValueError(f"sigma must be square matrices [..., d, d], got shape {sigma.shape}")
     if sigma.dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"matrix_power needs float32 or float64, got {sigma.dtype}; convert with sigma.astype")
+        raise TypeError(
+            f"matrix_power needs float32 or float64, got {sigma.dtype}; convert with sigma.astype(jnp.float32)"
+        )
     return _power(sigma, alpha, matrix_precision(precision, sigma.dtype))
 
 

@@ -228,7 +228,7 @@ def _backward(steps, inverse, precision, sigma, g):
     def scale(x: Array) -> Array:  # x·t^(s − 1)
         return x / (safe_trace * jnp.sqrt(safe_trace)) if inverse else x / jnp.sqrt(safe_trace)
 
-    # tˢ·p(Σ/t), s = ±½, depends on Σ through A as it stands, and through the trace in A and in tˢ
+    # tˢ·p(Σ/t), s = ±½, depends on Σ directly in A = Σ/t, and through the trace in A and in tˢ
     through_trace = (-_inner(g, y) if inverse else _inner(g, y)) / 2 - _inner(da, a)
     dsigma = scale(da) + scale(through_trace) * jnp.eye(a.shape[-1], dtype=a.dtype)
     return (jnp.where(trace == 0, 0, dsigma),)

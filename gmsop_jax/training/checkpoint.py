@@ -34,7 +34,7 @@ class Progress:
     """The progress of a run, which is stored with its arrays.
 
     Attributes:
-      step: number of optimizer steps. Together with the seed, it determines the position in the data and in every
+      step: number of optimiser steps. Together with the seed, it determines the position in the data and in every
         random stream.
       epoch: number of complete epochs.
       wall_seconds: seconds spent so far, in total over all starts of the run.
@@ -56,7 +56,7 @@ def _error(metrics: Mapping[str, float]) -> float:
 class Checkpoints:
     """The checkpoints in a folder, with one sub-folder per step.
 
-    Parameters, batch statistics, optimizer state and averages are stored separately. A checkpoint is written under a
+    Parameters, batch statistics, optimiser state and averages are stored separately. A checkpoint is written under a
     temporary name, together with the checksums of its files, and renamed when it is complete.
 
     Attributes:

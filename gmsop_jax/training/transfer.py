@@ -17,11 +17,11 @@ Path = tuple[str, ...]  # the path of an array: collection, backbone or head, â€
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A trained network that another one is initialized from.
+    """A trained network that another one is initialised from.
 
     Attributes:
       path: the value of `config.train.init_from`.
-      step: number of optimizer steps for which it was trained.
+      step: number of optimiser steps for which it was trained.
       mean_rgb: mean colour that was subtracted from its images.
       variables: parameters and batch statistics in host memory; the averages, if its run computed them.
     """

@@ -53,7 +53,7 @@ class Writer:
             file=sys.stderr,
             dynamic_ncols=True,
             mininterval=0.5,
-            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",  # the bar takes what is left
+            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",  # the bar fills the line
         )
         if not enabled:
             return
