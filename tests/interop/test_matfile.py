@@ -19,7 +19,7 @@ import scipy.io
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.interop import matfile
 from gmsop_jax.interop.matconvnet import load_checkpoint, save
-from gmsop_jax.interop.matfile import hdf5, isolated
+from gmsop_jax.interop.matfile import isolated
 
 FORMATS = {"v7": False, "v7.3": True}
 
@@ -111,6 +111,13 @@ def test_big_endian_files_are_read(tmp_path):
     np.testing.assert_array_equal(matfile.read(tmp_path / "x.mat", ["x"])["x"], [[2.5]])
 
 
+def test_text_is_read_from_codes_of_16_bits(tmp_path):
+    """As MATLAB stores characters outside ASCII."""
+    text = np.array([4, 6], "<u4").tobytes() + "σ√ε".encode("utf-16-le") + bytes(2)
+    (tmp_path / "x.mat").write_bytes(v7_file(head(4, (1, 3)) + text))
+    assert matfile.read(tmp_path / "x.mat", ["x"])["x"] == "σ√ε"
+
+
 def test_files_of_scipy_are_read(tmp_path):
     scipy.io.savemat(tmp_path / "x.mat", {"s": {"a": 1.0, "b": "text"}, "c": np.array([[1, "x"]], object)})
     read = matfile.read(tmp_path / "x.mat", ["s", "c"])
@@ -153,7 +160,7 @@ def test_a_small_v7_file_cannot_claim_gigabytes(tmp_path):
     count = 100_000_000
     data = np.array([2, count], "<u4").tobytes() + bytes(count)
     (tmp_path / "x.mat").write_bytes(v7_file(head(6, (1, count)) + data))
-    with pytest.raises(CheckpointError, match="claim more than"):
+    with pytest.raises(CheckpointError, match="MemoryError"):
         matfile.read(tmp_path / "x.mat", ["x"])
 
 
@@ -167,7 +174,7 @@ def test_a_small_v7_file_cannot_hold_millions_of_cells(tmp_path):
 def test_a_small_v7_file_cannot_hold_millions_of_field_names(tmp_path):
     element = head(2, (1, 1)) + np.array([4 << 16 | 5, 1], "<u4").tobytes()
     (tmp_path / "x.mat").write_bytes(v7_file(element + np.array([1, 2**24], "<u4").tobytes() + bytes(2**24)))
-    with pytest.raises(CheckpointError, match="text of 16,777,216 characters"):
+    with pytest.raises(CheckpointError, match="MemoryError"):
         matfile.read(tmp_path / "x.mat", ["x"])
 
 
@@ -175,7 +182,7 @@ def test_a_v7_array_of_a_million_dimensions_is_refused(tmp_path):
     flags, name = np.array([6, 8, 6, 0], "<u4").tobytes(), np.array([1 << 16 | 1], "<u4").tobytes() + b"x\0\0\0"
     shape = np.array([5, 2000, *[1] * 500], "<u4").tobytes()
     (tmp_path / "x.mat").write_bytes(v7_file(flags + shape + name + np.array([9, 8, 0, 0], "<u4").tobytes()))
-    with pytest.raises(CheckpointError, match="array of shape"):
+    with pytest.raises(CheckpointError, match="malformed"):
         matfile.read(tmp_path / "x.mat", ["x"])
 
 
@@ -188,7 +195,7 @@ def test_a_file_at_which_hdf5_hangs_is_refused(tmp_path, monkeypatch):
     assert not any(content[free : free + 8])
     content[free + 8 : free + 16] = bytes(8)
     (tmp_path / "x.mat").write_bytes(content)
-    monkeypatch.setattr(hdf5, "SECONDS", 3)
+    monkeypatch.setattr(isolated, "SECONDS", 3)
     with pytest.raises(CheckpointError, match="did not read it within 3 seconds"):
         matfile.read(tmp_path / "x.mat", ["x"])
 
@@ -266,7 +273,7 @@ def _small_file(tmp_path: pathlib.Path, small_model, kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["v7", "uncompressed", "v7.3"])
 def test_fuzzed_files_raise_one_error(tmp_path, kind, monkeypatch):
     """5,000 damaged files of each kind, every one with a single variable: the variable is read, or refused."""
-    monkeypatch.setattr(hdf5, "SECONDS", 1)  # HDF5 hangs on one in 500
+    monkeypatch.setattr(isolated, "SECONDS", 1)  # HDF5 hangs on one in 500
     draw, path, contents = random.Random(0), tmp_path / "x.mat", []
     for name, value in values().items():
         matfile.write(path, {name: value}, v73=kind == "v7.3")

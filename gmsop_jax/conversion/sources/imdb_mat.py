@@ -19,7 +19,7 @@ from gmsop_jax.conversion.sources.table import ImageTable
 from gmsop_jax.errors import CheckpointError, DataError
 from gmsop_jax.files import Budget, replacing
 from gmsop_jax.interop import matfile
-from gmsop_jax.interop.matfile import hdf5
+from gmsop_jax.interop.matfile import hdf5, isolated
 
 OPTIONS: frozenset[str] = frozenset()
 _SETS = {1: "train", 2: "val", 3: "test"}
@@ -56,7 +56,7 @@ def _decode(data: FileArray | np.ndarray, row: int) -> np.ndarray:
 
 def _open_hdf5(path: Path, scratch: Path) -> tuple[FileArray, dict[str, Any]]:
     try:
-        return hdf5.call_limited(_read_hdf5, path, scratch)
+        return isolated.call_limited(_read_hdf5, path, scratch)
     except DataError:
         raise
     except ValueError as error:

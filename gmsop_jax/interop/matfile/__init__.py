@@ -10,8 +10,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from gmsop_jax.errors import CheckpointError
 from gmsop_jax.files import open_file, replacing
 from gmsop_jax.interop.matfile import hdf5, v7
@@ -57,35 +55,4 @@ def write(path: str | pathlib.Path, variables: Mapping[str, Any], *, v73: bool =
       v73: whether to write version 7.3 (HDF5) instead of version 7.
     """
     with replacing(pathlib.Path(path)) as temporary:
-        if v73:
-            hdf5.write(temporary, variables)
-        else:
-            _write_v7(temporary, variables)
-
-
-def _write_v7(path: pathlib.Path, variables: Mapping[str, Any]) -> None:
-    import scipy.io  # imported late, because the process that reads version 7.3 does not need it
-
-    stored = {name: _to_scipy(value) for name, value in variables.items()}
-    with path.open("wb") as file:  # given a path, SciPy would append .mat
-        scipy.io.savemat(file, stored, do_compression=True, long_field_names=True, oned_as="row")
-
-
-def _to_scipy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _to_scipy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        fields = list(value[0]) if value else []
-        if not fields:
-            return np.zeros((0, 0))
-        structs = np.empty((1, len(value)), [(name, object) for name in fields])
-        for i, item in enumerate(value):
-            for name in fields:
-                structs[name][0, i] = _to_scipy(item[name])
-        return structs
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        cells = np.empty(value.shape, object)
-        for i, item in np.ndenumerate(value):
-            cells[i] = _to_scipy(item)
-        return cells
-    return value
+        (hdf5 if v73 else v7).write(temporary, variables)

@@ -6,7 +6,7 @@ into the group `#refs#`. An empty array stores its shape.
 
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -16,42 +16,13 @@ from gmsop_jax.files import Budget
 from gmsop_jax.interop.matfile import isolated
 
 _MAX_DEPTH = 32  # of nested structs; a deeper struct must contain itself
-SECONDS, BYTES_PER_SECOND = 30, 2**22  # the time limit for a file
 _HEADER = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created by gmsop_jax HDF5 schema 1.00 ."
 _CLASSES = {"f8": "double", "f4": "single", "b1": "logical"}
 
 
 def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads variables as described in `matfile.read`, in another process.
-
-    Raises:
-      ValueError: if the file is damaged.
-    """
-    return call_limited(_read, path, names)
-
-
-def call_limited(function: Callable[..., Any], path: pathlib.Path, *arguments: Any) -> Any:
-    """Calls a function that reads an HDF5 file in another process, with limits that fit the size of the file.
-
-    Args:
-      function: a function of a module; its arguments are the path, a `Budget` and `arguments`.
-      path: the HDF5 file.
-      *arguments: further arguments.
-
-    Raises:
-      UserError: if the function raises one.
-      ValueError: if the file is damaged.
-    """
-    size = path.stat().st_size
-    budget = Budget(size)
-    return isolated.call(
-        function,
-        path.absolute(),
-        budget,
-        *arguments,
-        seconds=SECONDS + size / BYTES_PER_SECOND,
-        memory_bytes=4 * budget.bytes,  # with copies in other types and orders
-    )
+    """Reads variables as described in `matfile.read`, in another process; ValueError if the file is damaged."""
+    return isolated.call_limited(_read, path, names)
 
 
 def _read(path: pathlib.Path, budget: Budget, names: Sequence[str]) -> dict[str, Any]:

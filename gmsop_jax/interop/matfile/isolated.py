@@ -1,4 +1,4 @@
-"""Calls functions in a process of their own, because HDF5 can crash, hang or exhaust memory on a damaged file.
+"""Calls functions in a process of their own: on damaged files, HDF5 and SciPy can crash, hang or exhaust memory.
 
 One server process, started at the first call, forks for each call: a call takes milliseconds and can't affect the
 next one. The server ends with the process that started it.
@@ -20,9 +20,20 @@ from collections.abc import Callable
 from typing import Any
 
 from gmsop_jax.errors import UserError
+from gmsop_jax.files import Budget
 
+SECONDS, BYTES_PER_SECOND = 30, 2**22  # the time limit for a file
 _MAX_REQUEST_BYTES = 2**16
 _ONE_CALL = threading.Lock()
+
+
+def call_limited(function: Callable[..., Any], path: pathlib.Path, *arguments: Any) -> Any:
+    """Returns `function(path, budget, *arguments)`, with limits that fit the size of the file; raises as `call`."""
+    size = path.stat().st_size
+    budget = Budget(size)
+    seconds = SECONDS + size / BYTES_PER_SECOND
+    memory_bytes = 4 * budget.bytes  # with copies in other types and orders
+    return call(function, path.absolute(), budget, *arguments, seconds=seconds, memory_bytes=memory_bytes)
 
 
 def call(function: Callable[..., Any], *arguments: Any, seconds: float, memory_bytes: int) -> Any:
@@ -46,9 +57,9 @@ def call(function: Callable[..., Any], *arguments: Any, seconds: float, memory_b
             _stop_server()  # its answer may still arrive, and must not be mistaken for that of the next call
             raise
     if os.waitstatus_to_exitcode(status) == -signal.SIGALRM:
-        raise ValueError(f"HDF5 did not read it within {seconds:.0f} seconds")
+        raise ValueError(f"the reader did not read it within {seconds:.0f} seconds")
     if status:
-        raise ValueError(f"HDF5 crashed with exit code {os.waitstatus_to_exitcode(status)}")
+        raise ValueError(f"the reader crashed with exit code {os.waitstatus_to_exitcode(status)}")
     if error is not None:
         raise error
     return value
@@ -70,7 +81,7 @@ def _exchange(request: bytes) -> tuple[Any, Exception | None, int]:
     with contextlib.suppress(ConnectionError):
         status = connection.recv(4)
     if not status:
-        raise ValueError("the process that reads HDF5 files could not be started or was killed")
+        raise ValueError("the process that reads MATLAB files could not be started or was killed")
     return value, error, int.from_bytes(status, "little")
 
 
@@ -129,7 +140,7 @@ def _answer(
     """Computes one value or error, writes it to a descriptor, and ends this process."""
     status = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # HDF5 and malloc report damage there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # the libraries and malloc report damage there
         signal.setitimer(signal.ITIMER_REAL, seconds)  # without a handler, the signal ends the process
         _limit_memory(memory_bytes)
         try:
@@ -138,7 +149,7 @@ def _answer(
             result = None, error
         except ValueError as error:
             result = None, ValueError(str(error))
-        except Exception as error:  # damaged files make h5py raise exceptions of many types
+        except Exception as error:  # damaged files make the readers raise exceptions of many types
             result = None, ValueError(f"{type(error).__name__}: {error}")
         with open(descriptor, "wb") as answer:
             pickle.dump(result, answer, protocol=5)

@@ -1,166 +1,72 @@
-"""Reads MATLAB files of version 5 to 7: a sequence of tagged elements, in which each variable can be compressed.
+"""Reads and writes MATLAB files of version 5 to 7 with SciPy."""
 
-SciPy's reader can crash the process on a damaged file. This reader compares every size with the remaining bytes.
-"""
-
-import math
 import pathlib
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.io
+from scipy.io.matlab import MatlabFunction, MatlabOpaque
 
-from gmsop_jax.files import Budget, read_bytes
-
-_HEAD_BYTES = 2**12  # of a compressed variable: enough for its name
-_MATRIX, _COMPRESSED = 14, 15
-_CELL, _STRUCT, _OBJECT, _CHAR = 1, 2, 3, 4
-_LOGICAL = 0x200
-_MAX_DIMENSIONS = 32
-# The types in which numbers are stored, and the classes of the arrays that contain them.
-_STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_STORED |= {16: "u1", 17: "u2", 18: "u4"}
-_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4"}
-_CLASSES |= {14: "i8", 15: "u8"}
-
-Element = tuple[int, memoryview]
+from gmsop_jax.files import Budget
+from gmsop_jax.interop.matfile import isolated
 
 
 def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads variables as described in `matfile.read`.
-
-    Raises:
-      Exception: ValueError or another exception, if the file is damaged.
-    """
-    content = memoryview(read_bytes(path))
-    budget = Budget(len(content))
-    order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
-    if order is None:
-        raise ValueError("the header does not state the byte order")
-    reader, variables = _Reader(order, budget), {}
-    for kind, data in _elements(content[128:], order):
-        head = _inflate(data, _HEAD_BYTES)[8:] if kind == _COMPRESSED else data
-        name = _name(head, order)
-        if name in names:
-            if kind == _COMPRESSED:
-                ((kind, data),) = _elements(_inflate_all(data, budget), order)
-            if kind != _MATRIX:
-                raise ValueError(f"an element of type {kind} in place of a variable")
-            budget.take_nodes()
-            variables[name] = reader.matrix(data)
-    return variables
+    """Reads variables as described in `matfile.read`, in another process; ValueError if the file is damaged."""
+    return isolated.call_limited(_read, path, names)
 
 
-def _inflate(data: memoryview, count: int) -> memoryview:
-    return memoryview(zlib.decompressobj().decompress(data, count))
+def _read(path: pathlib.Path, budget: Budget, names: Sequence[str]) -> dict[str, Any]:
+    # with mat_dtype, numbers that MATLAB packed as bytes are of their class again
+    stored = scipy.io.loadmat(path, mat_dtype=True, chars_as_strings=False, variable_names=names, uint16_codec="utf-16")
+    return {name: _from_scipy(stored[name], budget) for name in names if name in stored}
 
 
-def _inflate_all(data: memoryview, budget: Budget) -> memoryview:
-    stream = zlib.decompressobj()
-    inflated = stream.decompress(data, budget.bytes)
-    if not stream.eof:
-        raise ValueError(f"a compressed variable is truncated, or has more than {budget.bytes:,} bytes")
-    budget.take_bytes(len(inflated))
-    return memoryview(inflated)
+def _from_scipy(value: Any, budget: Budget) -> Any:
+    if not isinstance(value, np.ndarray) or isinstance(value, MatlabFunction | MatlabOpaque):
+        return {}  # a sparse matrix, a function or an instance of a class
+    if names := value.dtype.names:
+        budget.take_nodes(value.size * len(names))
+        structs = [{name: _from_scipy(item[name], budget) for name in names} for item in value.ravel(order="F")]
+        return structs[0] if len(structs) == 1 else structs
+    if value.dtype == object:
+        budget.take_nodes(value.size)
+        if value.size and value.ravel()[0] is None:  # a struct without fields
+            return {}
+        cells = np.empty(value.shape, object)
+        for i, item in np.ndenumerate(value):
+            cells[i] = _from_scipy(item, budget)
+        return cells
+    if value.dtype.kind == "U":
+        budget.check_text(value.size)
+        return "\n".join("".join(row.flat) for row in value) if value.size else ""
+    budget.take_bytes(value.nbytes)
+    return value
 
 
-def _name(matrix: memoryview, order: str) -> str:
-    """Returns the name of a variable: the third element, after flags and shape."""
-    parts = _elements(matrix, order)
-    _, _, (_, name) = next(parts), next(parts), next(parts)
-    return bytes(name).decode("ascii")
+def write(path: pathlib.Path, variables: Mapping[str, Any]) -> None:
+    """Writes variables as described in `matfile.write`."""
+    stored = {name: _to_scipy(value) for name, value in variables.items()}
+    with path.open("wb") as file:  # given a path, SciPy would append .mat
+        scipy.io.savemat(file, stored, do_compression=True, long_field_names=True, oned_as="row")
 
 
-def _elements(data: memoryview, order: str) -> Iterator[Element]:
-    """Yields the elements (type, bytes) in data."""
-    start = 0
-    while start < len(data):
-        kind, size = (int(word) for word in np.frombuffer(data[start : start + 8], f"{order}u4"))
-        body, room, padding = start + 8, len(data) - start - 8, 0
-        if kind >> 16:  # up to four bytes are stored in the tag itself
-            kind, size = kind & 0xFFFF, kind >> 16
-            body, room, padding = start + 4, 4, 4 - size
-        elif kind != _COMPRESSED:
-            padding = -size % 8
-        if size > room:
-            raise ValueError(f"an element of {size} bytes, but only {room} bytes remain")
-        yield kind, data[body : body + size]
-        start = body + size + padding
-
-
-class _Reader:
-    def __init__(self, order: str, budget: Budget):
-        self._order, self._budget = order, budget
-
-    def matrix(self, data: memoryview) -> Any:
-        """Returns the array, cells, structs or text of a matrix element."""
-        if not len(data):
+def _to_scipy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _to_scipy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        fields = list(value[0]) if value else []
+        if not fields:
             return np.zeros((0, 0))
-        parts = _elements(data, self._order)
-        flags = int(self._numbers(next(parts))[0])
-        sizes = self._numbers(next(parts))
-        if not 2 <= sizes.size <= _MAX_DIMENSIONS or sizes.min() < 0:
-            raise ValueError(f"an array of shape {sizes[:_MAX_DIMENSIONS].tolist()}")
-        shape = tuple(sizes.tolist())
-        next(parts)  # the name
-        kind = flags & 0xFF
-        if kind == _CELL:
-            cells = np.empty(self._take_count(shape, 1, data), object)
-            for i in range(cells.size):
-                cells[i] = self._child(parts)
-            return cells.reshape(shape, order="F")
-        if kind in (_STRUCT, _OBJECT):
-            return self._structs(shape, parts, data, is_object=kind == _OBJECT)
-        if kind == _CHAR:
-            return self._text(next(parts), shape)
-        if kind not in _CLASSES:
-            return {}  # a sparse matrix, a function or an instance of a class
-        values = self._numbers(next(parts))
-        dtype = np.dtype(bool if flags & _LOGICAL else _CLASSES[kind])
-        self._budget.take_bytes(values.size * dtype.itemsize)
-        return values.astype(dtype).reshape(shape, order="F")
-
-    def _child(self, parts: Iterator[Element]) -> Any:
-        kind, data = next(parts)
-        if kind != _MATRIX:
-            raise ValueError(f"an element of type {kind} in place of an array")
-        return self.matrix(data)
-
-    def _structs(self, shape: Sequence[int], parts: Iterator[Element], data: memoryview, *, is_object: bool) -> Any:
-        if is_object:
-            next(parts)  # the name of its class
-        length = int(self._numbers(next(parts))[0])
-        block = bytes(next(parts)[1])
-        self._budget.check_text(len(block))
-        if length < 1:
-            raise ValueError(f"field names of length {length}")
-        fields = [block[i : i + length] for i in range(0, len(block), length)]
-        names = [field.split(b"\0")[0].decode("ascii") for field in fields]
-        if not names:
-            return {} if math.prod(shape) else []
-        count = self._take_count(shape, len(names), data)
-        structs = [{name: self._child(parts) for name in names} for _ in range(count)]
-        return structs[0] if count == 1 else structs
-
-    def _take_count(self, shape: Sequence[int], each: int, data: memoryview) -> int:
-        """Returns the number of elements, each of which consists of `each` matrices of at least eight bytes."""
-        count = math.prod(shape)
-        if count * each * 8 > len(data):
-            raise ValueError(f"{count * each} arrays in {len(data)} bytes")
-        self._budget.take_nodes(count * each)
-        return count
-
-    def _text(self, element: Element, shape: Sequence[int]) -> str:
-        codes = self._numbers(element)
-        self._budget.check_text(codes.size)
-        if element[0] in (2, 16):
-            return bytes(element[1]).decode("utf-8")
-        if codes.size != math.prod(shape):
-            raise ValueError(f"text of {codes.size} characters in shape {tuple(shape)}")
-        rows = codes.reshape(shape[0], -1, order="F") if codes.size else []
-        return "\n".join("".join(map(chr, row)) for row in rows)
-
-    def _numbers(self, element: Element) -> np.ndarray:
-        kind, data = element
-        return np.frombuffer(data, self._order + _STORED[kind])
+        structs = np.empty((1, len(value)), [(name, object) for name in fields])
+        for i, item in enumerate(value):
+            for name in fields:
+                structs[name][0, i] = _to_scipy(item[name])
+        return structs
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        cells = np.empty(value.shape, object)
+        for i, item in np.ndenumerate(value):
+            cells[i] = _to_scipy(item)
+        return cells
+    return value
