@@ -95,7 +95,6 @@ def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str
     """Reads a JSON file that contains an object.
 
     Args:
-      path: the file.
       fields: the names and types of the required fields. An int is accepted for a float.
       remedy: what to do if the file is damaged, for the error message.
 
@@ -187,9 +186,6 @@ class Budget:
     """The memory and number of objects that reading a file may still allocate; methods raise ValueError above them.
 
     Without such limits, a few bytes of a malicious file could allocate gigabytes.
-
-    Args:
-      file_bytes: the size of the file.
     """
 
     def __init__(self, file_bytes: int):

@@ -161,8 +161,9 @@ def test_the_progress_line_is_cleared_before_the_table(count, monkeypatch):
     monkeypatch.setattr("sys.stderr", shown)
     monkeypatch.setattr("sys.stdout", shown)
     assert main(["summary", *[str(ROOT / "configs/quickstart.py")] * count]) == 0
-    progress, _, table = shown.getvalue().rpartition("\r\x1b[K")
-    assert progress == "".join(f"\r{i}/{count}" for i in range(1, count + 1))
+    progress, cleared, table = shown.getvalue().rsplit("\r", 2)
+    assert f"0/{count}" in progress
+    assert cleared.isspace()
     assert table.startswith("configuration ")
 
 

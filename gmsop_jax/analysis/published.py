@@ -7,13 +7,9 @@ from gmsop_jax.config import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A row of a published table.
+    """A row of a published table: the authors' name for the network, and the values as printed.
 
-    Attributes:
-      name: the authors' name for the network.
-      top1_error, top5_error: errors in percent; None if the authors give no value, as for the other fields.
-      parameters: number of parameters as printed, such as "10.3M".
-      gmacs: billions of multiply-adds per image, as printed.
+    Errors are in percent, and `gmacs` billions of multiply-adds per image; None if the authors give no value.
     """
 
     name: str

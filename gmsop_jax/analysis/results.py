@@ -19,13 +19,7 @@ Results = Sequence[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over runs.
-
-    Attributes:
-      mean: the mean.
-      deviation: standard deviation (n − 1); NaN for a single value.
-      count: number of runs, n.
-    """
+    """The mean over `count` runs and their standard deviation (n − 1), which is NaN for a single run."""
 
     mean: float
     deviation: float
@@ -54,11 +48,7 @@ class Estimate:
 class MethodResults:
     """The final runs of one method, for each seed that has a run on all data sets of the study.
 
-    Attributes:
-      method: the method.
-      point: the chosen hyperparameters.
-      errors: error in percent by split, and by seed and data set.
-      runs: the results.
+    `point` are the chosen hyperparameters, and `errors` in percent by split, and by seed and data set.
     """
 
     method: str
@@ -70,10 +60,7 @@ class MethodResults:
 def collect(study: Study, results: Results, metric: str = "balanced_error") -> list[MethodResults]:
     """Returns the finished final runs of each method that has any.
 
-    Args:
-      study: the study.
-      results: its results. Runs without test splits served only to choose hyperparameters.
-      metric: `balanced_error` or `top1_error`.
+    Runs without test splits served only to choose hyperparameters. The metric is `balanced_error` or `top1_error`.
 
     Raises:
       ConfigError: if the final runs of a method have different hyperparameters.
@@ -108,13 +95,7 @@ def difference(method: MethodResults, reference: MethodResults, split: str) -> E
 
 
 def page(study: Study, results: Results, config_file: str) -> str:
-    """Returns the Markdown page of a study.
-
-    Args:
-      study: the study.
-      results: its results.
-      config_file: the path of its configuration file, which the page shows in the command.
-    """
+    """Returns the Markdown page of a study, which shows the path of its configuration file in the command."""
     methods = collect(study, results)
     lines = [f"# {study.title}", "", study.notes.strip(), ""] if study.notes else [f"# {study.title}", ""]
     if not methods:

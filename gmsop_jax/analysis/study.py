@@ -57,13 +57,7 @@ def short_form(assignment: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StudyData:
-    """A data set of a study, and how it is converted.
-
-    Attributes:
-      name: name of its folder.
-      source: the SOURCE of `gmsop convert`.
-      options: options of the source.
-    """
+    """A data set of a study: the name of its folder, and the SOURCE and options of `gmsop convert`."""
 
     name: str
     source: str
@@ -122,8 +116,7 @@ class StudyRunner:
     """Executes the runs of a study one at a time in this process.
 
     Args:
-      study: the study.
-      path: its configuration file, with `get_config(method)`.
+      path: the study's configuration file, with `get_config(method)`.
       data_dir: the folder that contains the data sets.
       output: the folder for working directories.
       results: the folder for results, which are written to its subfolder with the name of the study.
@@ -233,12 +226,7 @@ def read_result(file: pathlib.Path) -> dict[str, Any]:
 
 
 def measure_split(workdir: pathlib.Path, split: str, data: ConfigDict) -> dict[str, Any]:
-    """Measures the last checkpoint of a run on a split.
-
-    Args:
-      workdir: the working directory of the run.
-      split: name of the split.
-      data: `config.data`; the data set may have moved since the run started.
+    """Measures the last checkpoint of a run on a split of `data`, which may have moved since the run started.
 
     Returns: `loss` (nats), `top1_error` and `balanced_error` (percent), and `confusion`, the number of images of each
       true class (row) that were predicted as each class (column). For a gate, also `gate_entropy`, the mean entropy of

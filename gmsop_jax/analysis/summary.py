@@ -15,15 +15,7 @@ HEADER = ["configuration", "network", "side", "features", "parameters", "GMAC", 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One configuration's network.
-
-    Attributes:
-      name: name of the configuration, with its argument.
-      network: short description of the network.
-      image_size: side of the images.
-      cost: the cost, counted from the code.
-      published: the published result; its fields are None where there is no value.
-    """
+    """A configuration and a short description of its network, with the counted cost and the published result."""
 
     name: str
     network: str

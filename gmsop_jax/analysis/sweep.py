@@ -31,14 +31,7 @@ class RunStopped(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep.
-
-    Attributes:
-      name: the name of its configuration.
-      seed: its seed.
-      workdir: its working directory.
-      command: the command that starts or resumes it.
-    """
+    """One run of a sweep: the name of its configuration, and the command that starts or resumes it."""
 
     name: str
     seed: int

@@ -1,5 +1,6 @@
 """The commands for data sets: convert, merge, inspect and verify."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,16 +55,7 @@ def run_convert(arguments: Sequence[str]) -> None:
         limit=args.limit,
         seed=args.seed,
         codec=args.codec,
-        options=Options(
-            size=args.size,
-            resize=args.resize,
-            val_fraction=args.val_fraction,
-            train_fraction=args.train_fraction,
-            fold=args.fold,
-            leave_out=args.leave_out,
-            follow_links=args.follow_links,
-            allow_partial=args.allow_partial,
-        ),
+        options=Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)}),
         shard_range=_shard_range(args.shard_range),
         max_unreadable=args.max_unreadable,
     )

@@ -5,6 +5,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from gmsop_jax.analysis import summary, sweep
 from gmsop_jax.analysis.study import Study, StudyData, StudyRunner, load_study
 from gmsop_jax.config import split_argument
@@ -144,12 +146,6 @@ def run_summary(arguments: Sequence[str]) -> None:
 
 
 def summarize_all(paths: Sequence[str]) -> list[summary.Row]:
-    """Summarises configurations, with a progress line on a terminal."""
-    rows, terminal = [], sys.stderr is not None and sys.stderr.isatty()
-    for i, path in enumerate(paths, 1):
-        if terminal:
-            print(f"\r{i}/{len(paths)}", end="", file=sys.stderr, flush=True)
-        rows.append(summary.summarize(path))
-    if terminal:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # clears the line
-    return rows
+    """Summarises configurations, with a progress bar on a terminal."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return [summary.summarize(path) for path in tqdm(paths, leave=False, disable=not terminal)]

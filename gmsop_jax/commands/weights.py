@@ -79,11 +79,7 @@ def run_import(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if not _is_matlab(options.file):
         weights = import_weights(
-            options.file,
-            options.output,
-            options.overrides,
-            classes=options.classes,
-            triangle=options.triangle or "row",
+            options.file, options.output, options.overrides, classes=options.classes, triangle=options.triangle or "row"
         )
         _report_torch(weights, options.file, options.output)
         return

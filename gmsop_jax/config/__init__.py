@@ -225,9 +225,7 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str, place: str = "the stored configuration") -> ConfigDict:
     """Reads what `to_json` returned. Missing fields, which were added later, have their defaults.
 
-    Args:
-      text: the JSON text.
-      place: where the text comes from, for error messages.
+    Error messages name the place where the text comes from.
 
     Raises:
       ConfigError: if the text is not JSON, or contains an unknown field or a value of another type.

@@ -69,14 +69,10 @@ class ConversionJob:
 
 @contextlib.contextmanager
 def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
-    """Reserves a part of a conversion for this process, and creates the output folder.
+    """Reserves a part of a conversion, (i, n) for the i-th of n, for this process, and creates the output folder.
 
     If another process converts the same part, or divides the shards in another way, waits until it has ended. If the
     conversion fails before it starts, the folder is left unchanged.
-
-    Args:
-      output: the folder of the data set.
-      part: (i, n) for the i-th of n parts.
 
     Raises: DataError if the folder contains anything else, or in place of an OSError, such as that of a full disk.
     """
@@ -182,10 +178,7 @@ def load(output: Path) -> ConversionJob:
 def read_notes(output: Path, task: ShardTask, verify: bool) -> tuple[Shard, Statistics] | None:
     """Returns a finished shard and its statistics, or None if the shard must be converted (again).
 
-    Args:
-      output: the folder of the data set.
-      task: the shard.
-      verify: whether to compare the checksum of the shard; if False, only its size is compared.
+    Its checksum is compared if `verify` is set, and otherwise only its size.
     """
     notes, file = read_state(output, task.file), output / task.file
     if notes is None or not file.is_file():
@@ -224,8 +217,6 @@ def join(output: Path, parts: Sequence[Path], max_unreadable: float) -> Manifest
       parts: other folders of the same conversion, whose shards are copied to `output`.
       max_unreadable: maximum fraction of unreadable images.
 
-    Returns: the manifest.
-
     Raises: DataError if shards are missing, a folder contains another conversion, or copying fails.
     """
     load(output)
@@ -256,8 +247,6 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
       output: the folder of the data set.
       max_unreadable: maximum fraction of unreadable images.
       verify: whether to compare the checksums of the shards, and not just their sizes.
-
-    Returns: the manifest.
 
     Raises: DataError if shards are missing, or too many images were unreadable.
     """

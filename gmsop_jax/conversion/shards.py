@@ -127,14 +127,10 @@ class Statistics:
 def write_shard(
     source: Source, task: ShardTask, rows: Iterable[int], output: Path, codec: Codec, tick: Callable[[], object]
 ) -> tuple[Shard, Statistics]:
-    """Writes one shard under a temporary name and renames it when it is complete.
+    """Writes one shard into the folder `output`, under a temporary name that is changed when it is complete.
 
     Args:
-      source: where the images come from.
-      task: the split and file name of the shard.
       rows: indices of the images in the source, in the order of the records.
-      output: the folder of the data set.
-      codec: format of the pixels in the records.
       tick: called after each image.
 
     Returns: the shard's entry in the manifest, and the statistics of its images.

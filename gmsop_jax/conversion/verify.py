@@ -18,16 +18,7 @@ _REMEDY = "convert the data set again"
 
 
 def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manifest:
-    """Compares the checksum of every shard, and every record, with the manifest.
-
-    Args:
-      directory: the folder of the data set.
-      progress: whether to show the progress on standard error.
-
-    Returns: the manifest, if everything agrees with it.
-
-    Raises: DataError for the first difference.
-    """
+    """Returns the manifest if every checksum and every record agrees with it; DataError for the first difference."""
     path = Path(directory)
     manifest = Manifest.load(path)
     manifest.verify_checksums(path)

@@ -83,11 +83,7 @@ Preparation = Centre | PaddedCrop | ResizedCrop
 
 
 def training_preparation(data: Any) -> Preparation:
-    """Creates the preparation of training images that `config.data.crop` names.
-
-    Args:
-      data: the section `data` of a configuration.
-    """
+    """Creates the preparation of training images that `crop` names in the section `data` of a configuration."""
     low, high = data.crop_area
     crops = {"padded": PaddedCrop(data.crop_padding), "resized": ResizedCrop((float(low), float(high)))}
     return {"none": Centre(0), **crops}[data.crop]
@@ -120,12 +116,7 @@ def middle(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def pad(pixels: Pixels, padding: int, colour: np.ndarray) -> np.ndarray:
-    """Pads images of one size on all sides.
-
-    Args:
-      pixels: n images [h, w, c].
-      padding: number of pixels to add on every side.
-      colour: colour of the padding, uint8 [3].
+    """Pads n images [h, w, c] of one size on every side with `padding` pixels of a colour, uint8 [3].
 
     Returns: uint8 [n, h + 2·padding, w + 2·padding, 3].
     """
@@ -137,15 +128,7 @@ def pad(pixels: Pixels, padding: int, colour: np.ndarray) -> np.ndarray:
 
 
 def windows(pixels: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crops each image to a window.
-
-    Args:
-      pixels: uint8 [n, h, w, c].
-      corners: top and left of each window, integers [n, 2].
-      size: height and width of the windows.
-
-    Returns: uint8 [n, *size, c].
-    """
+    """Crops images, uint8 [n, h, w, c], to windows [n, *size, c]; `corners` [n, 2] are the windows' tops and lefts."""
     count, height, _, channels = pixels.shape
     rows = pixels.reshape(count, height, -1)
     every = np.lib.stride_tricks.sliding_window_view(rows, (size[0], size[1] * channels), axis=(1, 2))

@@ -36,14 +36,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The images of one split.
-
-    Attributes:
-      num_images: number of images.
-      image_size: height and width, or None if the images differ in size.
-      class_counts: number of images of each class.
-      shards: the files, in order.
-    """
+    """The images of one split; `image_size` is None if the images differ in size."""
 
     num_images: int
     image_size: tuple[int, int] | None
@@ -56,13 +49,10 @@ class Manifest:
     """The contents of dataset.json.
 
     Attributes:
-      name: name of the data set.
       classes: names of the classes, in the order of the labels.
       mean_rgb: exact mean over all pixels of the training split, 0…255, [3].
       covariance_rgb: exact covariance of the channels over the same pixels, [3, 3].
-      splits: the splits by name.
       provenance: how the data set was made: source, files with their checksums, options, seed, tool version.
-      schema_version: version of this format.
     """
 
     name: str
@@ -105,11 +95,7 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], splits: Collection[str] | None = None) -> "Manifest":
-        """Reads dataset.json and compares the sizes of the shards with it.
-
-        Args:
-          directory: the data set.
-          splits: names of the splits whose shards are checked; all of them by default.
+        """Reads dataset.json and compares the sizes of the shards of some splits, by default all, with it.
 
         Raises:
           DataError: if the directory is not a data set, or is an incomplete one, if dataset.json is damaged or of
@@ -133,13 +119,9 @@ class Manifest:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """Compares the checksums of the shards, or of one process's part, with the manifest; this reads every byte.
+        """Compares the checksums of the shards of some splits, by default all, with the manifest; reads every byte.
 
-        Args:
-          directory: the data set.
-          splits: names of the splits whose shards are checked; all of them by default.
-          process_index: this process, which checks every `process_count`-th shard.
-          process_count: number of processes that share the work.
+        This process checks every `process_count`-th shard.
 
         Raises:
           DataError: if a shard is missing or its bytes changed.

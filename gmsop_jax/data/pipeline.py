@@ -132,9 +132,7 @@ def eval_batches(
     Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'mask': bool [b]}. The mask is False
       for padding, which consists of black images with label 0.
 
-    Raises:
-      DataError: as in `train_batches`.
-      FileAccessError: as in `train_batches`.
+    Raises: as `train_batches`.
     """
     batch_size, resize = evaluation.batch_size, evaluation.resize
     rows = _open(data, evaluation.split, manifest, Centre(resize), batch_size, process_index, process_count)

@@ -22,11 +22,7 @@ class Shuffle:
 
     A Feistel network: with a = ⌈√count⌉ and b = ⌈count / a⌉, an element is written as l + a·r. Each round adds to l
     (modulo a) a random number that r selects, then to r (modulo b) one that l selects. Each step is invertible, so this
-    permutes 0…ab − 1. A result that isn't below count is permuted again until it is.
-
-    Args:
-      count: number of elements, at least 1.
-      key: the key.
+    permutes 0…ab − 1. A result that isn't below count, which is at least 1, is permuted again until it is.
 
     Example:
       >>> shuffle = Shuffle(5, 0)

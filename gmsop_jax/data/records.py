@@ -88,9 +88,6 @@ def encode(image: np.ndarray, label: int, *, codec: Codec = "raw") -> bytes:
 def decode(record: bytes) -> Example:
     """Unpacks one record and verifies its checksum.
 
-    Args:
-      record: bytes that `encode` returned.
-
     Returns: {'image': uint8 [h, w, 3], 'label': int}.
 
     Raises:
@@ -104,12 +101,9 @@ def decode(record: bytes) -> Example:
 
 
 def decode_batch(records: Sequence[bytes]) -> tuple[np.ndarray | list[np.ndarray], np.ndarray]:
-    """Unpacks many records at once, with a single copy if they are raw and of one shape.
+    """Unpacks one or more records at once, with a single copy if they are raw and of one shape.
 
     The checksums of the records are not verified, since the ArrayRecord container has already verified its own.
-
-    Args:
-      records: at least one record.
 
     Returns: the pixels, uint8 [n, h, w, c] with c = 1 or 3, or a list of [h, w, c] if the shapes differ; and the
       labels, int32 [n].

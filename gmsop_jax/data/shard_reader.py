@@ -36,10 +36,6 @@ class ShardReader:
 
     At most `max_open_shards()` shards are open at a time; when there are more, the one opened first is closed. Threads
     may share a reader. A pickled copy opens its own files.
-
-    Args:
-      directory: the data set.
-      shards: those of the split, in order.
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:

@@ -23,11 +23,7 @@ class WorkerIterator(grain.DatasetIterator[Batch]):
 
     The workers block signals. A terminal or a cluster's scheduler sends a signal to all processes of a run, and the
     main process may need some more batches before it has saved its state. The workers end when the main process ends,
-    even if it is killed.
-
-    Args:
-      dataset: the batches, which are divided among the workers.
-      num_workers: number of processes.
+    even if it is killed. The batches are divided among the workers.
     """
 
     def __init__(self, dataset: grain.IterDataset[Batch], num_workers: int) -> None:

@@ -167,13 +167,7 @@ def export_safetensors(
 
 
 def load_safetensors(folder: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
-    """Loads a network that `export_safetensors` wrote, as `gmsop_jax.load` does.
-
-    Returns: `(model, variables)`.
-
-    Raises:
-      CheckpointError: if a file is missing or damaged, or the two don't match.
-    """
+    """Returns `(model, variables)` of a network that `export_safetensors` wrote; raises as `gmsop_jax.load`."""
     model, variables, _ = gmsop_jax.load(folder)
     return model, variables
 

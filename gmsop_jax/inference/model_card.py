@@ -49,13 +49,7 @@ _BASE = "imagenet64_gmsop"  # has the defaults of `default_config`, so that all 
 
 
 def model_card(info: Info, num_parameters: int, *, license_name: str) -> str:
-    """Describes a trained network in Markdown: data, recipe, result, command and licence.
-
-    Args:
-      info: the network.
-      num_parameters: number of its trained parameters.
-      license_name: the licence of the weights.
-    """
+    """Describes a trained network in Markdown: data, recipe, result, command and licence of the weights."""
     inputs, train = info.inputs, info.config.train
     shown = ", ".join(" ".join(name.split()).replace("|", "\\|") for name in inputs.classes[:10])
     return _TEMPLATE.format(

@@ -36,12 +36,10 @@ def run(
     still saved.
 
     Args:
-      checkpoint: a working directory, or the folder of one step in it.
-      inputs: images, folders, and lists of files; see `list_files`.
+      checkpoint, inputs, batch_size: see `Predictor`.
       top: number of most probable classes to print for each image.
       features: an .npz file for the features; see `FeatureFile`.
       output_format: one of `FORMATS`.
-      batch_size: number of images in a batch; by default `eval.batch_size` of the network's run.
 
     Returns: the exit status: 1 if a file could not be read, 0 otherwise.
 

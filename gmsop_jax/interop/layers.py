@@ -408,19 +408,7 @@ def _producers(layers: Mapping[str, Layer]) -> Any:
 
 
 # The hyperparameters that determine what a layer computes. Its size is that of its parameters.
-_COMPARED = (
-    "hasBias",
-    "pad",
-    "stride",
-    "dilate",
-    "epsilon",
-    "leak",
-    "method",
-    "coef",
-    "iterNum",
-    "topk",
-    "CM_num",
-)
+_COMPARED = ("hasBias", "pad", "stride", "dilate", "epsilon", "leak", "method", "coef", "iterNum", "topk", "CM_num")
 
 
 def _check_block(given: Layer, expected: Layer) -> None:

@@ -242,11 +242,9 @@ def save(
       path: the file, which is overwritten if it exists; the authors' script looks for `net-epoch-N.mat`.
       model_config: `config.model`, with num_classes set.
       variables: `params` and `batch_stats`, float32 or float64.
-      momentum: like `Checkpoint.momentum`; None stores zeros.
-      epoch: number of trained epochs.
-      balance_weight: α.
-      meta: like `Checkpoint.meta`; None stores an image size of 64×64 and a mean colour of 0.
-      stats: like `Checkpoint.stats`.
+      momentum: None stores zeros; like the next four, see `Checkpoint`.
+      epoch, balance_weight, stats: see `Checkpoint`.
+      meta: None stores an image size of 64×64 and a mean colour of 0.
       v73: whether to write MATLAB's HDF5 format, which is required for arrays of more than 2 GB.
 
     Raises:
@@ -273,10 +271,7 @@ def save(
 
 def _default_meta() -> dict[str, Any]:
     return {
-        "normalization": {
-            "imageSize": np.array([[64.0, 64.0, 3.0]]),
-            "averageImage": np.zeros((1, 3)),
-        },
+        "normalization": {"imageSize": np.array([[64.0, 64.0, 3.0]]), "averageImage": np.zeros((1, 3))},
         "inputSize": _matlab(["input", [64, 64, 3, 32]]),
     }
 

@@ -16,12 +16,7 @@ from gmsop_jax.data.manifest import FILE_NAME, Manifest
 from gmsop_jax.data.pipeline import steps_per_epoch
 from gmsop_jax.data.records import MAX_SIDE
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.interop.imported_run import (
-    initial_state,
-    to_float32,
-    without_checkpoints,
-    write_workdir,
-)
+from gmsop_jax.interop.imported_run import initial_state, to_float32, without_checkpoints, write_workdir
 from gmsop_jax.interop.matconvnet import Checkpoint, load_checkpoint
 from gmsop_jax.training.inputs import Inputs
 from gmsop_jax.training.step import TrainState
@@ -32,14 +27,10 @@ _MAX_IMAGES = 10**9  # a larger count in a file is ignored
 
 @dataclass(frozen=True)
 class ImportedRun:
-    """The result of an import.
+    """The result of an import: the configuration of the run, and the contents of the file.
 
-    Attributes:
-      config: the configuration of the run, as in its `config.json`.
-      checkpoint: the contents of the file.
-      step, epoch: the training progress.
-      mean_rgb_difference: the largest difference between the mean colours of the file and the data set; None if
-        either is unknown.
+    `mean_rgb_difference` is the largest difference between the mean colours of the file and the data set; None if
+    either is unknown.
     """
 
     config: ConfigDict

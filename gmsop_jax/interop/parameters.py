@@ -46,10 +46,6 @@ def from_params(params: Mapping[str, Any], num_selected: int = 8) -> tuple[Confi
 def to_params(model_config: ConfigDict, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Converts a model's variables to the authors' parameters, in the order of their network; inverts `from_params`.
 
-    Args:
-      model_config: `config.model`, with num_classes set.
-      variables: `params` and `batch_stats` of that model.
-
     Returns: name → NumPy array, in the shapes that `from_params` describes; vectors are [c].
 
     Raises:

@@ -20,12 +20,7 @@ _RESIZE = 256  # length of the shorter side before the centre crop, as in PyTorc
 
 @dataclass(frozen=True)
 class ImportedWeights:
-    """The result of an import.
-
-    Attributes:
-      config: the configuration of the run, as in its `config.json`.
-      num_parameters: the number of trained parameters.
-    """
+    """The result of an import: the configuration of the run, and the number of trained parameters."""
 
     config: ConfigDict
     num_parameters: int
@@ -59,7 +54,11 @@ def import_weights(
       ConfigError: if an override is not valid, or changes the network.
     """
     output = without_checkpoints(output)
-    model_config, variables = _read(path, triangle)
+    state = read_state(path)
+    try:
+        model_config, variables = from_torch(state, triangle=triangle)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     names = _class_names(classes, model_config.num_classes)
     config = run_config(model_config)
     configs.apply_overrides(config, overrides)
@@ -76,14 +75,6 @@ def run_config(model_config: ConfigDict) -> ConfigDict:
     config.model.update(model_config)
     config.data.image_size, config.eval.resize = IMAGE_SIZE, _RESIZE
     return config
-
-
-def _read(path: str | pathlib.Path, triangle: Literal["row", "column"]) -> tuple[ConfigDict, dict[str, Any]]:
-    state = read_state(path)
-    try:
-        return from_torch(state, triangle=triangle)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _class_names(file: str | pathlib.Path | None, number: int) -> tuple[str, ...]:

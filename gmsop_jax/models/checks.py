@@ -33,18 +33,8 @@ def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
 
 # Name of a field, which means the same in every module: (condition, description).
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_classes": _COUNT,
-    "num_heads": _COUNT,
-    "head_width": _COUNT,
-    "num_candidates": _COUNT,
-    "num_selected": _COUNT,
-    "num_iters": _COUNT,
-    "width": _COUNT,
-    "stride": _COUNT,
-    "stem_width": _COUNT,
-    "width_factor": _COUNT,
-    "groups": _COUNT,
-    "group_width": _COUNT,
+    **dict.fromkeys(("num_classes", "num_heads", "head_width", "num_candidates", "num_selected", "num_iters"), _COUNT),
+    **dict.fromkeys(("width", "stride", "stem_width", "width_factor", "groups", "group_width"), _COUNT),
     "candidate_widths": _WIDTHS,
     "stage_widths": _WIDTHS,
     "stage_strides": _WIDTHS,

@@ -140,11 +140,21 @@ class Gate(GateFields, PoolingFields):
             x = relu_convolution(self, x, width, f"conv{i}", train=train, where=where, batch_norm=True)
         features = self.pool_features(x, self.gate_order or 2, where)
         learned = self.gate_noise in ("image", "candidate")
+        kernel = self._kernel("kernel", features.shape[-1])
+        noise_kernel = self._kernel("noise_kernel", features.shape[-1]) if learned else None
+        noise = self._noise(features, train, gate_noise, noise_key)
+        return self.decide(features, kernel, noise_kernel, noise, where, tie_key)
+
+    @nn.nowrap
+    def decide(
+        self, features: Array, kernel: Array, noise_kernel: Array | None, noise: Any, where: Any, tie_key: Any
+    ) -> GateOutput:
+        """Calls `ops.apply_gate` with the settings of this gate."""
         return apply_gate(
             features,
-            self._kernel("kernel", features.shape[-1]),
-            self._kernel("noise_kernel", features.shape[-1]) if learned else None,
-            self._noise(features, train, gate_noise, noise_key),
+            kernel,
+            noise_kernel,
+            noise,
             num_selected=self.num_selected,
             gradient=self.gate_gradient,
             softmax=self.gate_softmax,

@@ -62,19 +62,7 @@ def without_gate(features: Array) -> dict[str, Array]:
 
 
 class _PoolingHead(CheckedModule):
-    """Projection → pooling → classifier.
-
-    Attributes:
-      num_classes: number of classes.
-      projection_widths: widths of the 1×1 convolutions before the pooling. They have no bias, and each is followed by
-        ReLU. With the `candidate_widths` of a mixture, `SecondOrderHead` is parametric SR-SOP: one candidate without
-        a gate.
-      projection_batch_norm: whether each of these convolutions has batch norm before its ReLU.
-      norm: creates these batch norms.
-      dtype: dtype of projection and classifier; None infers it from features and parameters.
-      pool_precision: precision of the matrix products in the pooling; None depends on the device, see
-        `ops.matrix_precision`.
-    """
+    """Projection → pooling → classifier. `SecondOrderHead` describes the fields."""
 
     num_classes: int
     projection_widths: Sequence[int] = ()
@@ -104,11 +92,8 @@ class _PoolingHead(CheckedModule):
 class GAPHead(_PoolingHead):
     """Global average pooling: f = c, or the last of `projection_widths`.
 
-    One projection to 512 or 8256 channels gives the paper's baselines -512d and -8256d.
-
-    Attributes:
-      num_classes: number of classes.
-      others: see `SecondOrderHead`.
+    One projection to 512 or 8256 channels gives the paper's baselines -512d and -8256d. For the fields, see
+    `SecondOrderHead`.
     """
 
     def _pool(self, x, where, train):
@@ -118,9 +103,7 @@ class GAPHead(_PoolingHead):
 class CovarianceHead(_PoolingHead):
     """Second-order pooling without normalisation (SOP): the upper triangle of the covariance, f = c(c + 1)/2.
 
-    Attributes:
-      num_classes: number of classes.
-      others: see `SecondOrderHead`.
+    For the fields, see `SecondOrderHead`.
     """
 
     def _pool(self, x, where, train):
@@ -167,7 +150,6 @@ class MPNCOVHead(_PoolingHead):
     """MPN-COV: powers of the covariance by eigendecomposition (Li et al. 2017), f = c(c + 1)/2.
 
     Attributes:
-      num_classes: number of classes.
       power: α of Σ^α; see `ops.matrix_power`.
       others: see `SecondOrderHead`.
     """
@@ -186,7 +168,6 @@ class CrossCovarianceHead(_PoolingHead):
     normalised by `ops.normalize_singular_value` (SoT, Xie et al. 2021). Pass the tokens without the class token.
 
     Attributes:
-      num_classes: number of classes.
       num_heads: number of heads, each with one cross-covariance matrix.
       head_width: r, the number of channels of a head's queries and keys.
       power: exponent α of the normalisation.
@@ -217,7 +198,6 @@ class DropCovHead(_PoolingHead):
     Training needs the RNG stream `dropout`.
 
     Attributes:
-      num_classes: number of classes.
       projection_widths, projection_batch_norm: see `SecondOrderHead`; the authors project to 256 channels with batch
         norm.
       axis_name: pmap or shard_map axis over which the batch is split. The dropout rate and mask are then those of the

@@ -78,11 +78,8 @@ class GatedMixture(_Candidates, GateFields):
     Only the selected candidates are computed.
 
     Attributes:
-      num_candidates: n, the number of candidates.
-      candidate_widths: widths of each candidate's convolutions; the last is d, the number of pooled channels.
+      num_candidates, candidate_widths, num_iters, coefficients, pool_precision, dtype: see `Mixture`.
       order: order of the candidates' pooling, 1 or 2; also that of the gate, unless `gate_order` is set.
-      num_iters, coefficients, pool_precision: see `PoolingFields`.
-      dtype: dtype of the convolutions; pooling, gate weights and result are at least float32.
       num_selected, gate_widths, gate_order, gate_noise, gate_softmax, gate_gradient, gate_init,
         balance_on, balance_ddof, axis_name, norm: see `Gate`.
       dispatch: see `ops.apply_candidates`.

@@ -116,10 +116,7 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
         "pool_precision": config.pool_precision or None,
         "axis_name": axis_name,
     }
-    return Network(
-        _create(*_BACKBONES[config.backbone], given, config),
-        _create(*_HEADS[config.head], given, config),
-    )
+    return Network(_create(*_BACKBONES[config.backbone], given, config), _create(*_HEADS[config.head], given, config))
 
 
 def _create(module: type[nn.Module], fixed: Mapping[str, Any], given: Mapping[str, Any], config: Any) -> nn.Module:

@@ -9,8 +9,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gmsop_jax import models
+from gmsop_jax.models.gate import shared_fields
 from gmsop_jax.nnx.heads import HEADS, Head
-from gmsop_jax.nnx.layers import fields_of
 from gmsop_jax.ops.triangle import triangle_side
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -50,7 +50,7 @@ def from_linen(head: nn.Module, variables: Mapping[str, Any], *, rngs: nnx.Rngs 
             f"variables must have the collections params and, for batch norm, batch_stats; got {sorted(variables)}"
         )
     params = flatten_dict(dict(variables["params"]))
-    fields = fields_of(head)
+    fields = shared_fields(head, type(head))
     num_classes = fields.pop("num_classes")
     module = classes[type(head)](
         _in_features(head, params), num_classes, rngs=nnx.Rngs(0) if rngs is None else rngs, **fields

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from gmsop_jax import models
 from gmsop_jax.models.checks import check_train
+from gmsop_jax.models.gate import shared_fields
 from gmsop_jax.models.layers import he_normal
 from gmsop_jax.ops import batch_norm, dropout, linear_logits
 from gmsop_jax.ops.arrays import AnyArray
@@ -44,10 +45,8 @@ class ModuleWithMode(nnx.Module):
 class BatchNorm(ModuleWithMode):
     """Batch normalisation over all axes but the last, with MatConvNet's running statistics; see `ops.batch_norm`.
 
-    Args:
-      num_features: number of channels.
-      rngs: not used, because all initial values are constants.
-      fields: the fields of `gmsop_jax.models.BatchNorm`: running_rate, epsilon, axis_name and dtype.
+    The fields are those of `gmsop_jax.models.BatchNorm`: running_rate, epsilon, axis_name and dtype. All initial values
+    are constants, so `rngs` is not used.
     """
 
     def __init__(self, num_features: int, *, rngs: nnx.Rngs, **fields: Any):
@@ -100,13 +99,7 @@ def make_norm(factory: Any, num_features: int, rngs: nnx.Rngs, **fields: Any) ->
             "an NNX head needs norm=gmsop_jax.models.BatchNorm or a functools.partial of it, but norm creates a"
             f" {type(norm).__name__}"
         )
-    return BatchNorm(num_features, rngs=rngs, **fields_of(norm))
-
-
-def fields_of(module: Any) -> dict[str, Any]:
-    """The fields of a Linen module, without `parent` and `name`."""
-    names = set(type(module).__dataclass_fields__) - {"parent", "name"}
-    return {name: getattr(module, name) for name in names}
+    return BatchNorm(num_features, rngs=rngs, **shared_fields(norm, models.BatchNorm))
 
 
 class ReluConvolutions(ModuleWithMode):

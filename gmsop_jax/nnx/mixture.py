@@ -16,23 +16,18 @@ from gmsop_jax.ops import (
     GateOutput,
     apply_all_candidates,
     apply_candidates,
-    apply_gate,
     draw_gate_noise,
     flatten_positions,
     mix_candidates,
 )
 from gmsop_jax.ops.arrays import AnyArray
 from gmsop_jax.ops.covariance import Where
-from gmsop_jax.ops.layers import nonempty_images
 
 
 class Gate(ReluConvolutions):
-    """Noisy top-K gate on pooled features (GM-SOP, eq. 3–6); see `gmsop_jax.models.Gate`.
+    """Noisy top-K gate on pooled features (GM-SOP, eq. 3–6), with the fields of `gmsop_jax.models.Gate`.
 
-    Args:
-      in_features: number of channels.
-      rngs: streams `params`, and `gating` for the draws in training.
-      fields: the fields of `gmsop_jax.models.Gate`.
+    `rngs` has the stream `params`, and `gating` for the draws in training.
     """
 
     def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
@@ -70,20 +65,8 @@ class Gate(ReluConvolutions):
             key=noise_key,
             axis_name=config.axis_name,
         )
-        return apply_gate(
-            features,
-            self.kernel[...],
-            self.noise_kernel[...] if hasattr(self, "noise_kernel") else None,
-            noise,
-            num_selected=config.num_selected,
-            gradient=config.gate_gradient,
-            softmax=config.gate_softmax,
-            balance_on=config.balance_on,
-            balance_ddof=config.balance_ddof,
-            where=nonempty_images(where),
-            tie_key=tie_key,
-            axis_name=config.axis_name,
-        )
+        noise_kernel = self.noise_kernel[...] if hasattr(self, "noise_kernel") else None
+        return config.decide(features, self.kernel[...], noise_kernel, noise, where, tie_key)
 
 
 class _Candidates(nnx.Module):
@@ -107,13 +90,7 @@ class _Candidates(nnx.Module):
 
 
 class Mixture(_Candidates):
-    """Pools features by all candidates, without a gate; see `gmsop_jax.models.Mixture`.
-
-    Args:
-      in_features: number of channels.
-      rngs: stream `params`.
-      fields: the fields of `gmsop_jax.models.Mixture`.
-    """
+    """Pools features by all candidates, without a gate, with the fields of `gmsop_jax.models.Mixture`."""
 
     def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
         self.config = models.Mixture(**fields)
@@ -129,12 +106,9 @@ class Mixture(_Candidates):
 
 
 class GatedMixture(_Candidates, ModuleWithMode):
-    """Pools features by the weighted sum of the candidates that the gate selects; see `gmsop_jax.models.GatedMixture`.
+    """Pools features by the weighted sum of the candidates that the gate selects.
 
-    Args:
-      in_features: number of channels.
-      rngs: streams `params`, and `gating` for the draws in training.
-      fields: the fields of `gmsop_jax.models.GatedMixture`.
+    The fields are those of `gmsop_jax.models.GatedMixture`, and `rngs` is that of `Gate`.
     """
 
     def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):

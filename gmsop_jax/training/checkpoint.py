@@ -60,7 +60,6 @@ class Checkpoints:
     temporary name, together with the checksums of its files, and renamed when it is complete.
 
     Attributes:
-      directory: the folder.
       set_aside: a message for each damaged checkpoint that was moved away when the folder was opened; only in the first
         process.
     """
@@ -68,10 +67,7 @@ class Checkpoints:
     def __init__(self, directory: str | pathlib.Path, *, keep: int | None = None, read_only: bool = False):
         """Opens the folder. Unless `read_only` is set, creates it if necessary, and moves damaged checkpoints away.
 
-        Args:
-          directory: the folder.
-          keep: number of latest checkpoints to keep, besides the best; None keeps all.
-          read_only: whether to only read the folder.
+        The latest `keep` checkpoints are kept, besides the best; None keeps all.
 
         Raises:
           CheckpointError: if all checkpoints are damaged, or the folder can't be written to.

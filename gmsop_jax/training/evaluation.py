@@ -21,13 +21,7 @@ COMPILING = "XLA is compiling the evaluation step, which takes minutes for large
 def create_evaluation(
     config: ConfigDict, manifest: Manifest, mean_rgb: tuple[float, float, float], mesh: jax.sharding.Mesh
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Creates the evaluation of a network on all images of `config.eval.split`.
-
-    Args:
-      config: a resolved configuration.
-      manifest: that of its data set.
-      mean_rgb: the mean colour that the network was trained with.
-      mesh: the devices.
+    """Creates the evaluation of a network, which was trained with `mean_rgb`, on all images of `config.eval.split`.
 
     Returns: a function that maps variables on all devices of the mesh (parameters and batch statistics, or their
       averages) to `loss` (nats), `top1_error`, `top5_error` (percent) and `candidate_use` (mean gate weights).
@@ -50,12 +44,9 @@ def create_evaluation(
 
 
 def verify_shards(data: Any, manifest: Manifest, splits: Collection[str] | None = None) -> None:
-    """Verifies the checksums of this process's part of the shards, if the configuration requests it.
+    """Verifies the checksums of this process's part of the shards of some splits, by default all.
 
-    Args:
-      data: `config.data`. Nothing is verified without `verify`, or if damaged records are to be skipped.
-      manifest: that of the data set.
-      splits: names of the splits to verify; all of them by default.
+    Nothing is verified without `config.data.verify`, or if damaged records are to be skipped.
 
     Raises:
       DataError: if a shard is missing or its bytes changed.

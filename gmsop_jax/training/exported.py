@@ -116,12 +116,7 @@ def read_description(folder: pathlib.Path) -> tuple[ConfigDict, Inputs]:
 def load_variables(
     folder: pathlib.Path, like: Mapping[str, Any], sharding: Sharding
 ) -> tuple[dict[str, Any], int, Mapping[str, Any] | None]:
-    """Loads the parameters and batch statistics of an exported network.
-
-    Args:
-      folder: the folder.
-      like: a tree of the shapes and dtypes that the network needs.
-      sharding: the sharding of each array.
+    """Loads the variables of an exported network; `like` is a tree of the shapes and dtypes that the network needs.
 
     Returns: (variables, step, metrics at that step).
 

@@ -77,7 +77,21 @@ class TensorBoard:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
-class WandB:
+class _Service:
+    """What the loggers of two packages with the same interface share."""
+
+    _run: Any
+
+    def record(self, step: int, values: Values) -> None:
+        """Logs scalars; the values of a list are numbered."""
+        self._run.log(_numbered(values), step=step)
+
+    def close(self) -> None:
+        """Finishes the run."""
+        self._run.finish()
+
+
+class WandB(_Service):
     """A `Logger` for Weights & Biases. Its environment variables, such as WANDB_PROJECT and WANDB_MODE, apply."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start_step: int):
@@ -86,16 +100,8 @@ class WandB:
         name = "/".join(workdir.absolute().parts[-2:])
         self._run = wandb.init(dir=str(workdir), config=dict(config), name=name, id=_run_id(workdir), resume="allow")
 
-    def record(self, step: int, values: Values) -> None:
-        """Logs scalars; the values of a list are numbered."""
-        self._run.log(_numbered(values), step=step)
 
-    def close(self) -> None:
-        """Finishes the run."""
-        self._run.finish()
-
-
-class Trackio:
+class Trackio(_Service):
     """A `Logger` for Trackio. The environment variable TRACKIO_PROJECT names the project (default: gmsop_jax)."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], start_step: int):
@@ -104,14 +110,6 @@ class Trackio:
         project = os.environ.get("TRACKIO_PROJECT", "gmsop_jax")
         name = f"{workdir.absolute().name}-{_run_id(workdir)}"
         self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow", embed=False)
-
-    def record(self, step: int, values: Values) -> None:
-        """Logs scalars; the values of a list are numbered."""
-        self._run.log(_numbered(values), step=step)
-
-    def close(self) -> None:
-        """Finishes the run."""
-        self._run.finish()
 
 
 _BACKENDS: dict[str, type[Logger]] = dict(zip(LOG_BACKENDS, (TensorBoard, WandB, Trackio), strict=True))

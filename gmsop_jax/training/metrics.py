@@ -25,9 +25,7 @@ class NonFiniteError(UserError):
 
 
 def count_errors(
-    logits: Float[Array, "b classes"],
-    labels: Int[Array, "b"],
-    mask: Bool[Array, "b"] | None = None,
+    logits: Float[Array, "b classes"], labels: Int[Array, "b"], mask: Bool[Array, "b"] | None = None
 ) -> dict[str, Int[Array, ""]]:
     """Counts the top-1 and top-5 errors of a batch.
 

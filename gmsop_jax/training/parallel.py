@@ -38,13 +38,7 @@ def check_eval_batch(batch_size: int, mesh: Mesh) -> None:
 
 
 def check_train_batches(train: Any, batch_norm: str, num_images: int, mesh: Mesh) -> None:
-    """Checks that the batches of an epoch can be split over devices and sub-batches.
-
-    Args:
-      train: the section `train` of a configuration.
-      batch_norm: `config.parallel.batch_norm`.
-      num_images: number of training images.
-      mesh: the devices.
+    """Checks that the batches of an epoch of `num_images` images can be split over devices and sub-batches.
 
     Raises:
       ConfigError: if a batch doesn't split evenly, if batch norm would compute its statistics from a single image, or

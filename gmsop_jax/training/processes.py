@@ -101,10 +101,7 @@ def first_process_does(action: Callable[[], object]) -> None:
 
 
 def check_same(values: Mapping[str, object]) -> None:
-    """Checks that all processes of a run have the same values.
-
-    Args:
-      values: the values to compare, by name.
+    """Checks that all processes of a run have the same values, which are given by name.
 
     Raises:
       ConfigError: in all processes, if a value differs from that of the first process; the message states both.

@@ -30,7 +30,6 @@ class Run:
 
     Attributes:
       config: the configuration, with the data set's number of classes filled in.
-      manifest: description of the data set.
       inputs: the properties of the data set on which the network depends.
       batches: maps the number of steps that are done to an endless iterator over the batches of the following steps,
         placed on the devices of this process.
@@ -39,7 +38,6 @@ class Run:
       train_step: (state, batch) → (state, metrics); donates the state's memory.
       evaluate: variables → metrics on `config.eval.split`.
       schedule: step, counted from 0 → learning rate.
-      steps_per_epoch: optimiser steps in an epoch.
       parameters: number of parameters.
       feature_dimension: width of the classifier's input.
       origin: describes what is copied from `config.train.init_from` to the initial state; empty without that.

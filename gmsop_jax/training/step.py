@@ -30,9 +30,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: number of optimiser steps that are done, an int32 scalar.
-      params: parameters.
       batch_stats: running statistics of batch norm; {} for a network without batch norm.
-      opt_state: state of the optimiser.
       ema: moving averages of `params` and `batch_stats`; None in a run without averages.
     """
 
@@ -56,13 +54,7 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(
     variables: Mapping[str, Any], optimizer: optax.GradientTransformation, *, averaged: bool = False
 ) -> TrainState:
-    """Creates the state before the first step.
-
-    Args:
-      variables: from `model.init`.
-      optimizer: from `create_optimizer`, or any optax optimiser.
-      averaged: whether to keep moving averages.
-    """
+    """Creates the state before the first step from the variables of `model.init`, with averages if `averaged`."""
     params = variables["params"]
     batch_stats = variables.get("batch_stats", {})
     state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
@@ -140,11 +132,7 @@ def swap_neighbours(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
 
 
 def mix_batch(batch: Mapping[str, Array], share: Float[Array, ""]) -> dict[str, Array]:
-    """Mixes each image with its neighbour: λ·x + (1 − λ)·x'.
-
-    Args:
-      batch: `image` [b, h, w, 3] and `label` [b]; other entries are passed through.
-      share: λ.
+    """Mixes each image in `image` [b, h, w, 3] with its neighbour: λ·x + (1 − λ)·x', where λ is `share`.
 
     Returns: the batch with float32 images, and the neighbour's label as `other_label`.
     """
@@ -154,20 +142,12 @@ def mix_batch(batch: Mapping[str, Array], share: Float[Array, ""]) -> dict[str, 
 
 
 def update_average(average: Any, new: Any, step: Array, decay: float) -> Any:
-    """Updates an exponential moving average of a tree of arrays.
+    """Updates an exponential moving average of a tree of arrays, where t (`step`) counts the steps before this one.
 
     a ← d·a + (1 − d)·new,  d = min(decay, (1 + t)/(10 + t))
 
     The average starts at the initial values. The smaller d of the first steps forgets them quickly: after
     ten steps, their weight is 10⁻⁵, whereas it would still be 99 % with a constant decay of 0.999.
-
-    Args:
-      average: a.
-      new: the same tree after the step.
-      step: t, the number of steps before this one.
-      decay: the largest d.
-
-    Returns: the new average.
     """
     d = jnp.minimum(decay, (1 + step) / (10 + step))
     return optax.incremental_update(new, average, 1 - d)

@@ -17,13 +17,9 @@ Path = tuple[str, ...]  # the path of an array: collection, backbone or head, â€
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A trained network that another one is initialised from.
+    """A trained network that another one is initialised from; `path` is the value of `config.train.init_from`.
 
-    Attributes:
-      path: the value of `config.train.init_from`.
-      step: number of optimiser steps for which it was trained.
-      mean_rgb: mean colour that was subtracted from its images.
-      variables: parameters and batch statistics in host memory; the averages, if its run computed them.
+    The variables are in host memory; they are the averages, if its run computed them.
     """
 
     path: str
@@ -71,11 +67,7 @@ def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], st
     """Chooses the arrays that are copied: the backbone, and each layer of the head that fits.
 
     A layer is copied only if all its arrays have the same shapes in both networks, because a bias is meaningless
-    without its kernel.
-
-    Args:
-      like: variables of the new network, or their shapes.
-      source: the other network.
+    without its kernel. `like` are the variables of the new network, or their shapes.
 
     Returns: (a mapping from paths to arrays, a message about them).
 

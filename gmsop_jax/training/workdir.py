@@ -56,11 +56,8 @@ def check_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
 class Workdir:
     """A working directory. Entering it creates the directory if it is missing, and locks it.
 
-    The first process holds the lock and writes for all processes. However that process ends, the lock ends with it.
-
-    Args:
-      path: the directory.
-      config: the resolved configuration, which is compared with `config.json`, or stored there if it is missing.
+    The first process holds the lock and writes for all processes. However that process ends, the lock ends with it. The
+    resolved configuration is compared with `config.json`, or stored there if it is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: ConfigDict):

@@ -22,8 +22,7 @@ class Writer:
     On a terminal it shows a progress bar; otherwise, as in a log file, it prints a line every few seconds.
 
     Args:
-      workdir: the working directory.
-      total_steps: number of steps of the whole run.
+      workdir, total_steps: of the whole run.
       start_step: number of steps that are already done. Records of later steps, which were written before an
         interruption and will be computed again, are removed.
       enabled: whether this process logs anything.

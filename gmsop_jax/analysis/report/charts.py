@@ -45,13 +45,7 @@ _CONFIG: Spec = {
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart for the page.
-
-    Attributes:
-      title: the heading.
-      svg: the chart as a picture.
-      spec: the Vega-Lite specification, from which the page draws an interactive chart.
-    """
+    """A chart as a picture, and as a Vega-Lite specification, from which the page draws an interactive chart."""
 
     title: str
     svg: str

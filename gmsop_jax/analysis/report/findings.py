@@ -21,12 +21,7 @@ _MAX_CLASSES = 3  # maximum number of classes that are named for each candidate
 
 
 def describe(predictions: Predictions, num_selected: int) -> list[str]:
-    """Returns paragraphs about the errors of a network and, if it has a gate, about its candidates.
-
-    Args:
-      predictions: the predictions.
-      num_selected: number k of candidates that each image selects.
-    """
+    """Returns paragraphs about the errors of a network and, if it has a gate, about its candidates."""
     paragraphs = [_errors(predictions)]
     if predictions.errors is not None:
         paragraphs += [

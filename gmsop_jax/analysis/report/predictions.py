@@ -27,8 +27,6 @@ class Predictions:
     """Predictions and gate weights for the images of a split.
 
     Attributes:
-      classes: class names.
-      split: name of the split.
       total: number of images in the split, of which m are used.
       labels: true classes [m].
       predicted: most probable classes [m].

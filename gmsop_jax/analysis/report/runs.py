@@ -19,11 +19,9 @@ class Run:
 
     Attributes:
       name: name of the folder, or a longer suffix of its path that distinguishes it from other runs.
-      workdir: the folder.
       config: the resolved configuration.
       records: the records of `metrics.jsonl`.
       result: the contents of `result.json`, or {} if the run is not finished.
-      inputs: the classes, image size and data set of the run.
     """
 
     name: str

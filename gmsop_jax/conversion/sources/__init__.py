@@ -146,13 +146,7 @@ class Request:
 
 
 def open_source(name: str, request: Request) -> Source:
-    """Opens a data set in another format.
-
-    Args:
-      name: one of `NAMES`.
-      request: the input path and the options.
-
-    Returns: the opened source.
+    """Opens a data set in another format, whose name is one of `NAMES`.
 
     Raises:
       ConfigError: if the name is unknown, or the source does not accept an option.

@@ -38,13 +38,7 @@ _MAX_FILE_BYTES = 2**24  # the drawings have a few thousand bytes, and the list 
 
 @dataclasses.dataclass(frozen=True)
 class Vendor:
-    """Where the drawings of a vendor are.
-
-    Attributes:
-      tarball: the beginning of the tarball's name, which is followed by a version.
-      folder: the folder of the drawings in the tarball; each file is named after its code points.
-      licence: the licence of the drawings.
-    """
+    """The beginning of the name of a vendor's tarball, the folder of the drawings in it, and their licence."""
 
     tarball: str
     folder: str

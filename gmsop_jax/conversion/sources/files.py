@@ -35,16 +35,7 @@ _ZIP_ERRORS = (
     IndexError,
 )
 # RecursionError: headers within headers; MemoryError and OverflowError: impossible sizes.
-_TAR_ERRORS = (
-    tarfile.TarError,
-    zlib.error,
-    OSError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-)
+_TAR_ERRORS = (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 _HEADER_ERRORS = (ValueError, TypeError, EOFError, OverflowError, SyntaxError, tokenize.TokenError, MemoryError)
 
 

@@ -52,7 +52,6 @@ def stratified_parts(strata: np.ndarray, seed: int) -> np.ndarray:
 
     Args:
       strata: the stratum of each row, non-negative int [n].
-      seed: seed of the division.
 
     Returns: the part of each row, 0 to 9, int [n]. The sizes of the parts differ by at most one, within every stratum
       and in total.
@@ -74,11 +73,7 @@ def stratified_parts(strata: np.ndarray, seed: int) -> np.ndarray:
 def fold_masks(parts: np.ndarray, fold: int) -> dict[str, np.ndarray]:
     """Returns masks of the rows in `train` (70 %), `val` (10 %) and `test` (20 %) of a fold, bool [n] each.
 
-    Every row is in the split `test` of exactly one of the five folds.
-
-    Args:
-      parts: from `stratified_parts`.
-      fold: number of the fold, 0 to 4.
+    Every row is in the split `test` of exactly one of the five folds. `parts` are from `stratified_parts`.
     """
     test = parts // 2 == fold
     val = parts == (2 * fold + 2) % _PARTS
@@ -92,7 +87,6 @@ def subset(rows: np.ndarray, labels: np.ndarray, fraction: float | None, seed: i
       rows: numbers of the images to choose from, int [m].
       labels: the class of each image of the table, int [n].
       fraction: the fraction to keep; None keeps all rows.
-      seed: seed of the choice.
 
     Returns: the rows that are kept, in ascending order.
     """

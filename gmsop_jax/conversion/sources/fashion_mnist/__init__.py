@@ -18,18 +18,7 @@ from gmsop_jax.errors import DataError
 from gmsop_jax.files import Budget
 
 OPTIONS = frozenset({"val_fraction", "train_fraction"})
-CLASSES = (
-    "t-shirt/top",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+CLASSES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _SAMPLE = Path(__file__).parent / "sample.npz"
 _SHAPE = (28, 28)
 Part = tuple[np.ndarray, np.ndarray]  # images, uint8 [n, 28, 28], and labels, uint8 [n]
