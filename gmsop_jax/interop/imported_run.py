@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
 
 
 def without_checkpoints(folder: str | pathlib.Path) -> pathlib.Path:
-    """Returns the absolute path of a folder. Raises CheckpointError if it contains checkpoints, to keep those."""
+    """Returns a folder's absolute path. Raises CheckpointError if it contains checkpoints, which are never replaced."""
     folder = pathlib.Path(folder).absolute()
     if steps_on_disk(folder / DIRECTORY):
         raise CheckpointError(f"{folder} already contains checkpoints; give a new folder with --output")

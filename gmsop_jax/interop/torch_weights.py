@@ -93,7 +93,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         arrays = load_file(path)
     except AttributeError as error:  # the package looks the type up in NumPy, which has no fp8
-        raise CheckpointError(f"{path}: {error}, the type of an array; save it as float32") from error
+        raise CheckpointError(f"{path}: NumPy lacks the type of an array ({error}); save it as float32") from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} can't be read as safetensors ({error}); copy or download it again") from error
     half = ("float16", "bfloat16")
@@ -106,7 +106,7 @@ def _read_torch(path: pathlib.Path) -> Any:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise CheckpointError(
-            f"reading {path} needs PyTorch: pip install torch, or save the weights as .safetensors where PyTorch is"
+            f"reading {path} needs PyTorch: pip install torch, or save the weights as .safetensors with PyTorch"
         ) from error
     try:
         # A Namespace only stores attributes, so creating one executes no code from the file.

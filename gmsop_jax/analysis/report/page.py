@@ -169,7 +169,7 @@ def _galleries(predictions: Predictions) -> list[tuple[str, list[Card]]]:
 def _ranked(
     predictions: Predictions, values: np.ndarray, mirrored: np.ndarray, rows: np.ndarray, count: int
 ) -> list[Card]:
-    """The cards of the first of ranked images, or no card if they do not stand out from those that are ranked."""
+    """The cards of the first ranked images; none if they do not stand out from the other images."""
     place = np.arange(min(count, len(rows)))
     return _cards(predictions, rows[place]) if stands_out(values[rows], mirrored[rows], place) else []
 
