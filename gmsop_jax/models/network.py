@@ -98,8 +98,8 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
       >>> config.num_classes = 10
       >>> images = jnp.zeros((2, 32, 32, 3))
       >>> model = create_model(config)
-      >>> variables = model.init(jax.random.key(0), images)
-      >>> logits, aux = model.apply(variables, images)
+      >>> variables = jax.jit(model.init)(jax.random.key(0), images)
+      >>> logits, aux = jax.jit(model.apply)(variables, images)
       >>> logits.shape, aux["features"].shape, aux["gate_weights"].shape
       ((2, 10), (2, 8256), (2, 16))
     """

@@ -5,13 +5,14 @@ import functools
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from ml_collections import FrozenConfigDict
 
 from gmsop_jax.analysis.scaling import count
 from gmsop_jax.config import ConfigDict, default_config, model_defaults
@@ -28,7 +29,8 @@ from gmsop_jax.training.step import TrainState, create_state, make_train_step, n
 MEAN_RGB = (70.0, 80.0, 90.0)
 
 
-def small_model(head: str = "gmsop", dropout_rate: float = 0.3) -> ConfigDict:
+def small_model(head: str = "gmsop", **fields: Any) -> ConfigDict:
+    """The configuration of a small network. It is hashable, for functions that cache their results."""
     c = model_defaults()
     c.head = head
     c.num_classes = 8
@@ -40,8 +42,9 @@ def small_model(head: str = "gmsop", dropout_rate: float = 0.3) -> ConfigDict:
     c.num_selected = 2
     c.candidate_widths = (8,)
     c.gate_widths = (4,)
-    c.dropout_rate = dropout_rate
-    return c
+    c.dropout_rate = 0.3
+    c.update(fields)
+    return cast(ConfigDict, FrozenConfigDict(c))
 
 
 def batches(count: int, size: int, side: int = 8) -> list[dict[str, np.ndarray]]:
@@ -67,22 +70,32 @@ def data_config(folder: Path, num_images: int) -> ConfigDict:
     return config
 
 
+def create_initial_state(model: ConfigDict, side: int = 8, averaged: bool = False) -> TrainState:
+    variables = create_model(model).init(jax.random.key(1), jnp.zeros((1, side, side, 3)))
+    sgd = create_optimizer(default_config().train, lambda _: 0.05, model.pixel_scale)
+    return create_state(variables, sgd, averaged=averaged)
+
+
+@functools.cache
+def initial_state(model: ConfigDict, averaged: bool = False) -> TrainState:
+    """The same for any number of devices, which a step may donate: so it is kept on the host."""
+    return jax.device_get(jax.jit(functools.partial(create_initial_state, model, averaged=averaged))())
+
+
 class Trainer:
     """What `train.py` does with a step, without files."""
 
     def __init__(
         self,
         num_devices: int,
-        model: ConfigDict | None = None,
+        model: ConfigDict,
         *,
         mode: str = "jit",
         per_device_bn: bool = False,
         sub_batches: int = 1,
-        side: int = 8,
         averaged: bool = False,
         **training: Any,
     ):
-        model = model or small_model()
         self.mesh = parallel.create_mesh(jax.devices()[:num_devices])
         train = default_config().train
         train.update(training, sub_batches=sub_batches)
@@ -96,13 +109,8 @@ class Trainer:
             balance_ddof=model.balance_ddof,
             axis_name=AXIS,
         )
-
-        def initial() -> TrainState:
-            variables = create_model(model).init(jax.random.key(1), jnp.zeros((1, side, side, 3)))
-            return create_state(variables, sgd, averaged=averaged)
-
-        self.initial = jax.jit(initial, out_shardings=parallel.replicated(self.mesh))
         self.step, self.place = parallel.compile_train_step(step, self.mesh, mode)
+        self.initial = lambda: parallel.replicate(initial_state(model, averaged), self.mesh)
 
     def run(self, data: list[dict[str, np.ndarray]], state: TrainState | None = None) -> tuple[TrainState, np.ndarray]:
         """Trains; returns (state, losses and balance losses [steps, 2])."""
@@ -115,6 +123,14 @@ class Trainer:
         return current, np.array(logged)
 
 
+_trainer = functools.cache(Trainer)
+
+
+def trainer(num_devices: int, model: ConfigDict | None = None, mode: str = "jit", **options: Any) -> Trainer:
+    """Returns the trainer that all test cases with the same arguments share, because its step compiles for seconds."""
+    return _trainer(num_devices, model or small_model(), mode=mode, **options)
+
+
 def assert_same(a, b, rtol: float = 2e-4, atol: float = 2e-4) -> None:
     a, b = jax.device_get((a, b))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
@@ -122,7 +138,7 @@ def assert_same(a, b, rtol: float = 2e-4, atol: float = 2e-4) -> None:
 
 @functools.cache
 def one_device():
-    return Trainer(1).run(batches(3, 16))
+    return trainer(1).run(batches(3, 16))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +147,7 @@ def one_device():
     ids=["jit", "pmap"],
 )
 def test_eight_devices_train_as_one(options):
-    state, logged = Trainer(8, **options).run(batches(3, 16))
+    state, logged = trainer(8, **options).run(batches(3, 16))
     expected_state, expected = one_device()
     np.testing.assert_allclose(logged, expected, rtol=1e-5)
     assert_same(state, expected_state)
@@ -140,12 +156,12 @@ def test_eight_devices_train_as_one(options):
 def test_mixup_and_averages_on_eight_devices():
     training = {"mixup_alpha": 0.4, "label_smoothing": 0.1, "ema_decay": 0.9, "averaged": True}
     model, data = small_model("gap"), batches(2, 16)
-    expected_state, expected = Trainer(1, model, **training).run(data)
+    expected_state, expected = trainer(1, model, **training).run(data)
     for mode in ("jit", "pmap"):
-        state, logged = Trainer(8, model, mode=mode, **training).run(data)
+        state, logged = trainer(8, model, mode=mode, **training).run(data)
         np.testing.assert_allclose(logged, expected, rtol=1e-5)
         assert_same(state, expected_state)
-    _, plain = Trainer(1, model).run(data)
+    _, plain = trainer(1, model).run(data)
     assert np.abs(plain[:, 0] / expected[:, 0] - 1).max() > 1e-3
 
 
@@ -207,8 +223,8 @@ SLOW_PMAP = pytest.param("pmap", marks=pytest.mark.slow)
 def test_smaller_last_batch(mode):
     data = [*batches(1, 16), *batches(1, 8)]
     model = small_model("gap")
-    state, logged = Trainer(8, model, mode=mode).run(data)
-    expected_state, expected = Trainer(1, model).run(data)
+    state, logged = trainer(8, model, mode=mode).run(data)
+    expected_state, expected = trainer(1, model).run(data)
     np.testing.assert_allclose(logged, expected, rtol=1e-5)
     assert_same(state, expected_state)
 
@@ -216,22 +232,21 @@ def test_smaller_last_batch(mode):
 @pytest.mark.parametrize("mode", ["jit", SLOW_PMAP])
 def test_batch_norm_per_device_is_that_of_sub_batches(mode):
     """Two devices that normalise by themselves do what one does with two sub-batches."""
-    model = small_model(dropout_rate=0.0)
-    model.num_candidates = model.num_selected = 2  # no draw of candidates
+    model = small_model(dropout_rate=0.0, num_candidates=2, num_selected=2)  # no draw of candidates
     data = [{**batch, "gate_noise": np.linspace(-1, 1, 16, dtype=np.float32)} for batch in batches(2, 16)]
     interleaved = np.arange(16).reshape(2, 8).T.reshape(-1)  # sub-batch j has the rows j, j + 2, …
     parts = [{name: x[interleaved] for name, x in batch.items()} for batch in data]
-    state, logged = Trainer(2, model, mode=mode, per_device_bn=True).run(data)
-    expected_state, expected = Trainer(1, model, sub_batches=2).run(parts)
+    state, logged = trainer(2, model, mode=mode, per_device_bn=True).run(data)
+    expected_state, expected = trainer(1, model, sub_batches=2).run(parts)
     np.testing.assert_allclose(logged, expected, rtol=1e-5)
     assert_same(state, expected_state)
 
 
 @pytest.mark.slow
 def test_sub_batches_on_many_devices():
-    state, logged = Trainer(4, sub_batches=2).run(batches(2, 16))
-    for trainer in (Trainer(1, sub_batches=2), Trainer(4, sub_batches=2, mode="pmap")):
-        other_state, other = trainer.run(batches(2, 16))
+    state, logged = trainer(4, sub_batches=2).run(batches(2, 16))
+    for other_trainer in (trainer(1, sub_batches=2), trainer(4, sub_batches=2, mode="pmap")):
+        other_state, other = other_trainer.run(batches(2, 16))
         np.testing.assert_allclose(logged, other, rtol=1e-5)
         assert_same(state, other_state)
 
@@ -239,12 +254,11 @@ def test_sub_batches_on_many_devices():
 @pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_checkpoint_goes_onto_other_devices(tmp_path: Path, num_devices):
     data = batches(3, 16)
-    trainer = Trainer(8)
-    state, _ = trainer.run(data[:2])
+    state, _ = trainer(8).run(data[:2])
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(state, Progress(2, 0, 1.0))
         checkpoints.wait()
-        other = Trainer(num_devices)
+        other = trainer(num_devices)
         sharding = parallel.replicated(other.mesh)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
         restored, progress = checkpoints.restore(like, 2)
@@ -259,7 +273,7 @@ def test_checkpoint_goes_onto_other_devices(tmp_path: Path, num_devices):
 def training_pass(axis_name: str | None):
     """(variables, images, labels' worth of rows) → (logits, balance loss), with noise, ties and dropout."""
     model = create_model(small_model(), axis_name=axis_name)
-    variables = create_model(small_model()).init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
+    variables = initial_state(small_model()).variables
     rngs = {"gating": jax.random.key(2), "dropout": jax.random.key(3)}
 
     def apply(images):
@@ -314,8 +328,8 @@ def collectives(program: str) -> tuple[set[str], int, int]:
 @pytest.mark.parametrize("head", ["gmsop", pytest.param("srsop", marks=pytest.mark.slow)])
 def test_collectives_are_those_of_the_count(mode, head):
     model = small_model(head)
-    trainer, counts = Trainer(8, model, mode=mode), count(model, 8)
-    program = trainer.step.lower(trainer.initial(), trainer.place(batches(1, 16)[0])).compile().as_text()
+    trained, counts = trainer(8, model, mode=mode), count(model, 8)
+    program = trained.step.lower(trained.initial(), trained.place(batches(1, 16)[0])).compile().as_text()
     kinds, number, size = collectives(program)
     assert kinds == {"all-reduce"}
     # XLA sends equal sums once: the bias gradients of a block's last two batch norms
@@ -328,8 +342,11 @@ def test_collectives_of_the_published_network():
     """GM-SOP-16-8 on ResNet-18, 64×64, 1,000 classes: the figure of docs/scaling.md."""
     model = model_defaults()
     model.num_classes = 1000
-    trainer = Trainer(8, model, side=64)
-    program = trainer.step.lower(trainer.initial(), trainer.place(batches(1, 8, side=64)[0])).compile().as_text()
+    published = trainer(8, cast(ConfigDict, FrozenConfigDict(model)))
+    sharding = parallel.replicated(published.mesh)
+    state = jax.eval_shape(functools.partial(create_initial_state, model, side=64))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+    program = published.step.lower(state, published.place(batches(1, 8, side=64)[0])).compile().as_text()
     kinds, number, size = collectives(program)
     counts = count(model, 64)
     assert kinds == {"all-reduce"}
