@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command: str | Path, folder: Path) -> str:
     """Runs a command in a folder without a way to the checkout; returns what it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

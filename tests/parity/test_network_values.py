@@ -21,7 +21,7 @@ from gmsop_jax.models.layers import Dropout
 from gmsop_jax.training.optimizer import create_optimizer
 from gmsop_jax.training.step import create_state, cross_entropy, make_train_step
 
-pytestmark = pytest.mark.usefixtures("optimized")  # the networks take longer to run than to compile
+pytestmark = pytest.mark.usefixtures("optimized")
 
 NETWORKS = cases("nets/*.npz")
 by_name: Any = {"ids": lambda path: path.stem}
