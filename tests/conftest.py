@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jaxlib
 import jaxtyping
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Without LLVM's optimisations (see `compile_quickly`), XLA's older emitters of fused loops compile a training step in a
-# third of the time. A jaxlib that drops the flag ends every process with "Unknown flag"; then delete this line.
-os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
+# third of the time. jaxlib 0.12 no longer has them, and ends every process that sets the flag.
+if jaxlib.version.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
 # Under nohup or in the background of a script, these signals are ignored, also in the processes that tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
