@@ -113,7 +113,7 @@ def draw(steps: Steps) -> Figure:
     parts: Any = figure.subfigures(1, 5, width_ratios=widths, wspace=0.02)
     _picture(parts[0], steps.image, "image", f"{steps.image.shape[0]} × {steps.image.shape[1]}")
     h, w, c = steps.maps.shape
-    _picture(parts[1], _tiles(steps.maps), "backbone", f"map of features, {h} × {w} × {c}", cmap="viridis")
+    _picture(parts[1], _tiles(steps.maps), "backbone", f"feature map, {h} × {w} × {c}", cmap="viridis")
     _draw_gate(parts[2], steps)
     d = len(steps.fused)
     below = f"{d} × {d}; the upper triangle\nis the feature: {d * (d + 1) // 2} numbers"
