@@ -81,8 +81,8 @@ def choose(like: Mapping[str, Any], source: Source) -> tuple[dict[Path, Any], st
         if here != there:
             if path[1] == "backbone":
                 raise ConfigError(
-                    f"config.train.init_from = {source.path!r} has another backbone: {'/'.join(path)} has the shape"
-                    f" {there} there and {here} here; set the fields of config.model as in that run's config.json"
+                    f"config.train.init_from = {source.path!r} has another backbone: {'/'.join(path)} is {there}"
+                    f" there and {here} here; set the fields of config.model as in that run's config.json"
                 )
             if path in ours:
                 new_layers.add(path[1:-1])

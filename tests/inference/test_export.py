@@ -182,7 +182,7 @@ def test_a_repository_is_downloaded_by_its_name(trained_run, safetensors, tmp_pa
 def test_an_exported_folder_is_not_taken_for_a_run(safetensors, capsys):
     folder = str(safetensors.files[0].parent)
     assert main(["report", folder]) == 2
-    assert "is that of an exported network; give the working directory of a training run" in capsys.readouterr().err
+    assert "belongs to an exported network; give the working directory of a training run" in capsys.readouterr().err
 
 
 def test_the_working_directory_of_a_run_is_not_overwritten(trained_run):

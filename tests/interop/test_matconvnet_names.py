@@ -164,10 +164,10 @@ ZEROS = np.zeros((1, 1, 6, 5), np.float32)
         (_with("CM_2_a_f", np.zeros((1, 1, 6, 4), np.float32)), r"'CM_2_a_f' has shape \(1, 1, 6, 4\).*\(1, 1, 6, 5\)"),
         (_with("conv1_b", np.zeros(7, np.float32)), r"'conv1_b' has shape \(7,\)"),
         (_with("conv1_bn_m", np.zeros(5, np.float32)), "'conv1_bn_m' has shape"),
-        (_with("gating_w", np.zeros((7, 3), np.float32)), r"'gating_w' has 7 rows; 3 channels give 3.*6"),
+        (_with("gating_w", np.zeros((7, 3), np.float32)), r"'gating_w' has 7 rows, but 3 channels give 3.*6"),
         (
             _with("prediction_f", np.zeros((1, 1, 7, 3), np.float32)),
-            r"'prediction_f' has 7 rows; 3 channels give 3.*6",
+            r"'prediction_f' has 7 rows, but 3 channels give 3.*6",
         ),
         (_with("conv1_b", np.zeros(5, np.int32)), "'conv1_b' is of type int32"),
         (lambda params: params.clear(), "conv2_1a_f"),
