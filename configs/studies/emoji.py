@@ -23,8 +23,9 @@ STUDY = Study(
     notes="""\
 The data are 1,852 emoji, each drawn by Google, Twitter and Microsoft. The classes are nine groups of emoji. The three
 drawings of an emoji are in the same split: 70 % of the emoji are for training, 10 % for validation and 20 % for
-testing. The learning rate is 0.05 for all methods, and each method chooses whether that of its classifier is a tenth of
-it. Runs with a learning rate of 0.1 were begun, but not completed for all methods, and are not used.""",
+testing. Networks are trained for 10 epochs. The learning rate is 0.05 for all methods, and each method chooses whether
+that of its classifier is a tenth of it. Runs with a learning rate of 0.1 were begun, but not completed for all methods,
+and are not used.""",
 )
 
 
