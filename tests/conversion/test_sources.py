@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import shutil
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -48,7 +49,8 @@ def test_unknown_source_and_option(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"fashion-mnist"}))
-def test_input_is_needed_and_must_exist(name: str, tmp_path: Path):
+def test_input_is_needed_and_must_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "elpv_dataset", None)  # as if it were not installed
     with pytest.raises(DataError, match="needs --input"):
         opened(name, None, tmp_path)
     with pytest.raises(DataError, match="does not exist"):

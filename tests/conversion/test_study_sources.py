@@ -109,11 +109,12 @@ def test_elpv(tmp_path: Path):
 
 
 def test_elpv_is_found_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "elpv_dataset", None)  # as if it were not installed
     with pytest.raises(DataError, match="pip install elpv-dataset"):
         opened("elpv", None, tmp_path)
     write_elpv(tmp_path / "elpv_dataset")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "elpv_dataset", raising=False)
+    monkeypatch.delitem(sys.modules, "elpv_dataset")
     assert opened("elpv", None, tmp_path).load("test", 0)[0].shape == (300, 300, 3)
 
 
