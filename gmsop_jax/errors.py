@@ -61,7 +61,7 @@ def reason(error: Exception) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 1, quote: bool = False, otherwise: str = "") -> str:
-    """Suggests up to `limit` similar names; if there are none, returns `otherwise`, or a list of all known names.
+    """Suggests up to `limit` similar names, or returns `otherwise` (by default, a list of the known names).
 
     Example:
       >>> did_you_mean("bacth_size", ["batch_size", "seed"])

@@ -65,18 +65,18 @@ def test_every_package_has_a_place():
     assert found == {*ALLOWED, "__init__"}
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_imports_run_downwards(room):
-    members = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else files(room)
-    ground = GROUND if room not in GROUND | {"ops", "models", "nnx"} else set()
-    allowed = {f"gmsop_jax.{name}" for name in {room} | ALLOWED[room] | ground}
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_downwards(package):
+    members = [PACKAGE / f"{package}.py"] if (PACKAGE / f"{package}.py").exists() else files(package)
+    ground = GROUND if package not in GROUND | {"ops", "models", "nnx"} else set()
+    allowed = {f"gmsop_jax.{name}" for name in {package} | ALLOWED[package] | ground}
     for file in members:
         wrong = imports_any(file, "gmsop_jax") - imports_any(file, *allowed)
         assert not wrong - {"gmsop_jax"}, f"{name(file)} may not import {wrong}"
 
 
 @pytest.mark.parametrize(
-    ("room", "libraries"),
+    ("package", "libraries"),
     [
         ("ops", {"jax", "numpy", "jaxtyping"}),
         ("models", {"jax", "flax", "numpy", "jaxtyping"}),
@@ -84,8 +84,8 @@ def test_imports_run_downwards(room):
         ("data", {"numpy", "absl", "grain", "array_record", "PIL"}),
     ],
 )
-def test_libraries_of_the_lower_packages(room, libraries):
-    for file in files(room):
+def test_libraries_of_the_lower_packages(package, libraries):
+    for file in files(package):
         used = {item.partition(".")[0] for item in imports(file)} - {"gmsop_jax"}
         assert not used - libraries - sys.stdlib_module_names, name(file)
 
@@ -170,10 +170,10 @@ def keyword_defaults(tree: ast.Module) -> set[tuple[str, str]]:
     return {(name, ast.unparse(value)) for name, value in pairs if value is not None}
 
 
-@pytest.mark.parametrize("room", ["data", "training"])
-def test_no_default_of_the_configuration_is_written_twice(room):
+@pytest.mark.parametrize("package", ["data", "training"])
+def test_no_default_of_the_configuration_is_written_twice(package):
     defaults = {(name.rpartition(".")[2], repr(field.default)) for name, field in FIELDS.items()}
-    for file in files(room):
+    for file in files(package):
         repeated = keyword_defaults(ast.parse(file.read_text())) & defaults
         assert not repeated, f"{name(file)} repeats {repeated}: take the section of the configuration instead"
 

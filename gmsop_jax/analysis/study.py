@@ -314,7 +314,7 @@ def _changed_fields(config: ConfigDict) -> dict[str, Any]:
 
 
 def find_commit(file: pathlib.Path) -> str:
-    """Returns the commit of the repository that tracks a file, with `-dirty` after changes; empty if there is none.
+    """Returns the commit of the repository that tracks a file, with `-dirty` after changes, or an empty string.
 
     A package that is installed inside another repository, as in a virtual environment, is not tracked by it.
     """

@@ -97,7 +97,7 @@ def run_file(file: pathlib.Path) -> types.ModuleType:
     if not file.is_file():
         names = [packaged.stem for packaged in packaged_files()]
         raise ConfigError(
-            f"configuration file {file} does not exist, and the package contains no configuration of that name;"
+            f"configuration file {file} does not exist, and no packaged configuration has this name;"
             f" {did_you_mean(file.stem, names)}"
         )
     spec = importlib.util.spec_from_file_location(f"gmsop_config_{file.stem}", file)

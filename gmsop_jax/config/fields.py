@@ -74,7 +74,7 @@ def _is_area(value: tuple) -> bool:
 
 LOG_BACKENDS = ("tensorboard", "wandb", "trackio")
 
-_ANY = Allowed(lambda value: True, "any string")  # or bool
+_ANY = Allowed(lambda value: True, "any string")  # also for booleans, which are listed as True and False
 _FRACTION = Allowed(lambda value: 0 <= value < 1, "in [0, 1)")
 _POSITIVE = Allowed(lambda value: value > 0, "positive")
 _SHARE = Allowed(lambda value: 0 < value <= 1, "in (0, 1]")

@@ -119,7 +119,7 @@ def _check_train(t: ConfigDict) -> None:
 
 
 def check_known(name: str) -> None:
-    """Raises ConfigError if there is no field of that name; the message suggests a similar one."""
+    """Raises ConfigError if the field does not exist; the message suggests a similar name."""
     if name not in FIELDS:
         leaf = name.rpartition(".")[2]
         same_leaf = [field for field in FIELDS if field.rpartition(".")[2] == leaf]

@@ -69,7 +69,7 @@ class Manifest:
         return len(self.classes)
 
     def split(self, name: str) -> Split:
-        """Returns the split of that name. Raises DataError, with the names of the splits, if there is none."""
+        """Returns a split by its name. Raises DataError if it does not exist; the message lists the splits."""
         if name not in self.splits:
             raise DataError(f"data set {self.name!r} has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]

@@ -43,7 +43,7 @@ def steps_per_epoch(num_images: int, batch_size: int, drop_last: bool) -> int:
     """Returns the number of batches in an epoch.
 
     Raises:
-      DataError: if there are none.
+      DataError: if the images do not fill a batch, or if batch_size is below 1.
 
     Example:
       >>> steps_per_epoch(10, 4, drop_last=True), steps_per_epoch(10, 4, drop_last=False)

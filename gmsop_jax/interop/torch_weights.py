@@ -63,7 +63,7 @@ def read_state(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the arrays in a file of weights. No code in the file is executed.
 
     Args:
-      path: a `.safetensors` file, read with the package of that name, or, with any other extension, a file written by
+      path: a `.safetensors` file, read with the package `safetensors`, or, with any other extension, a file written by
         `torch.save`, read with `torch.load(…, weights_only=True)`. If the file contains a dictionary `state_dict` or
         `model`, its arrays are returned. `argparse.Namespace` objects beside the weights are ignored.
 
@@ -190,7 +190,7 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
     Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the same dtype).
 
     Raises:
-      CheckpointError: if the network is none of the ResNets in `models.network.BACKBONES`, if arrays are missing,
+      CheckpointError: if the network is not one of the ResNets in `models.network.BACKBONES`, if arrays are missing,
         unknown, or of a wrong shape or dtype, or if they have values that are NaN or infinite or variances below 0.
       ValueError: if `triangle` is neither of the two.
     """
