@@ -1,4 +1,4 @@
-"""All methods on 30 % of the training images of the embedded sample of Fashion-MNIST.
+"""Six methods on 30 % of the training images of the embedded sample of Fashion-MNIST.
 
     python tools/sweep.py configs/studies/fashion_sample_30.py
 
@@ -12,11 +12,17 @@ from gmsop_jax.analysis.study import StudyData
 from gmsop_jax.config import run_file
 
 _TENTH = run_file(pathlib.Path(__file__).with_name("fashion_sample_10.py"))
+_METHODS = run_file(pathlib.Path(__file__).with_name("methods.py"))
+_EPOCHS = 20
 
 STUDY = dataclasses.replace(
     _TENTH.STUDY,
     name="fashion_sample_30",
     title="Fashion-MNIST, 1,350 training images",
+    grids={method: _METHODS.grid(method, epochs=_EPOCHS, size=1) for method in _METHODS.LEARNING_CURVE},
     data=[StudyData("fashion-sample-30", "fashion-mnist", {"val_fraction": 0.1, "train_fraction": 0.3})],
+    notes="""\
+The backbone is that of the quickstart, with 16, 32 and 32 channels. Each run trains for 20 epochs. The learning rate is
+0.05 for all methods, and each method chooses whether that of its classifier is a tenth of it.""",
 )
 get_config = _TENTH.get_config

@@ -40,6 +40,7 @@ _ABLATIONS = {
 }
 _RATE_FACTORS = {"gmsop_random_gate": (("head/mixture/gate", 0),)}
 ABLATIONS = ("gmsop", *_ABLATIONS)
+LEARNING_CURVE = ("gap", "srsop", "dropcov", "avesop", "gmsop", "gmsop_all_selected")
 
 
 def create_config(method: str, *, epochs: int, batch_size: int = 50) -> ConfigDict:
