@@ -2,8 +2,8 @@
 
     gmsop train --config heads:HEAD
 
-HEAD: one of `ROWS`. `gmsop sweep heads --seeds 0 1 2` trains them all and makes one table: a smoke
-test of each rather than a comparison of methods, which 1,000 small gray images can't give.
+HEAD is one of `ROWS`. `gmsop sweep heads --seeds 0 1 2` trains all of them and makes one table. This tests that every
+head can be trained; 1,000 small gray test images are too few to compare the methods.
 """
 
 import pathlib

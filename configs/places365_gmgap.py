@@ -2,8 +2,8 @@
 
     gmsop train --config places365_gmgap
 
-Published: 48.07 % top-1, 17.84 % top-5 error; 512 dimensions. The recipe is that of
-the ImageNet row, because the authors did not publish theirs for Places365.
+Published: 48.07 % top-1, 17.84 % top-5 error; 512 dimensions. The recipe is that for
+64×64 ImageNet, because the authors did not publish theirs for Places365.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

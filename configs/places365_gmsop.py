@@ -2,8 +2,8 @@
 
     gmsop train --config places365_gmsop
 
-Published: 47.18 % top-1, 17.02 % top-5 error; 8256 dimensions. The recipe is that of
-the ImageNet row, because the authors did not publish theirs for Places365.
+Published: 47.18 % top-1, 17.02 % top-5 error; 8256 dimensions. The recipe is that for
+64×64 ImageNet, because the authors did not publish theirs for Places365.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

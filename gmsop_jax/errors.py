@@ -49,7 +49,7 @@ class FileAccessError(UserError):
         """Creates the error for an OSError: its message states the file, the reason and the remedy."""
         remedy = {
             errno.EMFILE: "; raise the limit of open files (ulimit -n)",
-            errno.ENFILE: "; the machine's limit of open files is reached",
+            errno.ENFILE: "; too many files are open on this machine: close other programs, or raise fs.file-max",
             errno.EACCES: "; check the permissions of the file and of the folders above it",
         }
         return cls(f"{os.fspath(path)} can't be read: {reason(error)}{remedy.get(error.errno or 0, '')}")
@@ -186,7 +186,7 @@ def _raising_on_signals(caught: list[int]) -> Iterator[None]:
     A signal that was ignored before, as SIGHUP is under nohup, is still ignored. Outside the main thread, Python allows
     no signal handlers. While a module is being imported, a signal is postponed, because an exception can crash the
     initialisation of a C extension. A signal is sent again if Python ignored the exception, as it does in destructors
-    and in callbacks of the garbage collector; JAX registers one.
+    and in callbacks of the garbage collector, such as the one that JAX registers.
     """
 
     def repeat(signum: int) -> None:

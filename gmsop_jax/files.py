@@ -21,7 +21,7 @@ from gmsop_jax.errors import FileAccessError, UserError
 CHECKSUMS = "checksums.json"
 _MAX_CHECKSUMS_BYTES = 2**24  # some 100,000 entries
 _FREE_BYTES = 2**27
-_MAX_EXPANSION = 64  # parameters and images expand by less than 2 when decompressed, arrays of zeros by up to 1,000
+_MAX_EXPANSION = 64  # decompression makes parameters and images less than 2 times larger, arrays of zeros up to 1,000
 _MAX_NODES = 1_000_000  # a checkpoint of the authors' largest network has some 20,000
 _MAX_TEXT = 2**20
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -141,6 +141,10 @@ def write_checksums(folder: Path) -> None:
 def find_damage(folder: Path, below: str = "") -> str | None:
     """Compares a folder, or one of its sub-folders, with its `checksums.json`.
 
+    Args:
+      folder: the folder.
+      below: the beginning of the names of the files to compare, such as `metrics/`; by default, all are compared.
+
     Returns: a description of the damage, or None. What can't be verified counts as damaged: a folder without a list
       of checksums, or with an empty one, and a file that is not in the list, unless its name begins with a dot.
 
@@ -183,7 +187,7 @@ def _measure(path: Path) -> list[int | str]:
 
 
 class Budget:
-    """The memory and number of objects that reading a file may still allocate; methods raise ValueError above them.
+    """The memory and the number of objects that reading a file may still allocate. Exceeding them raises ValueError.
 
     Without such limits, a few bytes of a malicious file could allocate gigabytes.
     """
@@ -206,9 +210,9 @@ class Budget:
             raise ValueError(f"it has more than {_MAX_NODES:,} cells and fields")
 
     def check_text(self, count: int) -> None:
-        """Checks that a text is short enough to be a name or a note."""
+        """Checks that a string is short enough to be a name or a note."""
         if count > _MAX_TEXT:
-            raise ValueError(f"it has a text of {count:,} characters, more than {_MAX_TEXT:,}")
+            raise ValueError(f"it has a string of {count:,} characters, more than {_MAX_TEXT:,}")
 
 
 # ---- locks
@@ -300,7 +304,7 @@ class FileLock:
         except FileExistsError:
             raise LockHeldError(path.read_text(errors="replace")) from None
         self._locked = path
-        self.note = f"this file system has no locks (flock), so {path} with a heartbeat is used instead"
+        self.note = f"this file system does not support locks (flock), so {path} with a heartbeat is used instead"
         self._released.clear()
         threading.Thread(target=self._beat, args=(self._file,), name="lock heartbeat", daemon=True).start()
 
@@ -317,8 +321,8 @@ def _read_holder(file: int) -> str:
 def _remove_if_abandoned(path: Path, expiry_seconds: float) -> None:
     """Removes a heartbeat file whose process has ended on this host or whose heartbeat has stopped.
 
-    Its age is measured by the clock of the file system, which is read from a file that is created for this. If several
-    processes find the same file abandoned, the one that succeeds in renaming it removes it.
+    The age of its last heartbeat is measured by the clock of the file system, which is read from a file that is created
+    for this purpose. If several processes find the same file abandoned, the one that renames it first removes it.
     """
     probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:

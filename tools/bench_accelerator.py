@@ -52,7 +52,7 @@ Rows = Iterator[tuple[str, Callable[[], Row]]]  # the name of a row, and the fun
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
-SECONDS = 480  # in all, for one call
+SECONDS = 480  # time limit for one call
 
 _PRECISIONS = ("highest", "BF16_BF16_F32_X6", "BF16_BF16_F32_X3", "TF32_TF32_F32_X3", "TF32_TF32_F32")
 _DISPATCHES: tuple[Dispatch, ...] = ("gather", "group", "loop")

@@ -201,7 +201,9 @@ def measure_codecs(directory: Path, count: int) -> None:
 def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = ArgumentParser(description="Benchmarks conversion and reading on synthetic images.")
-    parser.add_argument("command", choices=("make", "convert", "read", "codecs"), help="what to do; see above")
+    parser.add_argument(
+        "command", choices=("make", "convert", "read", "codecs"), help="the benchmark; see the top of this file"
+    )
     parser.add_argument("folder", type=Path, help="the synthetic images (make, convert) or the data set (read, codecs)")
     parser.add_argument("output", type=Path, nargs="?", help="convert: the folder for the data set")
     parser.add_argument("--images", type=int, default=200_000, help="make: training images (default: 200,000)")

@@ -44,9 +44,13 @@ _KINDS = ("ops", "roots", "mixture", "step", "pipeline")
 def main() -> None:
     """Parses the command line and prints the tables."""
     parser = ArgumentParser(description="Measures speed, and compares it with the machine's ceilings and with PyTorch.")
-    parser.add_argument("what", nargs="+", choices=(*_KINDS, "all", "accelerator", "lowering"))
+    parser.add_argument(
+        "what", nargs="+", choices=(*_KINDS, "all", "accelerator", "lowering"), help="tables; see the top of this file"
+    )
     parser.add_argument("--peer", choices=("torch",), help="compare with PyTorch (pip install '.[bench]')")
-    parser.add_argument("--batch", type=int, default=16, help="images in a batch of the mixture and of the step")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="images in a batch of roots, mixture and step (default: 16)"
+    )
     parser.add_argument("--pool-batch", type=int, default=64, help="images in a batch of the pooling (default: 64)")
     parser.add_argument("--images", type=int, default=20_000, help="images that the pipeline reads (default: 20000)")
     parser.add_argument("--repeats", type=int, default=10, help="number of measurements of each case (default: 10)")

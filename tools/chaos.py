@@ -2,8 +2,9 @@
 
 python tools/chaos.py --kills 20 --seed 0
 
-Every start is killed with SIGKILL after a random time: while it compiles, trains, evaluates or writes a checkpoint. The
-final parameters, batch statistics and optimiser state must be identical, bit for bit. The exit status is 0 if they are.
+Each process is killed with SIGKILL after a random time: while it compiles, trains, evaluates or writes a checkpoint.
+The final parameters, batch statistics and optimiser state must be identical, bit for bit. The exit status is 0 if they
+are.
 """
 
 import json
@@ -58,10 +59,10 @@ def _arrays(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def main() -> int:
-    """Runs the harness and prints what it saw as JSON."""
+    """Kills the run repeatedly, compares it with the undisturbed run, and prints a summary as JSON."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times (default: 0)")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -81,7 +82,7 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             process.kill()
             kills += 1
-        if process.wait() == 0:  # it ended before: once more from the beginning
+        if process.wait() == 0:  # the run finished before it was killed: compare it, and start a new one
             _check(folder)
             shutil.rmtree(folder / "killed")
             continue
@@ -90,8 +91,8 @@ def main() -> int:
         steps.append(max(found, default=0))
     last = _start(folder / "killed", folder / "data", folder / "killed.log").wait()
     count = _check(folder) if last == 0 else 0
-    told = {"kills": kills, "last_saved_steps": steps, "arrays_compared": count, "same_bits": count > 0}
-    print(json.dumps({**told, "seconds": round(time.monotonic() - began)}))
+    summary = {"kills": kills, "last_saved_steps": steps, "arrays_compared": count, "same_bits": count > 0}
+    print(json.dumps({**summary, "seconds": round(time.monotonic() - began)}))
     if count:
         shutil.rmtree(folder)
     return 0 if count else 1

@@ -30,17 +30,17 @@ _BLUE, _GRAY = "#2f6fb2", "#c3c9cf"
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The intermediate results of the method: of n candidates with d channels each, k are selected.
+    """The intermediate results of GM-SOP for one image. k of n candidates with d channels each are selected.
 
     Attributes:
-      image: uint8 [h, w, 3].
-      maps: [h', w', c], the backbone's.
-      weights: [n], the gate's.
-      selected: [k], candidates with a weight, the heaviest first.
-      roots: [k, d, d], their covariances' square roots.
-      fused: [d, d], the weighted sum of the roots.
-      probabilities: [classes].
-      classes: names.
+      image: the image, uint8 [h, w, 3].
+      maps: the feature map of the backbone [h', w', c].
+      weights: the gate's weights [n].
+      selected: the selected candidates, in descending order of their weights [k].
+      roots: the square roots of the covariances of these candidates [k, d, d].
+      fused: the weighted sum of the roots [d, d].
+      probabilities: the probabilities of the classes [classes].
+      classes: the names of the classes.
     """
 
     image: np.ndarray
@@ -61,11 +61,13 @@ def follow(workdir: pathlib.Path, image: int | pathlib.Path) -> Steps:
       image: a file, or a position in the run's evaluation split.
 
     Raises:
-      UserError: if there is no such run or image, or the network is another.
+      UserError: if there is no such run or image, or the network has another head.
     """
     model, variables, info = gmsop_jax.load(workdir)
     if info.config.model.head != "gmsop":
-        raise ConfigError(f"{workdir} has the head {info.config.model.head!r}; the picture is of a gmsop")
+        raise ConfigError(
+            f"{workdir} has the head {info.config.model.head!r}; only networks with the head 'gmsop' can be drawn"
+        )
     size, shorter_side = info.inputs.image_size, info.config.eval.resize
     if isinstance(image, int):
         pixels = evaluation_image(_stored(info, image), size, shorter_side)
@@ -107,7 +109,7 @@ def _stored(info: Any, position: int) -> np.ndarray:
 
 
 def draw(steps: Steps) -> Figure:
-    """The picture."""
+    """Draws the picture."""
     figure = Figure(figsize=(11.5, 3.6), facecolor="white")
     widths = (1.3, 1.5, 3.2, 1.6, 1.7)
     parts: Any = figure.subfigures(1, 5, width_ratios=widths, wspace=0.02)
@@ -188,8 +190,10 @@ def _draw_classes(part: SubFigure, steps: Steps) -> None:
 
 def main() -> None:
     """Parses the command line and writes the picture."""
-    parser = ArgumentParser(description="Draws GM-SOP as a trained network carries it out on one image.")
-    parser.add_argument("workdir", type=pathlib.Path, help="of a gmsop run, such as the quickstart's")
+    parser = ArgumentParser(description="Draws the steps that a trained GM-SOP computes for one image.")
+    parser.add_argument(
+        "workdir", type=pathlib.Path, help="working directory of a run with the head gmsop, such as the quickstart"
+    )
     parser.add_argument("--image", default="0", help="file, or position in the evaluation split (default: 0)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("method.svg"), help="SVG or PNG file")
     args = parser.parse_args()
@@ -199,7 +203,7 @@ def main() -> None:
         with matplotlib.rc_context({"svg.hashsalt": "gmsop_jax"}):  # the same bytes each time
             figure.savefig(args.output, dpi=150, metadata={"Date": None} if args.output.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
-        raise UserError(f"the picture can't be written to {args.output} ({error})") from error
+        raise UserError(f"the picture can't be written to {args.output} ({error}); give another --output") from error
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")
 
 

@@ -123,7 +123,7 @@ def build(output: pathlib.Path) -> None:
     others = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     results = sorted((ROOT / "docs" / "results").glob("*.md"))
     check_links([ROOT / "README.md", *others, *results])
-    os.environ.setdefault("PDOC_ALLOW_EXEC", "1")  # importing h5py asks the system what it is
+    os.environ.setdefault("PDOC_ALLOW_EXEC", "1")  # importing h5py starts a subprocess, which pdoc blocks by default
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.simplefilter("error", RuntimeWarning)

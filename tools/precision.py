@@ -69,7 +69,7 @@ def round_significand(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def split(x: np.ndarray, bits: int, parts: int) -> list[np.ndarray]:
-    """The largest part of x first. The parts do not overlap, and what remains after the last one is dropped."""
+    """Splits x into parts, the largest first. They do not overlap, and what remains after the last one is dropped."""
     result = []
     for _ in range(parts):
         result.append(round_significand(x, bits))
@@ -207,7 +207,7 @@ def exactly(sample: np.ndarray) -> np.ndarray:
 
 
 def cotangent(shape: tuple[int, ...]) -> np.ndarray:
-    """Symmetric matrices of random numbers, of which each is exact in float32."""
+    """Symmetric float64 matrices of random numbers that float32 represents exactly."""
     g = np.random.default_rng(0).normal(size=shape)
     return (g + g.mT).astype(np.float32).astype(np.float64)
 
@@ -353,7 +353,7 @@ def save(figure: Figure, file: pathlib.Path) -> None:
 def main() -> None:
     """Parses the command line, and writes the page and its pictures."""
     parser = ArgumentParser(description="Makes docs/accuracy.md and its pictures.")
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs")
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs", help="folder of the page (default: docs)")
     output = parser.parse_args().output
     features = {("features", d): x for d, x in network_features().items()}
     of_iteration, of_rounding = measure({**synthetic_samples(), **features})

@@ -23,7 +23,9 @@ def write(rows: list[summary.Row]) -> None:
     before, _, rest = README.read_text("utf-8").partition(_MARKS[0])
     _, mark, after = rest.partition(_MARKS[1])
     if not mark:
-        raise UserError(f"{README} lacks the lines {_MARKS[0].strip()} and {_MARKS[1].strip()}")
+        raise UserError(
+            f"{README} lacks the lines {_MARKS[0].strip()} and {_MARKS[1].strip()}; add them where the table belongs"
+        )
     published = [row for row in rows if row.published.name or row.name == "quickstart"]
     short = summary.markdown(published, [column for column in summary.HEADER if column not in ("side", "GMAC, XLA")])
     write_atomic(README, f"{before}{_MARKS[0]}{short}{_MARKS[1]}{after}")

@@ -120,7 +120,7 @@ class Head(nn.Module):
         trunk = [_convolution(128, 256, 1), nn.ReLU(), _convolution(256, 128, 1), nn.ReLU()]
         self.trunk = nn.Sequential(*trunk)
         dimension = 128 * 129 // 2
-        # apart from each other, so that a constant start's ties don't decide the timing
+        # not constant, because equal logits would make all images select the same candidates and change the timing
         self.kernel = nn.Parameter(1 / dimension + 1e-3 * torch.randn(dimension, num_candidates))
         self.noise_kernel = nn.Parameter(torch.full((dimension, num_candidates), 1 / dimension))
         self.candidates = nn.ModuleList(

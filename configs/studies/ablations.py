@@ -1,8 +1,9 @@
-"""Ablations of GM-SOP: N, K, the gate's initial values, noise and gradient, the iterations, and the classifier's rate.
+"""Ablations of GM-SOP: N, K, the gate's initial values, noise and gradient, the iterations, the classifier's rate.
 
     python tools/sweep.py configs/studies/ablations.py
 
-450 training images of Fashion-MNIST, as in `fashion_sample_10.py`. The balance weight α is in every grid.
+450 training images of Fashion-MNIST, as in `fashion_sample_10.py`. The balance weight α is in every
+grid. The classifier's rate is its learning rate relative to that of the other layers.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""All methods on emoji at 64×64, with the drawings of one vendor left out of training and used for the test.
+"""All methods on emoji at 64×64, with the drawings of one vendor left out of training and used for testing.
 
 npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d
 python tools/sweep.py configs/studies/emoji_vendors.py --input FOLDER

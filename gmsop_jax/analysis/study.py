@@ -307,7 +307,7 @@ def _describe(
 
 
 def _changed_fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields that differ from their defaults, without those that depend on the machine."""
+    """The fields that differ from their defaults, without the seed and the folder of the data."""
     default = dict(configs.flatten(configs.default_config()))
     ignored = ("data.dir", "seed")
     return {name: value for name, value in configs.flatten(config) if value != default[name] and name not in ignored}

@@ -109,7 +109,7 @@ def markdown(rows: list[Row], columns: list[str]) -> str:
 
 
 def text(rows: list[Row]) -> str:
-    """The table in columns."""
+    """The table as text, with aligned columns."""
     lines = [HEADER, *map(cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines) + "\n"

@@ -78,7 +78,7 @@ def plan_sweep(
     if twice:
         raise ConfigError(f"two configurations have the name {sorted(twice)[0]}; give each its own --output")
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"a seed is given twice: {' '.join(map(str, seeds))}")
+        raise ConfigError(f"--seeds {' '.join(map(str, seeds))} contains a seed twice; give each seed once")
     jobs = []
     for seed in seeds:
         for name, path in zip(names, expanded, strict=True):

@@ -21,7 +21,7 @@ def run_convert(arguments: Sequence[str]) -> None:
         prog="gmsop convert", description="Converts a data set to shards. Run the same command again to resume."
     )
     add = parser.add_argument
-    add("source", choices=NAMES)
+    add("source", choices=NAMES, help="format of the input")
     add("--input", help="the downloaded file or folder; may be omitted for elpv, and for the sample of fashion-mnist")
     add("--output", required=True, help="a new folder, or the folder of an unfinished conversion")
     add("--workers", type=int, help="number of processes (default: one per core)")
@@ -29,8 +29,16 @@ def run_convert(arguments: Sequence[str]) -> None:
     add("--limit", type=int, help="maximum number of images in each split, which are then chosen at random")
     add("--seed", type=int, default=0, help="seed of the order of the images and of the folds (default: 0)")
     add("--codec", choices=CODECS, default="raw", help="format of the pixels (default: raw)")
-    add("--size", type=int, help="side of the images in pixels (default: 100 for places365, else unchanged)")
-    add("--resize", choices=METHODS, help="bicubic resizing as in MATLAB's imresize, or by Pillow")
+    add(
+        "--size",
+        type=int,
+        help="side of the images in pixels (default: 100 for places365, 64 for emoji and domains, otherwise unchanged)",
+    )
+    add(
+        "--resize",
+        choices=METHODS,
+        help="bicubic resizing as in MATLAB or by Pillow (default: matlab for places365, otherwise pillow)",
+    )
     add(
         "--val-fraction",
         type=float,
@@ -39,7 +47,12 @@ def run_convert(arguments: Sequence[str]) -> None:
     add("--train-fraction", type=float, help="fraction of the training images of each class to keep")
     add("--fold", type=int, help="elpv, emoji, domains: which fifth of the images is test, 0 to 4 (default: 0)")
     add("--leave-out", help="emoji: the vendor whose drawings are test (google, twitter or fluent)")
-    add("--follow-links", action="store_true", default=None, help="also read files outside the input folder")
+    add(
+        "--follow-links",
+        action="store_true",
+        default=None,
+        help="also read files outside the input folder to which links or lists in it point",
+    )
     add(
         "--allow-partial", action="store_true", default=None, help="imagenet64: convert a download with missing batches"
     )

@@ -71,7 +71,7 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
     if mode:
         parser.set_defaults(mode=mode, checkpoint=None, profile=range(0))
     else:
-        parser.add_argument("--mode", choices=MODES, default="train")
+        parser.add_argument("--mode", choices=MODES, default="train", help="what to do (default: train)")
     if mode != "train":
         parser.add_argument(
             "--checkpoint",
@@ -120,7 +120,9 @@ def _add_predict_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--features", metavar="FILE", type=_path, help="save the pooled features and gate weights in this .npz file"
     )
-    group.add_argument("--format", choices=("table", "json", "csv"), default="table")
+    group.add_argument(
+        "--format", choices=("table", "json", "csv"), default="table", help="format of the output (default: table)"
+    )
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:

@@ -61,7 +61,12 @@ def run_sweep(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("configs", nargs="+", help="configurations; a file that defines ROWS means all its rows")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each configuration (default: 0 1 2)")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/sweep"),
+        help="folder of the working directories (default: runs/sweep)",
+    )
     parser.add_argument(
         "--part", default="0/1", type=_part, metavar="I/N", help="execute every N-th run, starting at run I, from 0"
     )
@@ -134,7 +139,7 @@ def run_summary(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("configs", nargs="*", help="configurations: names, file.py or file.py:argument")
     parser.add_argument("--all", action="store_true", help="every configuration of the package")
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     options = parser.parse_args(arguments)
     paths = [*options.configs, *(summary.all_configurations() if options.all else [])]
     if not paths:

@@ -14,7 +14,7 @@ from gmsop_jax.interop.torch_run import ImportedWeights, import_weights
 from gmsop_jax.training import exported
 from gmsop_jax.training.restore import folder_of
 
-RELEASED = {
+RELEASED = {  # MD5 checksum of each file that the authors released: the name of the network
     "cf9bcf22e416773052358870f7786e05": "ResNet-18",
     "b4c60d7955d93e6145071a5157e2a2af": "ResNet-18-SR-SOP",
     "f80738566ffe9cabb7a1e88ea6c79dcf": "GM-GAP-16-8 + ResNet-18",
@@ -28,7 +28,9 @@ def run_export(arguments: Sequence[str]) -> None:
     """Exports a network and compares it with the original: `gmsop export runs/quickstart --format stablehlo`."""
     parser = ArgumentParser(prog="gmsop export", description="Exports a trained network.")
     parser.add_argument("run", type=pathlib.Path, help="working directory, or one step's folder in it")
-    parser.add_argument("--format", choices=("safetensors", "stablehlo", "onnx"), required=True)
+    parser.add_argument(
+        "--format", choices=("safetensors", "stablehlo", "onnx"), required=True, help="format of the exported network"
+    )
     parser.add_argument(
         "--output", type=pathlib.Path, help="output folder (default: export/FORMAT in the working directory)"
     )

@@ -152,7 +152,7 @@ def packaged_files() -> list[pathlib.Path]:
 
 
 def _packaged_folder() -> pathlib.Path:
-    """Returns the folder `configs` of a checkout, which an installed package contains."""
+    """Returns the folder `configs`: inside the package if it is installed, and beside it in a checkout."""
     package = pathlib.Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"

@@ -79,7 +79,10 @@ def _check_model(m: ConfigDict) -> None:
         return
     for name in ("blocks_per_stage", "width_factor", "stage_widths", "stem_width"):
         if m[name] != FIELDS[f"model.{name}"].default:
-            raise ConfigError(f"config.model.{name} applies to the backbone 'narrow' only, not to {m.backbone!r}")
+            raise ConfigError(
+                f"config.model.{name} applies to the backbone 'narrow' only, not to {m.backbone!r}; remove"
+                f" config.model.{name}={m[name]}"
+            )
     if len(m.stage_strides) != 4:
         raise ConfigError(f"config.model.stage_strides needs four entries for {m.backbone}, got {m.stage_strides}")
 

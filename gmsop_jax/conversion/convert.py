@@ -82,7 +82,9 @@ def convert(
     """
     _check_settings(workers, shards, limit, seed, codec, shard_range, max_unreadable)
     if "" in (input_path, output_dir):
-        raise ConfigError("the name of the input or of the output is empty")
+        raise ConfigError(
+            "the path of the input or of the output is empty; give a path, or omit the input for an embedded sample"
+        )
     output, options = Path(output_dir), options or Options()
     path = None if input_path is None else Path(input_path)
     with jobs.claim(output, shard_range):
@@ -227,7 +229,9 @@ def _count_shards(num_images: Mapping[str, int], shards: int | None, pixel_bytes
     counts = {"train": train, **{split: max(1, round(train * n / images)) for split, n in num_images.items()}}
     for split, count in counts.items():
         if count > num_images[split]:
-            raise DataError(f"split {split!r} has {num_images[split]} images, which can't fill {count} shards")
+            raise DataError(
+                f"split {split!r} has {num_images[split]} images, which can't fill {count} shards; use fewer shards"
+            )
     return counts
 
 

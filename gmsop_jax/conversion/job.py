@@ -96,7 +96,7 @@ def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
 
 
 def _wait_for_lock(file: Path) -> FileLock:
-    """Locks a part of a conversion as soon as no process converts it, or a part of a division into other parts."""
+    """Locks a part of a conversion. Waits while another process converts it, or divides the shards in another way."""
     lock, warned = FileLock(file), False
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,10 @@ def load(output: Path) -> ConversionJob:
     """Returns the job of an unfinished conversion; raises DataError if the folder contains none."""
     file = output / JOB_DIR / "job.json"
     if not file.exists():
-        raise DataError(f"{output.absolute()} contains no unfinished conversion (it has no {JOB_DIR}/job.json)")
+        raise DataError(
+            f"{output.absolute()} contains no unfinished conversion: it has no {JOB_DIR}/job.json; give the --output of"
+            " a `gmsop convert` command"
+        )
     try:
         return ConversionJob(**read_state(output, "job"))
     except TypeError as error:
@@ -229,7 +232,10 @@ def join(output: Path, parts: Sequence[Path], max_unreadable: float) -> Manifest
 def _copy_shards(output: Path, part: Path) -> None:
     job = load(part)
     if job.digest() != load(output).digest():
-        raise DataError(f"{part.absolute()} and {output.absolute()} contain conversions with different settings")
+        raise DataError(
+            f"{part.absolute()} and {output.absolute()} contain conversions with different settings; convert all parts"
+            " with the same settings"
+        )
     for task in job.tasks:
         notes = read_notes(part, task, verify=True)
         if notes is not None and read_notes(output, task, verify=True) is None:
@@ -261,7 +267,10 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
             shards[task.split].append(notes[0])
             statistics[task.split].merge(notes[1])
     if missing:
-        raise DataError(f"{len(missing)} of {len(job.tasks)} shards have not been converted yet, such as {missing[0]}")
+        raise DataError(
+            f"{len(missing)} of {len(job.tasks)} shards have not been converted yet, such as {missing[0]}; convert the"
+            " missing parts first"
+        )
     unreadable = [message for split in statistics.values() for message in split.unreadable]
     _check_unreadable(unreadable, sum(job.num_images.values()), max_unreadable)
     train = statistics["train"]

@@ -17,7 +17,8 @@ def prepare_data(data: Any) -> None:
         into `dir` if there is no data set yet, and a message says so.
 
     Raises:
-      DataError: if there is no data set; the message explains how to convert one.
+      DataError: if there is no such folder, or it contains other files; the message explains how to convert a data set.
+        (`Manifest.load` reports an empty folder and an unfinished conversion.)
       FileAccessError: if `dir` can't be read.
     """
     directory = Path(data.dir)
@@ -45,8 +46,8 @@ def prepare_data(data: Any) -> None:
             raise DataError(f"config.data.dir = {data.dir!r} can't be prepared: {error}") from error
     elif not exists:
         raise DataError(
-            f"no data set at {directory.absolute()} (config.data.dir). Make it with\n"
+            f"no data set at {directory.absolute()} (config.data.dir). Convert one with\n"
             f"  gmsop convert {data.source} --input DOWNLOADS --output {directory}\n"
-            "or name another with --config.data.dir=DIR. Without any data, try\n"
+            "or give the folder of another with --config.data.dir=DIR. To start without a download, run\n"
             "  gmsop train --config quickstart"
         )

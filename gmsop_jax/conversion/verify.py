@@ -18,7 +18,7 @@ _REMEDY = "convert the data set again"
 
 
 def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manifest:
-    """Returns the manifest if every checksum and every record agrees with it; DataError for the first difference."""
+    """Returns the manifest if all checksums and records agree with it. Raises DataError at the first difference."""
     path = Path(directory)
     manifest = Manifest.load(path)
     manifest.verify_checksums(path)

@@ -54,14 +54,14 @@ class PaddedCrop:
     num_draws: ClassVar[int] = 2  # top, left
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """Prepares a block of images as `Centre` does; returns uint8 [n, *size, 3]."""
+        """Prepares a block of images; takes the arguments of `Centre` and returns uint8 [n, *size, 3]."""
         padded = pad(Centre(0)(pixels, draws, size, mean_rgb), self.padding, mean_rgb)
         return windows(padded, np.floor(draws * (2 * self.padding + 1)).astype(int), size)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizedCrop:
-    """Crops the image at random, to a fraction of its area between the two of `area`, and resizes the crop.
+    """Resizes a random part of the image, whose fraction of the image's area is between the two numbers in `area`.
 
     Szegedy et al., "Going Deeper with Convolutions", 2015, §6.
     """
@@ -70,7 +70,7 @@ class ResizedCrop:
     num_draws: ClassVar[int] = 2 * _TRIES + 2  # areas, aspect ratios, top, left
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """Prepares a block of images as `Centre` does; returns n of uint8 [*size, c]."""
+        """Prepares a block of images; takes the arguments of `Centre` and returns n of uint8 [*size, c]."""
         del mean_rgb
         crops = random_parts(np.array([image.shape[:2] for image in pixels]), draws, self.area)
         return [

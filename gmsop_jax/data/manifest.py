@@ -18,10 +18,10 @@ FILE_NAME = "dataset.json"
 JOB_DIR = ".convert"  # the folder with the state of an unfinished conversion
 
 _MIN_RECORD_BYTES = 20  # the header
-_MAX_SIDE = 2**16 - 1  # of an image, which a record's header limits
+_MAX_SIDE = 2**16 - 1  # the largest side of an image that a record's header can store
 _MAX_NAME = 255  # bytes of a file name, the limit of most file systems
 _MAX_BYTES = 2**26  # of dataset.json
-_CONVERT = "make it with `gmsop convert SOURCE --output DIR`"
+_CONVERT = "create a data set with `gmsop convert SOURCE --output DIR`"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Manifest:
         return size
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes dataset.json, completely or not at all."""
+        """Writes dataset.json atomically."""
         write_json(Path(directory) / FILE_NAME, dataclasses.asdict(self))
 
     @classmethod

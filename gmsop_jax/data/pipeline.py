@@ -54,7 +54,7 @@ def steps_per_epoch(num_images: int, batch_size: int, drop_last: bool) -> int:
     steps = num_images // batch_size if drop_last else -(-num_images // batch_size)
     if steps < 1:
         raise DataError(
-            f"{num_images} images make no batch of {batch_size}; set a smaller train.batch_size, or use more images"
+            f"{num_images} images do not fill a batch of {batch_size}; lower train.batch_size, or use more images"
         )
     return steps
 
@@ -85,8 +85,8 @@ def train_batches(
       process_index: index of this process among those that share the global batch.
       process_count: number of these processes.
 
-    Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b]}. Its state is the next step or, with
-      workers, their positions since `start_step`. With workers, close it after use.
+    Returns: a Grain iterator of {'image': uint8 [b, h, w, 3], 'label': int32 [b]}. Its state is the number of the next
+      step or, with workers, the position of each worker, counted from `start_step`. With workers, close it after use.
 
     Raises:
       DataError: if the data set is damaged, or if an argument doesn't fit it.
@@ -176,7 +176,10 @@ def _open(
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index {process_index} is outside 0…{process_count - 1} (process_count − 1)")
     if batch_size % process_count:
-        raise DataError(f"batch_size {batch_size} doesn't divide over {process_count} processes; use a multiple")
+        raise DataError(
+            f"batch_size {batch_size} doesn't split evenly over {process_count} processes; use a multiple of"
+            f" {process_count}"
+        )
     reader = ShardReader(Path(data.dir), shards)
     padding = np.round(padding_rgb or manifest.mean_rgb).astype(np.uint8)
     return _Rows(
@@ -267,8 +270,8 @@ class _Rows:
             if not unreadable.any():
                 return replaced
         raise DataError(
-            f"{self.reader.where(int(indices[unreadable][0]))} and the {_MAX_REPLACEMENTS} tried in its place "
-            "can't be read: too much of the data set is damaged; convert it again"
+            f"{self.reader.where(int(indices[unreadable][0]))} and the {_MAX_REPLACEMENTS} records tried in its place"
+            " can't be read: too much of the data set is damaged; convert it again"
         )
 
 

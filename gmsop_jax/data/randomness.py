@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-_ROUNDS = 8  # of a shuffle, each of two halves
+_ROUNDS = 8  # rounds of a shuffle; each changes l and then r
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
@@ -22,7 +22,7 @@ class Shuffle:
 
     A Feistel network: with a = ⌈√count⌉ and b = ⌈count / a⌉, an element is written as l + a·r. Each round adds to l
     (modulo a) a random number that r selects, then to r (modulo b) one that l selects. Each step is invertible, so this
-    permutes 0…ab − 1. A result that isn't below count, which is at least 1, is permuted again until it is.
+    permutes 0…ab − 1. A result of `count` or more is permuted again until it is smaller. `count` must be at least 1.
 
     Example:
       >>> shuffle = Shuffle(5, 0)

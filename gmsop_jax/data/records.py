@@ -142,7 +142,9 @@ def _header(record: bytes) -> np.void:
     if header["magic"] != b"GSOP":
         raise DataError(f"not a record of gmsop_jax: it begins with {bytes(record[:4])!r}, not b'GSOP'")
     if header["version"] != VERSION:
-        raise DataError(f"record version {header['version']}; this release reads version {VERSION}")
+        raise DataError(
+            f"the record has version {header['version']}; this release reads {VERSION}: convert the data set again"
+        )
     if header["codec"] >= len(CODECS) or header["channels"] not in (1, 3) or header["label"] < 0:
         raise DataError("damaged record: its header has an invalid codec, number of channels or label")
     return header
@@ -175,7 +177,9 @@ def _compress(pixels: np.ndarray, codec: Codec) -> bytes:
     try:
         Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, name, **options)
     except (OSError, ValueError) as error:  # libjpeg's longest side is 65,500
-        raise DataError(f"an image of shape {pixels.shape} can't be a {name} ({error}); use --codec raw") from error
+        raise DataError(
+            f"image of shape {pixels.shape} can't be stored as {name} ({error}); use --codec raw"
+        ) from error
     return buffer.getvalue()
 
 

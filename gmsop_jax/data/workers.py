@@ -21,9 +21,9 @@ Batch = dict[str, np.ndarray]
 class WorkerIterator(grain.DatasetIterator[Batch]):
     """Batches that are prepared by worker processes.
 
-    The workers block signals. A terminal or a cluster's scheduler sends a signal to all processes of a run, and the
-    main process may need some more batches before it has saved its state. The workers end when the main process ends,
-    even if it is killed. The batches are divided among the workers.
+    The workers block signals, because a terminal or a cluster's scheduler sends a signal to all processes of a run, and
+    the main process may need some more batches before it has saved its state. The workers end when the main process
+    ends, even if it is killed. The batches are divided among the workers.
     """
 
     def __init__(self, dataset: grain.IterDataset[Batch], num_workers: int) -> None:

@@ -65,9 +65,9 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     """Evaluates a checkpoint on `config.eval.split`.
 
     The shards of the training split need not exist. The mean colour of the images that the network was trained on
-    (`inputs.json`) is subtracted. A warning is printed if the images have other classes or another size than those.
-    With `config.data.verify`, the checksums of the split's shards are verified first, as at the start of training: each
-    process verifies a part. Several processes must evaluate the same network on the same data.
+    (`inputs.json`) is subtracted. A warning is printed if the classes or the size of the images differ from those in
+    training. With `config.data.verify`, the checksums of the split's shards are verified first, as at the start of
+    training: each process verifies a part. Several processes must evaluate the same network on the same data.
 
     Args:
       config: the configuration; its model must fit the checkpoint.
@@ -79,7 +79,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
     Raises:
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.
       DataError: if the data set is missing, is damaged, or has another number of classes.
-      ConfigError: if the processes have other networks, data sets or configurations.
+      ConfigError: if the processes have different networks, data sets or configurations.
     """
     check_same_config(config)
     _, inputs = read_description(path)

@@ -199,4 +199,6 @@ class FeatureFile:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
-            raise DataError(f"the features can't be written to {self._path} ({reason})") from error
+            raise DataError(
+                f"the features can't be written to {self._path} ({reason}); give another --features"
+            ) from error

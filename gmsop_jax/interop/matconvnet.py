@@ -18,8 +18,8 @@ import numpy as np
 
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
+from gmsop_jax.interop import layer_checks, matfile, parameters
 from gmsop_jax.interop import layers as dag
-from gmsop_jax.interop import matfile, parameters
 from gmsop_jax.interop.parameters import Tree, from_params, to_params
 
 __all__ = ["Checkpoint", "from_params", "load", "load_checkpoint", "save", "to_params"]
@@ -119,7 +119,7 @@ def _parse(stored: Mapping[str, Any], path: pathlib.Path) -> Checkpoint:
         variables,
         _momentum(config, params, stored.get("state")),
         _epoch(stored.get("epoch"), stats, path),
-        dag.balance_weight(layers),
+        layer_checks.balance_weight(layers),
         meta if isinstance(meta, dict) else {},
         stats,
     )
@@ -127,12 +127,12 @@ def _parse(stored: Mapping[str, Any], path: pathlib.Path) -> Checkpoint:
 
 def _network(params: Mapping[str, Any], layers: Mapping[str, dag.Layer]) -> tuple[ConfigDict, Tree]:
     try:
-        config = parameters.infer_model(params, dag.number_selected(layers))
-        dag.read_hyperparameters(config, layers)
-        dag.check(config, layers)
+        config = parameters.infer_model(params, layer_checks.number_selected(layers))
+        layer_checks.read_hyperparameters(config, layers)
+        layer_checks.check(config, layers)
         return config, parameters.to_variables(config, params)
     except CheckpointError as error:  # one wrong shape makes others look wrong
-        raise CheckpointError(dag.size_mismatch(layers, params) or str(error)) from None
+        raise CheckpointError(layer_checks.size_mismatch(layers, params) or str(error)) from None
 
 
 def _layers(net: Mapping[str, Any]) -> dict[str, dag.Layer]:
@@ -242,9 +242,9 @@ def save(
       path: the file, which is overwritten if it exists; the authors' script looks for `net-epoch-N.mat`.
       model_config: `config.model`, with num_classes set.
       variables: `params` and `batch_stats`, float32 or float64.
-      momentum: None stores zeros; like the next four, see `Checkpoint`.
+      momentum: see `Checkpoint`; None stores zeros.
       epoch, balance_weight, stats: see `Checkpoint`.
-      meta: None stores an image size of 64×64 and a mean colour of 0.
+      meta: see `Checkpoint`; None stores an image size of 64×64 and a mean colour of 0.
       v73: whether to write MATLAB's HDF5 format, which is required for arrays of more than 2 GB.
 
     Raises:

@@ -80,7 +80,9 @@ def infer_model(params: Mapping[str, Any], num_selected: int) -> ConfigDict:
     config = model_defaults()
     stages = _largest(params, r"conv(\d+)_1a_f") - 1
     if stages < 1:
-        raise CheckpointError("no parameter is named conv2_1a_f; these are not the authors' networks")
+        raise CheckpointError(
+            "no parameter is named conv2_1a_f; these are not the parameters of one of the authors' networks"
+        )
     config.blocks_per_stage = _largest(params, r"conv2_(\d+)a_f")
     widths = [_shape(params, f"conv{s + 2}_1a_f", 4)[3] for s in range(stages)]
     config.stem_width = _shape(params, "conv1_f", 4)[3]

@@ -138,11 +138,11 @@ def _to_numpy(name: str, tensor: Any) -> np.ndarray:
     if tensor.is_meta:
         raise CheckpointError(f"{name} is on PyTorch's meta device and has no values; save the loaded network")
     if tensor.is_quantized:
-        raise CheckpointError(f"{name} is quantised ({kind}); save its dequantize()")
+        raise CheckpointError(f"{name} is quantised ({kind}); call dequantize() before saving it")
     if str(tensor.layout) != "torch.strided":
-        raise CheckpointError(f"{name} is sparse ({tensor.layout}); save its to_dense()")
+        raise CheckpointError(f"{name} is sparse ({tensor.layout}); call to_dense() before saving it")
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{name} repeats its values by a stride of 0; save its contiguous()")
+        raise CheckpointError(f"{name} repeats its values by a stride of 0; call contiguous() before saving it")
     try:
         narrow = tensor.is_floating_point() and tensor.itemsize < 4
         return (tensor.float() if narrow else tensor).numpy(force=True)
@@ -167,7 +167,9 @@ def _plain_names(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, value in state.items():
         plain = _PREFIXES.sub("", str(name).replace("_orig_mod.", ""))
         if plain in arrays:
-            raise CheckpointError(f"two arrays are named {plain!r} after removing prefixes such as 'module.'")
+            raise CheckpointError(
+                f"two arrays are named {plain!r} after removing prefixes such as 'module.'; save only one of them"
+            )
         if plain.rpartition(".")[2] not in _COUNTERS:
             arrays[plain] = np.asarray(value)
     return arrays

@@ -170,7 +170,7 @@ class Gate(GateFields, PoolingFields):
         noise = draw_gate_noise(self.gate_noise, shape, features.dtype, given=given, key=key, axis_name=self.axis_name)
         if noise is None and train and self.gate_noise != "none":
             raise ValueError(
-                "training draws the gate's noise: pass rngs={'gating': key} (and 'dropout') to apply, or gate_noise"
+                "training draws noise for the gate: pass rngs={'gating': key} (and 'dropout') to apply, or gate_noise"
             )
         return noise
 

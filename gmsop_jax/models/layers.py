@@ -125,7 +125,7 @@ def dropout_key(module: nn.Module) -> Array:
       ValueError: if there is neither.
     """
     if not (module.has_rng("dropout") or module.has_rng("params")):
-        raise ValueError("training draws the dropout: pass rngs={'dropout': key} to apply, or train=False")
+        raise ValueError("training draws a dropout mask: pass rngs={'dropout': key} to apply, or train=False")
     return module.make_rng("dropout")
 
 

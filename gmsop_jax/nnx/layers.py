@@ -1,7 +1,7 @@
 """Layers that the NNX heads share.
 
-Each module keeps a Linen module with the same fields as `config`, so that fields, defaults and checks are defined only
-once. Attributes that hold parameters have the same names as the Linen parameters.
+Modules that have the fields of a Linen module store such a module as `config`, so that fields, defaults and checks are
+defined only once. Attributes that hold parameters have the same names as the Linen parameters.
 """
 
 from typing import Any
@@ -91,7 +91,7 @@ def make_norm(factory: Any, num_features: int, rngs: nnx.Rngs, **fields: Any) ->
     """Creates an NNX batch norm with the settings of the Linen batch norm that `factory` creates.
 
     Raises:
-      ValueError: if the factory creates something else.
+      ValueError: if the factory does not create a `gmsop_jax.models.BatchNorm`.
     """
     norm = factory(**fields)
     if not isinstance(norm, models.BatchNorm):

@@ -27,7 +27,7 @@ from gmsop_jax.ops.covariance import Where
 class Gate(ReluConvolutions):
     """Noisy top-K gate on pooled features (GM-SOP, eq. 3–6), with the fields of `gmsop_jax.models.Gate`.
 
-    `rngs` has the stream `params`, and `gating` for the draws in training.
+    `rngs` provides the streams `params` for the initial values, and `gating` for the draws in training.
     """
 
     def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
@@ -108,7 +108,7 @@ class Mixture(_Candidates):
 class GatedMixture(_Candidates, ModuleWithMode):
     """Pools features by the weighted sum of the candidates that the gate selects.
 
-    The fields are those of `gmsop_jax.models.GatedMixture`, and `rngs` is that of `Gate`.
+    The fields are those of `gmsop_jax.models.GatedMixture`, and `rngs` provides the same streams as for `Gate`.
     """
 
     def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):

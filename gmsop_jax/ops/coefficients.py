@@ -88,6 +88,6 @@ def two_step_factors(first: Step, second: Step) -> Factors:
     """
     (a1, b1), (a2, b2) = first, second
     ratio, constant = a1 / b1, a2 / (b2 * b1**2)
-    # T₂ contributes the cubic w³ − 2ρw² + ρ²w − c with ρ = a₁/b₁. It has one real root, by the formula of Viète.
+    # T₂ contributes the cubic w³ − 2ρw² + ρ²w − c with ρ = a₁/b₁. It has one real root, given by Viète's formula.
     root = ratio * 2 / 3 * (1 + math.cosh(math.acosh(27 * constant / (2 * ratio**3) - 1) / 3))
     return (-(ratio + root), ratio * root), (root - 2 * ratio, constant / root), b1**3 * b2

@@ -1,6 +1,6 @@
 """First-order and second-order pooling of features over positions.
 
-Every function takes `where`, which selects or weights the positions, for example to mask the padding of tokens.
+Every function takes `where`, which selects or weights the positions, for example to mask padding tokens.
 """
 
 import functools
@@ -71,7 +71,7 @@ def covariance_pool(
         makes the result NaN.
       centered: whether the mean is subtracted. If not, the result is the second moment (1/p) Σ xₚ xₚᵀ.
       forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, and the backward pass takes
-        two matrix products instead of one. Otherwise, they end with JAX's error "can't apply forward-mode autodiff
+        two matrix products instead of one. Otherwise, they raise JAX's error "can't apply forward-mode autodiff
         (jvp) to a custom_vjp function".
       precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 
@@ -118,7 +118,7 @@ def second_order_pool(
       where, centered: see `covariance_pool`.
       coefficients: see `newton_schulz_sqrt`.
       forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, but the backward pass stores
-        every iterate. Otherwise, they end with JAX's error "can't apply forward-mode autodiff (jvp) to a custom_vjp
+        every iterate. Otherwise, they raise JAX's error "can't apply forward-mode autodiff (jvp) to a custom_vjp
         function".
       precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
 

@@ -44,11 +44,12 @@ def apply_candidates(
       pool: pools one or more tiles, [*, p, d] → [*, f], such as `functools.partial(second_order_pool, precision=…)`. If
         there is a mask, it also receives `where`, weights [*, p].
       dispatch: `gather` copies the weights for each pair and computes all pairs as batched products. `group` sorts
-        the pairs by candidate into blocks of b·k / 8n pairs and copies the weights for each block, so that it needs
-        much less memory; empty slots in the blocks make the products larger by 1/8. `loop` computes one pair at a time
-        within the cache, and recomputes each pair in the backward pass instead of storing anything. `auto` selects
-        `loop` on a single CPU device if the activations of all pairs exceed the cache, `group` on accelerators if the
-        blocks have at least two pairs, and `gather` otherwise. Values and gradients are the same up to rounding.
+        the pairs by candidate into blocks of b·k/(8n) pairs and copies the weights for each block, so that it needs
+        much less memory; empty slots in the blocks make the products larger by one eighth. `loop` computes one or two
+        pairs at a time, which fit in the cache, and computes them again in the backward pass instead of storing them.
+        `auto` selects `loop` on a single CPU device if the activations of all pairs exceed the cache, `group` on
+        accelerators if the blocks have at least two pairs, and `gather` otherwise. Values and gradients are the same
+        up to rounding.
       where: a mask or weights of the positions; see `covariance_pool`.
 
     Returns: the pooled vector of each pair.
@@ -126,7 +127,7 @@ def _check_shapes(x: AnyArray, kernels: Sequence[AnyArray]) -> None:
     fits = all(len(shape) == 3 and shape[1:2] == given for shape, given in zip(shapes, channels, strict=False))
     if np.ndim(x) != 3 or not shapes or not fits or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
-            "candidates need features [b, p, c] and kernels [n, c, d], [n, d, e], … of one n, layer by layer, got"
+            "candidates need features [b, p, c] and kernels [n, c, d], [n, d, e], … with the same n, got"
             f" {np.shape(x)} and {', '.join(map(str, shapes)) or 'no kernel'}"
         )
 
@@ -211,7 +212,7 @@ def _arrange(indices: Array, n: int) -> _Groups:
     num_blocks = flat.size // size + n  # enough for any selection
     selected = jax.nn.one_hot(flat, n, dtype=jnp.int32)
     before = jnp.cumsum(selected, axis=0) - selected
-    ends = jnp.cumsum(-(-selected.sum(0) // size))  # of the candidates, in blocks
+    ends = jnp.cumsum(-(-selected.sum(0) // size))  # the number of blocks up to the end of each candidate
     starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
     slot = jnp.sum(selected * (starts * size + before), axis=1)
     pair = (
@@ -246,7 +247,7 @@ def _to_pairs(y: Array, groups: _Groups) -> Array:
     return y[groups.slot]
 
 
-# Every gradient is a gather, because that of indexing is a scatter, which adds in no fixed order on a GPU.
+# These gradients are gathers. JAX's gradient of indexing is a scatter, which adds in no fixed order on a GPU.
 def _to_slots_backward(groups: _Groups, g: Array) -> tuple[Array, _Groups]:
     return g[groups.slot].sum(axis=1), _no_gradients(groups)
 

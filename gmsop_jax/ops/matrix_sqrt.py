@@ -13,7 +13,7 @@ from gmsop_jax.ops.coefficients import Coefficients, Factors, Steps, iteration_s
 from gmsop_jax.ops.precision import matrix_precision
 from gmsop_jax.ops.triangle import triangle_matrix, triangle_vector
 
-SYMMETRIC_STEPS = 6  # up to which the gradient of `root_vector` takes fewer products
+SYMMETRIC_STEPS = 6  # the largest number of steps for which the gradient of `root_vector` takes fewer products
 
 
 def newton_schulz_sqrt(
@@ -58,7 +58,7 @@ def newton_schulz_sqrt(
       coefficients: `newton_schulz`, or `minimax` for n ≤ 12. A more accurate root does not always make a more
         accurate classifier (Song et al., ICCV 2021). In float32, more than 5 minimax steps lose accuracy for singular
         matrices (docs/accuracy.md).
-      forward_mode: by default, `jax.jvp`, `jax.jacfwd` and `jax.hessian` end with JAX's error "can't apply forward-mode
+      forward_mode: by default, `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise JAX's error "can't apply forward-mode
         autodiff (jvp) to a custom_vjp function", because the function defines its own backward pass. If True, JAX
         differentiates the iteration automatically, which supports them. Reverse mode then stores the iterates. Values
         are the same.
@@ -245,8 +245,8 @@ _with_lean_backward.defvjp(_forward, _backward)
 def root_vector(sigma: Array, steps: Steps, precision: PrecisionLike) -> Any:
     """The upper triangle of the root.
 
-    The gradient is symmetric. For n = 3, it takes 8 products besides those of the forward pass, instead of 10. More
-    than 6 steps take all products, because the minimax steps would amplify the asymmetry of rounding errors.
+    The gradient is symmetric. For n = 3, it takes 8 products besides those of the forward pass, instead of 10. With
+    more than 6 steps, no product is saved, because the minimax steps would amplify the asymmetry of rounding errors.
     """
     return triangle_vector(_evaluate(sigma, steps, False, precision))
 

@@ -285,7 +285,7 @@ class Checkpoints:
                 self._delete_discarded()
 
     def _finish(self, wait: Callable[[], object]) -> None:
-        """Waits for running saves; if they fail, removes what they have recreated of a removed folder."""
+        """Waits for running saves; then checks, even if they failed, that the folder has not been removed."""
         try:
             wait()
         finally:
@@ -298,7 +298,10 @@ def _parse_progress(stored: Any, folder: pathlib.Path) -> Progress:
         pending = {str(name): float(value) for name, value in stored.get("pending", {}).items()}
         progress = Progress(int(stored["step"]), int(stored["epoch"]), float(stored["wall_seconds"]), skipped, pending)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"checkpoint {folder} has no progress ({error})") from error
+        raise CheckpointError(
+            f"the progress stored in checkpoint {folder} can't be read ({error!r}); delete that folder to resume from"
+            " the previous checkpoint"
+        ) from error
     if str(progress.step) != folder.name:
         raise CheckpointError(f"checkpoint {folder} contains step {progress.step}; rename the folder back")
     return progress

@@ -22,7 +22,7 @@ FILE_NAME = "inputs.json"
 
 
 def fingerprint(manifest: Manifest) -> dict[str, str]:
-    """Returns a text for each split that identifies its records and their order."""
+    """Returns a string for each split, which identifies its records and their order."""
     return {
         name: f"{split.num_images} images, sha256 "
         + hashlib.sha256("".join(shard.sha256 for shard in split.shards).encode()).hexdigest()

@@ -25,7 +25,7 @@ class Interrupted(UserError):
         processes.
     """
 
-    saved = True  # all processes of the run stop after the same step
+    saved = True  # `ending_together` does not treat it as a failure, because all processes stop after the same step
 
     def __init__(self, signum: int, step: int):
         name = signal.Signals(signum).name
@@ -68,7 +68,7 @@ class SignalCatcher:
     def _handle(self, signum, frame):
         if self._caught is not None:
             if signum == signal.SIGHUP:
-                return  # a closed terminal sends it to a sweep too, which passes it on
+                return  # when a terminal is closed, a sweep receives it too and passes it on
             raise KeyboardInterrupt
         self._caught = signum
         if self._several:

@@ -161,7 +161,9 @@ def _check_port(coordinator: str, port: int) -> None:
         try:
             probe.bind(("", port))
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"--coordinator {coordinator}: port {port} can't be used ({error})") from error
+            raise ConfigError(
+                f"--coordinator {coordinator}: port {port} can't be used ({error}); choose another port"
+            ) from error
 
 
 def _not_joined(reason: object) -> str:
@@ -190,7 +192,9 @@ def _read_values(number: int, index: int) -> dict[str, str]:
     try:
         text = _client().blocking_key_value_get(f"gmsop_jax/values/{number}/{index}", ANSWER_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"process {index} of this run did not answer within {ANSWER_SECONDS} s") from error
+        raise UserError(
+            f"process {index} of this run did not answer within {ANSWER_SECONDS} s; start all processes again to resume"
+        ) from error
     return json.loads(text)
 
 

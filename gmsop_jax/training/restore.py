@@ -86,7 +86,7 @@ def read_description(path: str | os.PathLike[str]) -> tuple[ConfigDict, Inputs]:
 
 
 def checksum(path: str | os.PathLike[str]) -> str:
-    """Returns a text that identifies the arrays of a trained network, without reading those of a checkpoint.
+    """Returns a string that identifies the arrays of a trained network, without reading those of a checkpoint.
 
     Args, Raises: as in `load`.
     """

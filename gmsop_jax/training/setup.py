@@ -132,7 +132,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
 
 
 def _stored_mean_rgb(workdir: pathlib.Path, init_from: str) -> tuple[float, float, float] | None:
-    """Returns the mean colour that a resumed run was trained with; None if its file is lost, and it started afresh."""
+    """Returns the mean colour of a resumed run, or None if `inputs.json` is lost and `init_from` is not set."""
     with contextlib.suppress(CheckpointError):
         return Inputs.load(workdir).mean_rgb
     return read_mean_rgb(init_from) if init_from else None

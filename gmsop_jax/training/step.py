@@ -262,7 +262,7 @@ def make_train_step(
       mean_rgb: [3], mean colour of the training set.
       balance_ddof: that of the gate, `config.model.balance_ddof`; only used with `train.sub_batches` > 1.
       axis_name: pmap or shard_map axis over which the batch is split, for this step and the model. The new state and
-        the metrics are those of the whole batch, equal on all devices. None if one program has the whole batch.
+        the metrics are those of the whole batch, equal on all devices. None if one program processes the whole batch.
 
     Returns: a function of the state and a batch with `image` uint8 [b, h, w, 3], `label` int32 [b] and optionally
       `gate_noise` [b], which replaces the draw. Its metrics are `loss_sum` (cross entropy), `top1_errors`,

@@ -22,11 +22,11 @@ class Writer:
     On a terminal it shows a progress bar; otherwise, as in a log file, it prints a line every few seconds.
 
     Args:
-      workdir, total_steps: of the whole run.
+      workdir, total_steps: the working directory and the number of steps of the whole run.
       start_step: number of steps that are already done. Records of later steps, which were written before an
         interruption and will be computed again, are removed.
       enabled: whether this process logs anything.
-      loggers: further loggers, which are not closed.
+      loggers: further loggers, which this class does not close.
     """
 
     SECONDS_PER_LINE = 10  # where standard error is not a terminal

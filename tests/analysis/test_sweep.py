@@ -79,7 +79,7 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, name):
 
 
 def test_seeds_are_checked_first(tmp_path):
-    with pytest.raises(ConfigError, match="given twice: 0 0"):
+    with pytest.raises(ConfigError, match="--seeds 0 0 contains a seed twice"):
         sweep.plan_sweep([QUICKSTART], [0, 0], tmp_path)
     with pytest.raises(ConfigError, match="seed must be between 0"):
         sweep.plan_sweep([QUICKSTART], [-1], tmp_path)

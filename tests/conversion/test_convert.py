@@ -313,7 +313,7 @@ def test_wrong_options(options: dict, message: str):
 
 @pytest.mark.parametrize("paths", [("", "set"), ("in", "")])
 def test_empty_names_are_not_the_current_folder(paths: tuple[str, str]):
-    with pytest.raises(ConfigError, match="name of the input or of the output is empty"):
+    with pytest.raises(ConfigError, match="path of the input or of the output is empty"):
         convert("image-folder", *paths)
 
 
@@ -615,7 +615,7 @@ def test_file_systems_without_locks(
     output = tmp_path / "set"
     convert("imagenet64", imagenet, output, shards=6, shard_range=(1, 2), progress=False)
     convert_while_held(imagenet, output, "part-1-of-2", caplog)
-    assert "this file system has no locks" in caplog.text
+    assert "this file system does not support locks" in caplog.text
     assert contents(output) == contents(reference)
 
 

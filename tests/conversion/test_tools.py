@@ -70,7 +70,7 @@ def test_bench_data(tmp_path: Path):
     ("name", "arguments", "message"),
     [
         ("convert.py", ("imagenet64", "--output", "set"), "error: this source needs --input"),
-        ("convert.py", ("fashion-mnist", "--output", "set", "--size", "8"), "does not accept the option size"),
+        ("convert.py", ("fashion-mnist", "--output", "set", "--size", "8"), "does not accept --size"),
         ("convert.py", ("fashion-mnist", "--output", "set", "--shard-range", "x"), "'x' is not i/n"),
         ("inspect_dataset.py", ("none",), "the folder does not exist"),
         ("verify_dataset.py", (".",), "the folder is empty"),

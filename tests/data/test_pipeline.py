@@ -177,7 +177,7 @@ def test_jpeg_records_read_nearly_the_same(fashion: Path, tmp_path: Path):
     ("arguments", "message"),
     [
         ({"batch_size": 0, "seed": 0}, "batch_size is 0"),
-        ({"batch_size": 5001, "seed": 0}, "5000 images make no batch of 5001"),
+        ({"batch_size": 5001, "seed": 0}, "5000 images do not fill a batch of 5001"),
         ({"batch_size": 8, "seed": -1}, "seed -1"),
         ({"batch_size": 8, "seed": 0, "process_index": 2, "process_count": 2}, "process_index 2"),
         ({"batch_size": 9, "seed": 0, "process_count": 2}, "batch_size 9"),

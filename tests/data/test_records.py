@@ -38,7 +38,7 @@ def test_a_jpeg_is_near_and_small(channels: int):
 
 
 def test_a_side_too_long_for_jpeg_is_refused():
-    with pytest.raises(DataError, match=r"can't be a JPEG .* use --codec raw"):
+    with pytest.raises(DataError, match=r"can't be stored as JPEG .* use --codec raw"):
         encode(np.zeros((1, 65_501), np.uint8), 0, codec="jpeg")
 
 

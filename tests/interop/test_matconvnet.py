@@ -251,7 +251,7 @@ def _text_cell(*texts):
         (["net", "layers", 0, "type"], "dagnn.ConvTranspose", "'conv1_conv' is of type 'dagnn.ConvTranspose'"),
         (["net", "layers", 0], None, "layer 'conv1_conv' .* is missing"),
         (["net", "layers", 1, "name"], "conv1_conv", "two layers 'conv1_conv'"),
-        (["net", "layers", 2, "name"], "other", "'other' .* is not part of such a network"),
+        (["net", "layers", 2, "name"], "other", "'other' .* is not part of the network"),
         (["net", "layers", 3, "inputs"], _text_cell("input"), "'conv2_1_adapt_conv_conv': inputs is"),
         (["net", "layers", 3, "params"], _text_cell("other"), "'conv2_1_adapt_conv_conv': params is"),
         (

@@ -9,7 +9,7 @@ import pytest
 from gmsop_jax import config as configuration
 from gmsop_jax.config import ConfigDict
 from gmsop_jax.errors import CheckpointError
-from gmsop_jax.interop import layers
+from gmsop_jax.interop import layer_checks, layers
 from gmsop_jax.interop.matconvnet import from_params, to_params
 
 ARCHITECTURES = sorted((pathlib.Path(__file__).parents[1] / "goldens/arch").glob("*.json"))
@@ -59,7 +59,7 @@ def with_floats(value):
 def test_the_six_networks(path):
     params, theirs = read(path)
     config, variables = from_params(params)
-    layers.read_hyperparameters(config, {layer.name: layer for layer in theirs})
+    layer_checks.read_hyperparameters(config, {layer.name: layer for layer in theirs})
     assert config.to_dict() == expected_config(path.stem).to_dict()
     assert list(to_params(config, variables)) == list(params)
 

@@ -316,7 +316,7 @@ def test_import_torch_reads_checkpoints_with_a_namespace(tmp_path):
     ("make", "message"),
     [
         (lambda torch: torch.empty(2, device="meta"), "meta device and has no values"),
-        (lambda torch: torch.eye(2).to_sparse(), r"is sparse \(torch\.sparse_coo\); save its to_dense"),
+        (lambda torch: torch.eye(2).to_sparse(), r"is sparse \(torch\.sparse_coo\); call to_dense"),
         (lambda torch: torch.eye(2).to_sparse_csr(), r"is sparse \(torch\.sparse_csr\)"),
         (lambda torch: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), r"is quantised \(qint8\)"),
         (lambda torch: torch.zeros(1).expand(10**6, 10**6), "repeats its values by a stride of 0"),

@@ -366,7 +366,7 @@ def train(config_file: Path, tmp_path: Path, *more: str) -> list[str]:
         ("train.batch_size=many", "config.train.batch_size must be an int (it is currently 20), but got 'many'"),
         ("model.num_selected=9", "config.model.num_selected (K = 9) exceeds config.model.num_candidates (N = 4)"),
         ("model.num_classes=7", "config.model.num_classes = 7, but the data set"),
-        ("train.batch_size=1000", "80 images make no batch of 1000"),
+        ("train.batch_size=1000", "80 images do not fill a batch of 1000"),
         ("eval.split=test", "no split 'test'; it has train, val"),
     ],
 )

@@ -45,7 +45,7 @@ def build_report(workdirs: Sequence[Path], *, data: Path | None = None, max_imag
       max_images: maximum number of images of each evaluation split.
 
     Raises:
-      CheckpointError: if a folder is not a working directory.
+      UserError: if a folder is not a working directory, or a file in it is damaged.
     """
     groups = group_by_data(read_runs(workdirs))
     runs = [run for group in groups for run in group]
@@ -205,7 +205,7 @@ def _mixture(predictions: Predictions, num_selected: int) -> dict[str, Any]:
 
 
 def _heaviest(predictions: Predictions, candidate: int) -> list[Card]:
-    """The images with the largest weights for a candidate, of those that select it together with their mirror image."""
+    """The images with the largest weights for a candidate, of those that select it, as their mirror images do too."""
     weights, mirrored = predictions.gate_weights[:, candidate], predictions.mirrored_weights[:, candidate]
     order = np.argsort(-weights, kind="stable")
     rows = order[(weights[order] > 0) & (mirrored[order] > 0)]

@@ -160,7 +160,7 @@ def open_source(name: str, request: Request) -> Source:
         if option not in accepted:
             known = ", ".join(f"--{known.replace('_', '-')}" for known in accepted)
             raise ConfigError(
-                f"source {name!r} does not accept the option {option} (got {value!r}); it accepts {known}"
+                f"source {name!r} does not accept --{option.replace('_', '-')} (got {value!r}); it accepts {known}"
             )
     opener: Callable[[Request], Source] = module.open_source
     source = opener(request)

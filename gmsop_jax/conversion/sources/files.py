@@ -76,7 +76,7 @@ class FileArray:
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Reads `size` bytes of a file from `offset`. Raises DataError if the file ends before."""
+    """Reads `size` bytes of a file from `offset`. Raises DataError if the file ends too early."""
     try:
         with path.open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), size, offset)
@@ -109,7 +109,9 @@ def npy_array(path: Path, offset: int = 0) -> FileArray:
     if dtype.kind not in "uif" or any(type(n) is not int or n < 0 for n in shape):
         raise DataError(f"{path} contains an array of dtype {dtype} and shape {shape}; expected numbers")
     if (fortran and len(shape) > 1) or not shape:
-        raise DataError(f"{path} contains an array of shape {shape} in Fortran order; expected C order")
+        raise DataError(
+            f"{path} contains an array of shape {shape}{' in Fortran order' * fortran}; expected C order and an axis"
+        )
     return FileArray(path, start, shape, dtype.str)
 
 
@@ -159,7 +161,7 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> 
 
 
 def tar_members(path: Path, mode: Literal["r:", "r:gz"]) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
-    """Yields the regular files of a tar archive, each with a function that reads it, which must be called at once.
+    """Yields the regular files of a tar archive, each with a function that reads it, to be called before the next file.
 
     Raises:
       DataError: if the archive is damaged or truncated.
@@ -196,7 +198,7 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise DataError(
             f"{folder.absolute()} needs {needed / 2**20:,.0f} MiB, but its disk has only {free / 2**20:,.0f} MiB free;"
-            " make room, or give a folder on another disk"
+            " free some space, or give a folder on another disk"
         )
 
 

@@ -46,7 +46,10 @@ def open_source(request: Request) -> ImageTable:
         )
     for split, images in found.items():
         if unknown := sorted(images.keys() - found["train"].keys()):
-            raise DataError(f"{folders[split].absolute()} has classes that train lacks: {', '.join(unknown[:5])}")
+            raise DataError(
+                f"{folders[split].absolute()} has classes without training images: {', '.join(unknown[:5])}; remove"
+                " their folders, or add training images"
+            )
     for name in classes:
         if name.encode("utf-8", "ignore").decode() != name:
             raise DataError(f"the name of the class folder {name!r} is not valid UTF-8; rename it")
@@ -87,8 +90,8 @@ def _split_folders(request: Request) -> dict[str, Path]:
         folders = {"train": root}
     if "val" not in folders and fraction is None:
         raise DataError(
-            f"--input {root.absolute()} has no train/ and val/ folders; give --val-fraction, such as 0.1, to set aside"
-            " a fraction of the images for validation"
+            f"--input {root.absolute()} has no folder val/; give --val-fraction, such as 0.1, to set aside a fraction"
+            " of the images for validation"
         )
     if "val" in folders and fraction is not None:
         raise ConfigError(f"--val-fraction is given, but {root.absolute()} already has a folder val/; omit one of them")

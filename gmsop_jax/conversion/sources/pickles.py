@@ -6,7 +6,7 @@ arrays need, and calls nothing: it recognises the few names in the pickle of an 
 
 `pickle.Unpickler` with a restricted `find_class` is not enough. It loads every array, 1.5 GB for one file of ImageNet.
 A few bytes can make it allocate gigabytes (by an index into its memo) or crash (by hashing a deeply nested tuple). And
-NumPy's `__setstate__` trusts what the file says about the memory of an array.
+NumPy's `__setstate__` trusts what the file states about the memory layout of an array.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ def read(path: str | pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
 def is_hdf5(path: pathlib.Path) -> bool:
     """Returns whether a MATLAB file has version 7.3; raises CheckpointError for any other file."""
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} does not exist or is not a file")
     with open_file(path) as file:
         head = file.read(520)
     if _HDF5_SIGNATURE in (head[:8], head[512:520]):

@@ -15,13 +15,13 @@ import numpy as np
 from gmsop_jax.files import Budget
 from gmsop_jax.interop.matfile import isolated
 
-_MAX_DEPTH = 32  # of nested structs; a deeper struct must contain itself
+_MAX_DEPTH = 32  # structs that are nested more deeply are assumed to contain themselves
 _HEADER = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created by gmsop_jax HDF5 schema 1.00 ."
 _CLASSES = {"f8": "double", "f4": "single", "b1": "logical"}
 
 
 def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads variables as described in `matfile.read`, in another process; ValueError if the file is damaged."""
+    """Reads variables as `matfile.read` does, in another process. Raises ValueError if the file is damaged."""
     return isolated.call_limited(_read, path, names)
 
 

@@ -28,7 +28,7 @@ _ONE_CALL = threading.Lock()
 
 
 def call_limited(function: Callable[..., Any], path: pathlib.Path, *arguments: Any) -> Any:
-    """Returns `function(path, budget, *arguments)`, with limits that fit the size of the file; raises as `call`."""
+    """Returns `function(path, budget, *arguments)`, with limits that fit the file size. Raises as `call` does."""
     size = path.stat().st_size
     budget = Budget(size)
     seconds = SECONDS + size / BYTES_PER_SECOND
@@ -113,7 +113,7 @@ def _stop_server() -> None:
         process, connection = _server(os.getpid())
         connection.close()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with the process of a call
+            os.killpg(process.pid, signal.SIGKILL)  # and the process that it forked for a call
         process.wait()
         _server.cache_clear()
 

@@ -13,12 +13,12 @@ from gmsop_jax.interop.matfile import isolated
 
 
 def read(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads variables as described in `matfile.read`, in another process; ValueError if the file is damaged."""
+    """Reads variables as `matfile.read` does, in another process. Raises ValueError if the file is damaged."""
     return isolated.call_limited(_read, path, names)
 
 
 def _read(path: pathlib.Path, budget: Budget, names: Sequence[str]) -> dict[str, Any]:
-    # with mat_dtype, numbers that MATLAB packed as bytes are of their class again
+    # mat_dtype restores the class of numbers that MATLAB stored in fewer bytes
     stored = scipy.io.loadmat(path, mat_dtype=True, chars_as_strings=False, variable_names=names, uint16_codec="utf-16")
     return {name: _from_scipy(stored[name], budget) for name in names if name in stored}
 

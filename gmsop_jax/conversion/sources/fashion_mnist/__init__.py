@@ -77,7 +77,7 @@ def read_idx(path: Path, num_dims: int) -> np.ndarray:
             Budget(path.stat().st_size).take_bytes(math.prod(shape))
             data = file.read(math.prod(shape) + 1)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"{path} can't be decompressed ({error}); download it again") from error
+        raise DataError(f"{path} can't be read ({error}); download it again") from error
     if header[:4] != bytes([0, 0, 8, num_dims]):
         raise DataError(
             f"{path} is not an IDX file of uint8 with {num_dims} dimensions: it begins with {header[:4].hex()}"
