@@ -8,6 +8,8 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from gmsop_jax.ops.precision import ALLOWED_PRECISIONS, is_precision
+
 
 def is_count(value: Any) -> bool:
     """Whether a value is an int of at least 1."""
@@ -44,6 +46,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate_order": _one_of(0, 1, 2),
     "gate_noise": _one_of("image", "candidate", "fixed", "none"),
     "coefficients": _one_of("newton_schulz", "minimax"),
+    "pool_precision": (is_precision, ALLOWED_PRECISIONS),
     "gate_softmax": _one_of("selected", "all"),
     "gate_gradient": _one_of("straight_through", "masked"),
     "gate_init": _one_of("constant", "random"),

@@ -77,6 +77,17 @@ class Head(ReluConvolutions):
     linen: ClassVar[Any]
     __signature__ = _Signature()
 
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "linen" in vars(cls) and "__init__" not in vars(cls):  # errors about missing arguments then name this class
+            inherited: Any = cls.__init__
+
+            def __init__(self: Any, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
+                inherited(self, in_features, num_classes, rngs=rngs, **fields)
+
+            __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+            cls.__init__ = __init__
+
     def __init__(self, in_features: int, num_classes: int, *, rngs: nnx.Rngs, **fields: Any):
         if not is_count(in_features):
             raise ValueError(f"in_features must be an int of at least 1, got {in_features!r}")

@@ -1,12 +1,18 @@
 """The precision of the matrix products in second-order pooling, with a default for each kind of device."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.lax import DotAlgorithmPreset, Precision, PrecisionLike
+from jax.lax import DotAlgorithm, DotAlgorithmPreset, Precision, PrecisionLike
 from jax.typing import DTypeLike
 
 # Compute capabilities of A100, H100 and H200, B200, and B300: six products in bfloat16 are faster than one in float32.
 _FAST_BFLOAT16 = ("8.0", "9.0", "10.0", "10.3")
+
+ALLOWED_PRECISIONS = (
+    "None, 'default', 'high', 'highest', or a jax.lax.DotAlgorithmPreset or its name, such as 'BF16_BF16_F32_X6'"
+)
 
 
 def matrix_precision(precision: PrecisionLike, dtype: DTypeLike) -> PrecisionLike:
@@ -26,13 +32,15 @@ def matrix_precision(precision: PrecisionLike, dtype: DTypeLike) -> PrecisionLik
     Returns: `precision`, or the default.
 
     Raises:
-      ValueError: if the precision is a preset that does not accumulate in the dtype of the matrices. JAX itself raises
-        an error for unknown precisions, and for presets that the device does not support.
+      ValueError: if JAX does not know the precision, or if it is a preset that does not accumulate in the dtype of the
+        matrices. JAX itself raises an error for presets that the device does not support.
 
     Example:
       >>> matrix_precision("BF16_BF16_F32_X6", jnp.float32)
       DotAlgorithmPreset.BF16_BF16_F32_X6
     """
+    if not is_precision(precision):
+        raise ValueError(f"precision must be {ALLOWED_PRECISIONS}, got {precision!r}")
     if precision is None:
         fast = jnp.dtype(dtype) == jnp.float32 and _compute_capability() in _FAST_BFLOAT16
         return DotAlgorithmPreset.BF16_BF16_F32_X6 if fast else Precision.HIGHEST
@@ -46,6 +54,23 @@ def matrix_precision(precision: PrecisionLike, dtype: DTypeLike) -> PrecisionLik
                 " use 'highest' or another preset"
             )
     return precision
+
+
+def is_precision(value: Any) -> bool:
+    """Whether JAX's products accept a value as their precision."""
+    if isinstance(value, str):
+        return value in DotAlgorithmPreset.__members__ or _is_level(value)
+    if isinstance(value, tuple):  # one level for each operand
+        return len(value) == 2 and all(isinstance(level, (str, Precision)) and _is_level(level) for level in value)
+    return value is None or isinstance(value, (Precision, DotAlgorithmPreset, DotAlgorithm))
+
+
+def _is_level(value: str | Precision) -> bool:
+    try:
+        Precision(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _compute_capability() -> str | None:

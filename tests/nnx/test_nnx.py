@@ -183,6 +183,15 @@ def test_other_batch_norms_and_wrong_fields_are_refused():
         heads.GAPHead(6, 5, rngs=0)  # type: ignore[arg-type]
 
 
+@every_head
+def test_a_missing_argument_names_the_head(name):
+    head: Any = getattr(heads, HEADS[name][0])
+    with pytest.raises(TypeError, match=rf"^{head.__name__}\.__init__\(\) missing .* keyword-only argument: 'rngs'$"):
+        head(6, 5)
+    with pytest.raises(TypeError, match=rf"^{head.__name__}\.__init__\(\) missing .* argument: 'num_classes'$"):
+        head(6, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("name", ["srsop", "avesop", "gmsop"])
 def test_features_of_another_width_are_refused(name):
     with pytest.raises(ValueError, match=r"must have in_features=6 channels, got shape \(3, 7, 5\)"):

@@ -226,7 +226,26 @@ def test_double_precision_keeps_its_digits(x64, monkeypatch):
 def test_precisions_that_are_refused():
     with pytest.raises(ValueError, match="'BF16_BF16_BF16' does not accumulate in float32"):
         ops.covariance_pool(jnp.ones((2, 3)), precision="BF16_BF16_BF16")
-    with pytest.raises(ValueError, match="Precision argument must be one of"):
-        ops.newton_schulz_sqrt(jnp.eye(2), precision="tf32")
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("unknown", ["tf32", "", ("highest", "BF16_BF16_F32_X6"), ("high",), 2])
+def test_an_unknown_precision_is_named_with_the_known_ones(unknown):
+    message = rf"recision must be None, 'default', 'high', 'highest', or a .*, got {re.escape(repr(unknown))}$"
+    for function in FUNCTIONS.values():
+        with pytest.raises(ValueError, match=f"^p{message}"):
+            function(jnp.ones((2, 4, 4)), precision=unknown)
+    for name, fields in HEADS.items():
+        fields = {**fields, "pool_precision": unknown}
+        for head in (getattr(models, name), partial(getattr(nnx_heads, name), 4, rngs=nnx.Rngs(0))):
+            with pytest.raises(ValueError, match=rf"^{name}\.pool_p{message}"):
+                head(num_classes=3, **fields)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_precisions_that_jax_knows_are_accepted():
+    levels = ("default", "fastest", "high", "bfloat16_3x", "highest", "float32", "tensorfloat32", *Precision)
+    for precision in (None, *levels, ("high", "highest"), (Precision.HIGH, Precision.HIGH), "F32_F32_F32", "DEFAULT"):
+        assert np.isfinite(ops.newton_schulz_sqrt(jnp.eye(2), precision=precision)).all()
     with pytest.raises(ValueError, match="'TF32_TF32_F32' is not supported by dot_general on CPU"):
         ops.newton_schulz_sqrt(jnp.eye(2), precision="TF32_TF32_F32")
