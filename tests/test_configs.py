@@ -140,13 +140,13 @@ def test_projected_baselines_have_the_published_parameters(width, millions):
 @pytest.mark.slow
 def test_the_readmes_table_is_what_is_counted():
     lines = (ROOT / "README.md").read_text().splitlines()
-    told = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    documented = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
     paths = {pathlib.Path(path).name.replace(".py", ""): path for path in SMALL}
     columns = [column for column in summary.HEADER if column not in ("side", "GMAC, XLA")]
-    rows = [summary.summarize(paths[name]) for name in told if name in paths]
+    rows = [summary.summarize(paths[name]) for name in documented if name in paths]
     assert len(rows) == 19
     for row in rows:
-        assert summary.markdown([row], columns).splitlines()[-1] == told[row.name]
+        assert summary.markdown([row], columns).splitlines()[-1] == documented[row.name]
 
 
 class Terminal(io.StringIO):
@@ -156,7 +156,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_progress_line_is_cleared_before_the_table(count, monkeypatch):
-    """It shares its line with nothing: the table on the standard output would begin behind it."""
+    """Otherwise, the table on standard output would begin on the same line."""
     shown = Terminal()
     monkeypatch.setattr("sys.stderr", shown)
     monkeypatch.setattr("sys.stdout", shown)

@@ -297,7 +297,7 @@ def test_ctrl_c_at_the_end_leaves_no_traceback(moment):
     assert process.stderr == ""
 
 
-def test_a_closed_pipe_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     """As in `gmsop summary --all | head -1`."""
     command = "import sys; from gmsop_jax.errors import run_command; sys.exit(run_command(lambda: print('x' * 10**6)))"
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

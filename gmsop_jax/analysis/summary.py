@@ -79,7 +79,7 @@ def all_configurations() -> list[str]:
 
 
 def cells(row: Row) -> list[str]:
-    """The cells of a row."""
+    """The cells of a row of the table, one for each column of `HEADER`."""
     published = row.published
     errors = [f"{error:g}" for error in (published.top1_error, published.top5_error) if error is not None]
 

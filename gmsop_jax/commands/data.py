@@ -24,7 +24,7 @@ def run_convert(arguments: Sequence[str]) -> None:
     add("source", choices=NAMES, help="format of the input")
     add("--input", help="the downloaded file or folder; may be omitted for elpv, and for the sample of fashion-mnist")
     add("--output", required=True, help="a new folder, or the folder of an unfinished conversion")
-    add("--workers", type=int, help="number of processes (default: one per core)")
+    add("--workers", type=int, help="number of processes (default: one per core, or a single one for few images)")
     add("--shards", type=int, help="number of training shards (default: shards of about 128 MiB)")
     add("--limit", type=int, help="maximum number of images in each split, which are then chosen at random")
     add("--seed", type=int, default=0, help="seed of the order of the images and of the folds (default: 0)")

@@ -1,6 +1,6 @@
 """The commands that run a network: train, evaluate and predict.
 
-Most modules are imported late, because that takes seconds, and mistakes in the flags should be reported immediately.
+Most modules are imported late: importing them takes seconds, and mistakes in flags should be reported immediately.
 """
 
 import argparse

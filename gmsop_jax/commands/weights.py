@@ -61,7 +61,7 @@ def run_import(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="gmsop import",
         description="Creates a working directory from a MatConvNet checkpoint (net-epoch-N.mat), or from the PyTorch"
-        " weights of a ResNet or ResNeXt with 50 or 101 layers.",
+        " weights of a ResNet or ResNeXt with 34, 50 or 101 layers.",
         epilog="--config.field=value sets a field of the configuration, as in --config.data.dir=data/imagenet",
         takes_overrides=True,
     )

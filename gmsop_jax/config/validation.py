@@ -67,7 +67,9 @@ def _check_model(m: ConfigDict) -> None:
             " config.model.coefficients is 'minimax'"
         )
     if m.projection_batch_norm and not m.projection_widths:
-        raise ConfigError("config.model.projection_batch_norm needs config.model.projection_widths, which is ()")
+        raise ConfigError(
+            "config.model.projection_batch_norm needs config.model.projection_widths, which is (); set both or none"
+        )
     if m.backbone == "narrow":
         if m.stem != "small":
             raise ConfigError(f"config.model.stem = {m.stem!r} needs a backbone other than 'narrow'")
@@ -118,7 +120,9 @@ def _check_train(t: ConfigDict) -> None:
             " config.train.learning_rates"
         )
     if t.nesterov and t.optimizer != "sgd":
-        raise ConfigError(f"config.train.nesterov applies to 'sgd', but config.train.optimizer is {t.optimizer!r}")
+        raise ConfigError(
+            f"config.train.nesterov applies to 'sgd', not to {t.optimizer!r}; set --config.train.nesterov=false"
+        )
 
 
 def check_known(name: str) -> None:

@@ -77,8 +77,8 @@ def convert(
 
     Raises:
       ConfigError: if a setting is out of range.
-      DataError: if the source is invalid, the output folder contains anything else, or one of them can't be read or
-        written.
+      DataError: if the source is invalid, or the output folder contains other files or can't be written to.
+      FileAccessError: if an input file can't be read.
     """
     _check_settings(workers, shards, limit, seed, codec, shard_range, max_unreadable)
     if "" in (input_path, output_dir):

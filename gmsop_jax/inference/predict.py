@@ -59,7 +59,7 @@ def make_predict_step(
     Args:
       model: a network that returns `(logits, aux)`.
       mean_rgb: [3], the mean colour, which is subtracted.
-      flip_average: average the logits, gate weights and features over each image and its mirror image. The
+      flip_average: whether to average the logits, gate weights and features over each image and its mirror image. The
         probabilities are then the softmax of the averaged logits.
 
     Returns: a function of images, uint8 [b, h, w, 3] (RGB), that returns `logits` and `probabilities`
@@ -90,7 +90,8 @@ def read_image(
     """Reads an image file, resized and cropped to the size that a network expects.
 
     The image is rotated according to its EXIF data, transparent pixels are composited over white, and a gray image is
-    repeated to three channels. Then the image is resized (bicubic) and cropped to its centre.
+    repeated to three channels. The image is cropped to its centre and resized (bicubic), in the order that depends on
+    `shorter_side`.
 
     Args:
       file: an image in any format that Pillow reads. If it is an animation, the first frame is used.

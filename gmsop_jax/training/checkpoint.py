@@ -23,7 +23,7 @@ from gmsop_jax.training.layout import WORKDIR_FILES, latest_saved, steps_on_disk
 from gmsop_jax.training.processes import first_process_does
 from gmsop_jax.training.step import TrainState
 
-_DAMAGED = "damaged-checkpoints"  # beside DIRECTORY
+_DAMAGED = "damaged-checkpoints"  # beside DIRECTORY: damaged checkpoints are moved to it
 _DISCARDED = "discarded"  # inside DIRECTORY: old checkpoints while they are being deleted
 _ITEMS = ("params", "batch_stats", "opt_state")
 _AVERAGES = "ema"  # averages of params and batch_stats, in a run that computes them
@@ -70,7 +70,8 @@ class Checkpoints:
         The latest `keep` checkpoints are kept, besides the best; None keeps all.
 
         Raises:
-          CheckpointError: if all checkpoints are damaged, or the folder can't be written to.
+          CheckpointError: if all checkpoints are damaged, if a file in them isn't a regular file, or if the folder
+            can't be read or written to.
         """
         self.directory = path = pathlib.Path(directory).absolute()
         self.set_aside: list[str] = []
@@ -222,7 +223,7 @@ class Checkpoints:
             return values and {**values, "top1_error": float(values["top1_error"])}
 
     def save(self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts to save a checkpoint; `wait` returns when it is on disk. A step that is already saved is kept.
+        """Starts saving a checkpoint; `wait` returns when it is on disk. A step that is already saved is kept.
 
         Raises:
           CheckpointError: if this checkpoint, or the previous one in the background, can't be written.
@@ -303,7 +304,9 @@ def _parse_progress(stored: Any, folder: pathlib.Path) -> Progress:
             " the previous checkpoint"
         ) from error
     if str(progress.step) != folder.name:
-        raise CheckpointError(f"checkpoint {folder} contains step {progress.step}; rename the folder back")
+        raise CheckpointError(
+            f"checkpoint {folder} contains step {progress.step}; rename the folder to {progress.step}"
+        )
     return progress
 
 

@@ -64,7 +64,7 @@ def train_and_evaluate(
         if the directory can no longer be written to or data are damaged.
       NonFiniteError: if the loss is no longer finite and `config.train.on_nonfinite` is `stop`, or rolling
         back does not help.
-      Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
+      Interrupted: after Ctrl-C, SIGTERM or SIGHUP, once the state is saved.
     """
     started = time.monotonic()
     check_same_config(config)

@@ -113,7 +113,7 @@ def test_the_manifest_records_the_source(imagenet: Path, reference: Path):
     assert len(names) == 11
 
 
-def test_again_returns_at_once(imagenet: Path, reference: Path):
+def test_a_finished_conversion_returns_at_once(imagenet: Path, reference: Path):
     before = {path: path.stat().st_mtime_ns for path in reference.iterdir()}
     manifest = convert("imagenet64", imagenet, reference, shards=6, progress=False)
     assert manifest == Manifest.load(reference)
@@ -363,7 +363,7 @@ def test_too_many_unreadable_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_image_no_record_holds(tmp_path: Path, workers: int):
+def test_an_image_that_is_too_large_for_a_record(tmp_path: Path, workers: int):
     write_photos(tmp_path / "in", broken=0)
     Image.new("L", (2**16, 1)).save(tmp_path / "in/train/a/long.png")
     with pytest.raises(DataError, match="image is 1×65536; sides must be from 1 to 65535"):
@@ -375,7 +375,7 @@ def test_another_stored_mean_is_reported(tmp_path: Path, caplog: pytest.LogCaptu
     write_imdb(tmp_path / "good.mat", [1, 1, 2], [1, 2, 1])
     convert("imdb-mat", tmp_path / "good.mat", tmp_path / "good", progress=False)
     assert "states the mean" not in caplog.text
-    write_imdb(tmp_path / "bad.mat", [2, 1, 1], [1, 2, 1])  # its maker took the mean of the wrong set
+    write_imdb(tmp_path / "bad.mat", [2, 1, 1], [1, 2, 1])  # the mean of another split
     convert("imdb-mat", tmp_path / "bad.mat", tmp_path / "bad", progress=False)
     assert "states the mean" in caplog.text
 

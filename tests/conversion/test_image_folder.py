@@ -35,7 +35,7 @@ def opened(path: Path, **options) -> Source:
     return open_source("image-folder", Request(path, path.parent / "out/scratch", options=Options(**options)))
 
 
-def test_hidden_files_and_empty_folders_are_no_classes(folder: Path, caplog: pytest.LogCaptureFixture):
+def test_hidden_files_and_empty_folders_are_not_classes(folder: Path, caplog: pytest.LogCaptureFixture):
     expected = opened(folder)
     (folder / "train/.git/objects").mkdir(parents=True)
     save(folder / "train/.git/objects/x.png")

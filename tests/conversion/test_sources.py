@@ -148,7 +148,7 @@ def test_fuzzed_idx_files_raise_one_error(tmp_path: Path, packed: bool):
     ],
 )
 def test_fifos_are_not_read(tmp_path: Path, source: str, name: str):
-    """A reader of a FIFO waits for ever."""
+    """Reading a FIFO would wait forever."""
     {"imagenet64": lambda: write_imagenet(tmp_path, "pickle"), "places365": lambda: small_places(tmp_path)}.get(
         source, lambda: write_fashion(tmp_path)
     )()
@@ -364,9 +364,9 @@ def test_imagenet_published_archives(tmp_path: Path, monkeypatch: pytest.MonkeyP
     archive = tmp_path / "Imagenet64_val.zip"
     size, checksum = archive.stat().st_size, sha256(archive)
     monkeypatch.setattr(imagenet64, "PUBLISHED", {"val": (size, checksum)})
-    told = opened("imagenet64", tmp_path, tmp_path).facts["archives"]
-    assert told["Imagenet64_val.zip"] == f"the published val archive (sha256 {checksum})"
-    assert told["Imagenet64_train_part1.zip"] == "not a published npz archive"
+    archives = opened("imagenet64", tmp_path, tmp_path).facts["archives"]
+    assert archives["Imagenet64_val.zip"] == f"the published val archive (sha256 {checksum})"
+    assert archives["Imagenet64_train_part1.zip"] == "not a published npz archive"
     monkeypatch.setattr(imagenet64, "PUBLISHED", {"val": (size, "0" * 64)})
     with pytest.raises(DataError, match=r"size of the published val archive, but its sha256 is .* it is damaged"):
         opened("imagenet64", tmp_path, tmp_path)

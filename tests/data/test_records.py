@@ -78,7 +78,7 @@ def test_any_truncation_is_found(codec: Codec):
         (np.zeros((2, 2), np.uint8), 2**31, "label 2147483648"),
     ],
 )
-def test_refuses_what_no_record_holds(pixels: np.ndarray, label: int, message: str):
+def test_invalid_images_and_labels_are_refused(pixels: np.ndarray, label: int, message: str):
     with pytest.raises(DataError, match=message):
         encode(pixels, label)
 

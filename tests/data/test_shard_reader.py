@@ -1,4 +1,4 @@
-"""Shards: how many are open, and what is said of one that can't be opened or read."""
+"""Shards: how many are open, and the errors if one can't be opened or read."""
 
 import errno
 import os

@@ -110,7 +110,7 @@ def test_workers_outlive_a_signal_to_the_process_group(fashion: Path, number: si
     assert errors == ""
 
 
-def test_a_dead_worker_is_said(fashion: Path):
+def test_a_dead_worker_is_reported(fashion: Path):
     with contextlib.closing(train_batches(fashion, batch_size=250, seed=0, num_workers=1)) as batches:
         next(batches)
         for child in multiprocessing.active_children():

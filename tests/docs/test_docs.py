@@ -49,7 +49,7 @@ def test_site_builds_without_warnings(tmp_path):
             assert (tmp_path / target).exists(), (page.name, target)
 
 
-def test_dead_links_are_told(tmp_path, monkeypatch):
+def test_dead_links_are_reported(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text("[here](page.md) [there](gone.md#part) [web](https://example.org/x.md)")
     monkeypatch.setitem(make_docs["check_links"].__globals__, "ROOT", tmp_path)
     with pytest.raises(make_docs["DocsError"], match=r"page\.md: gone\.md$"):
@@ -133,6 +133,6 @@ def test_published_figures_are_those_of_the_configurations(path):
     if published is None:
         assert argument or "Published" not in docstring
     else:
-        told = [error for error in (published.top1_error, published.top5_error) if error is not None]
-        for error in told:
+        errors = [error for error in (published.top1_error, published.top5_error) if error is not None]
+        for error in errors:
             assert f"{error:.1f}" in docstring or f"{error:.2f}" in docstring

@@ -1,4 +1,4 @@
-"""Everything that can go wrong while a run goes on, one after the other."""
+"""Faults that occur during a run, one at a time."""
 
 import collections
 import contextlib

@@ -42,7 +42,7 @@ def test_records(codec):
     for changed in damaged(record, 3000, seed=1):
         with pytest.raises(DataError):
             decode(changed)
-        try:  # checksums are the container's business here; shapes are not
+        try:  # only the container verifies checksums here, but shapes must be right
             pixels, labels = decode_batch([changed, record])
         except DataError:
             continue

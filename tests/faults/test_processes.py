@@ -67,7 +67,7 @@ def alone(start, tmp_path_factory) -> Path:
 def test_two_processes_train_as_one(start, alone, tmp_path):
     first, second = finish(*two_processes(start, tmp_path / "run", WITHOUT_NEAR_TIES))
     assert "top-1 error" in first[0]
-    assert "epoch" not in second[1]  # the first process alone tells
+    assert "epoch" not in second[1]  # only the first process logs
     assert json.loads((tmp_path / "run" / "result.json").read_text())["device"].startswith("4 ×")
     np.testing.assert_allclose(training_losses(tmp_path / "run"), training_losses(alone), rtol=1e-4)
     (_, ours, _), (_, theirs, _) = load(tmp_path / "run"), load(alone)
@@ -85,7 +85,7 @@ def test_two_processes_train_as_one_under_pmap(start, alone, tmp_path):
     np.testing.assert_allclose(training_losses(tmp_path / "run"), training_losses(alone), rtol=1e-4)
 
 
-def test_stopped_in_two_processes_goes_on_in_one(start, alone, tmp_path):
+def test_a_run_stopped_in_two_processes_resumes_in_one(start, alone, tmp_path):
     """A pre-emption notice to one process stops both after the same step."""
     workdir = tmp_path / "run"
     epochs = "--config.train.num_epochs=500"

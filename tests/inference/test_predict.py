@@ -319,7 +319,7 @@ def test_features_are_saved_if_nobody_reads_the_output(trained_run, folder, tmp_
         assert len(saved["files"]) == 8
 
 
-def test_closing_the_pipe_is_no_error(trained_run, folder):
+def test_closing_the_pipe_is_not_an_error(trained_run, folder):
     command = ["-m", "gmsop_jax.main", "--mode", "predict", "--checkpoint", trained_run, "--input", folder]
     head = ["bash", "-c", '"$@" | head -n 1', "", sys.executable, *command]
     done = subprocess.run(head, capture_output=True, text=True, check=False)

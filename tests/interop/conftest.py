@@ -69,7 +69,7 @@ def small_model():
 
 @pytest.fixture(scope="session")
 def assert_same():
-    """A function that holds two trees against each other, bit for bit."""
+    """A function that compares two trees bit for bit."""
 
     def compare(actual, expected):
         actual = jax.tree_util.tree_leaves_with_path(actual)

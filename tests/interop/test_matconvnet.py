@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' script: reading, writing, going on, and refusing what is damaged."""
+"""Checkpoints of the authors' script: reading, writing, resuming, and rejecting damaged files."""
 
 import random
 from typing import Any
@@ -36,7 +36,7 @@ def save_again(path, checkpoint: Checkpoint, *, v73=False):
     )
 
 
-def test_what_a_checkpoint_tells(checkpoint_path):
+def test_contents_of_a_checkpoint(checkpoint_path):
     checkpoint = load_checkpoint(checkpoint_path)
     config = checkpoint.model_config
     assert (config.head, config.num_classes, config.blocks_per_stage) == ("srsop", 10, 2)
@@ -129,7 +129,7 @@ def test_scipy_reads_what_is_written(checkpoint_path, tmp_path):
 
 
 def assert_equal(actual, expected, where=""):
-    """As `matfile` gives them: types, shapes and bits."""
+    """Asserts that two values of `matfile` have the same types, shapes and bits."""
     assert type(actual) is type(expected), where
     if isinstance(actual, dict):
         assert list(actual) == list(expected), where
@@ -186,7 +186,7 @@ def test_the_epoch_without_statistics_is_the_files(small_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_step_goes_on_from_imported_momentum(checkpoint_path, x64):
+def test_a_step_continues_from_imported_momentum(checkpoint_path, x64):
     """Against m ← 0.9 m − (g + 1e-4 p), p ← p + lr·m on the file's own arrays."""
     checkpoint = load_checkpoint(checkpoint_path)
     config = checkpoint.model_config
@@ -312,7 +312,7 @@ def test_momentum_of_another_shape_is_refused(small_model, tmp_path):
 
 
 def test_variables_are_renamed_without_harm(small_model, tmp_path, assert_same):
-    """What a layer's output is called is nobody's business; what it is joined to is."""
+    """The names of a layer's outputs are arbitrary; only the connections between layers matter."""
     config, variables = small_model("gmsop")
     save(tmp_path / "x.mat", config, variables)
     contents = matfile.read(tmp_path / "x.mat", VARIABLES)

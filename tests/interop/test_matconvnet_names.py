@@ -195,7 +195,7 @@ def test_nan_weights_and_negative_deviations_are_refused(small_model, name, valu
         from_params(params, num_selected=2)
 
 
-def test_k_is_held_against_n(small_model):
+def test_k_is_compared_with_n(small_model):
     with pytest.raises(CheckpointError, match=r"K = 8.*3 candidates"):
         from_params(to_params(*small_model("gmsop")))
 

@@ -117,7 +117,7 @@ def test_evaluation_gives_the_authors_errors(checkpoint_path, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_mean_colour_or_number_of_classes_is_told(checkpoint_path, small_model, tmp_path, capsys):
+def test_another_mean_colour_or_number_of_classes_is_reported(checkpoint_path, small_model, tmp_path, capsys):
     data = data_set(checkpoint_path, tmp_path, (126.0, 115.0, 120.0))
     assert run_import(checkpoint_path, "--output", tmp_path / "run", f"--config.data.dir={data}") == 0
     assert "differs by up to 4.76 of 255" in capsys.readouterr().out
@@ -140,18 +140,18 @@ def test_a_wrong_override_is_refused_before_anything_is_written(checkpoint_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_tells_what_it_imports(small_model, tmp_path, capsys, monkeypatch):
+def test_the_command_prints_what_it_imports(small_model, tmp_path, capsys, monkeypatch):
     save(
         tmp_path / "net-epoch-3.mat", *small_model("gmsop", stage_widths=(16, 32, 64, 128), stage_strides=(1, 2, 2, 1))
     )
     assert run_import(tmp_path / "net-epoch-3.mat", "--output", tmp_path / "a") == 0
-    told = capsys.readouterr().out
-    assert "not one of the six released files" in told
+    printed = capsys.readouterr().out
+    assert "not one of the six released files" in printed
     params = json.loads((tmp_path / "a/config.json").read_text())["model"]
     assert params["candidate_widths"] == [5, 3]
     # candidates: 3 · (128 · 5 + 5 · 3); gate: 128 · 4 + 4 · 3, 2 · (4 + 3) in batch norm, 2 · 6 · 3; 6 · 3 + 3
     for part, count in (("candidates", "1,965"), ("gate", "574"), ("batch norm", "12"), ("classifier", "21")):
-        assert [line.split()[-1] for line in told.splitlines() if line.split()[:-1] == part.split()] == [count]
+        assert [line.split()[-1] for line in printed.splitlines() if line.split()[:-1] == part.split()] == [count]
 
     digest = hashlib.md5((tmp_path / "net-epoch-3.mat").read_bytes()).hexdigest()
     monkeypatch.setitem(weights.RELEASED, digest, "GM-SOP-16-8 + ResNet-18")

@@ -83,7 +83,7 @@ def test_variables_that_nobody_asked_for_are_left(tmp_path):
         assert list(matfile.read(tmp_path / "x.mat", ["c", "b"])) == ["b"]
 
 
-def test_numbers_that_matlab_packed_are_of_their_class_again(tmp_path):
+def test_numbers_that_matlab_packed_regain_their_class(tmp_path):
     """MATLAB stores a double or single array of small integers as bytes."""
     ones = np.array([[1.0, 2.0, 3.0]])
     for dtype, kind in (("f8", 6), ("f4", 7)):
@@ -187,7 +187,7 @@ def test_a_v7_array_of_a_million_dimensions_is_refused(tmp_path):
 
 
 def test_a_file_at_which_hdf5_hangs_is_refused(tmp_path, monkeypatch):
-    """The free space of the heap with the names of fields has size 0: HDF5 never comes to its end."""
+    """The free space of the heap with the names of fields has size 0: HDF5 never finishes."""
     matfile.write(tmp_path / "x.mat", {"x": {"a": np.eye(2)}}, v73=True)
     content = bytearray((tmp_path / "x.mat").read_bytes())
     heap = content.index(b"GCOL") + 16

@@ -48,9 +48,9 @@ def imported(weights, run_tool):
     """A working directory that the tool made, and what it printed."""
     folder, classes = weights.parent / "run", weights.parent / "classes.txt"
     classes.write_text("".join(f"class {i}\n" for i in range(10)))
-    status, told, _ = run_tool(weights, "--output", folder, "--classes", classes, "--config.seed=4")
+    status, printed, _ = run_tool(weights, "--output", folder, "--classes", classes, "--config.seed=4")
     assert status == 0
-    return folder, told
+    return folder, printed
 
 
 @pytest.mark.slow
@@ -91,20 +91,20 @@ def test_a_second_order_head_starts_from_it(imported):
 
 
 @pytest.mark.slow
-def test_the_tool_tells_what_it_imported_and_what_to_do(imported, weights, run_tool):
-    folder, told = imported
+def test_the_tool_prints_what_it_imported_and_the_next_steps(imported, weights, run_tool):
+    folder, printed = imported
     # 23,508,032 parameters of the backbone, 2048 · 10 + 10
-    assert "resnet50, head gap, 10 classes, 23,528,522 parameters" in told
-    assert f"gmsop evaluate --workdir {folder}" in told
-    assert f"gmsop train --config imagenet:resnet50,srsop --config.train.init_from={folder}" in told
+    assert "resnet50, head gap, 10 classes, 23,528,522 parameters" in printed
+    assert f"gmsop evaluate --workdir {folder}" in printed
+    assert f"gmsop train --config imagenet:resnet50,srsop --config.train.init_from={folder}" in printed
     status, _, errors = run_tool(weights, "--output", folder)
     assert status == 2
     assert errors.startswith(f"error: {folder} already contains checkpoints")
 
 
 def test_the_tools_errors_are_one_line(tmp_path, run_tool):
-    status, told, errors = run_tool(tmp_path / "none.pth", "--output", tmp_path / "run")
-    assert (status, told, errors) == (2, "", f"error: {tmp_path / 'none.pth'} does not exist or is not a file\n")
+    status, printed, errors = run_tool(tmp_path / "none.pth", "--output", tmp_path / "run")
+    assert (status, printed, errors) == (2, "", f"error: {tmp_path / 'none.pth'} does not exist or is not a file\n")
     status, _, errors = run_tool("x.pth", "--output", tmp_path / "run", "--trangle=row")
     assert status == 2
     assert errors.startswith("error: unrecognized argument --trangle=row; did you mean --triangle?")
@@ -124,7 +124,7 @@ def test_nothing_is_written_where_something_is_wrong(weights, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_file_is_named_in_what_is_said_of_its_arrays(tmp_path):
+def test_errors_about_arrays_name_the_file(tmp_path):
     pytest.importorskip("safetensors.numpy").save_file({"a": np.zeros(2)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x\.safetensors: no array is named layer1"):
         import_weights(tmp_path / "x.safetensors", tmp_path / "run")

@@ -137,7 +137,7 @@ def test_pixels_and_moments_are_folded(names_and_shapes):
     np.testing.assert_allclose(variables["batch_stats"]["backbone"]["stem_bn"]["sigma"], np.sqrt(4 + 1e-5), rtol=1e-7)
 
 
-def test_prefix_wrapper_and_counts_are_seen_through(names_and_shapes):
+def test_prefixes_wrappers_and_counters_are_removed(names_and_shapes):
     plain = names_and_shapes("resnet50")
     wrapped = {f"module.{name}": array for name, array in plain.items()}
     wrapped |= {"module.bn1.num_batches_tracked": np.array(7)}
@@ -148,7 +148,7 @@ def test_prefix_wrapper_and_counts_are_seen_through(names_and_shapes):
         assert flat(other).keys() == flat(variables).keys()
 
 
-def test_the_order_of_a_triangle_is_the_callers_word(names_and_shapes):
+def test_the_caller_states_the_order_of_the_triangle(names_and_shapes):
     state = names_and_shapes("isqrt_resnet50")
     rows = np.random.default_rng(0).normal(size=(10, 32896)).astype(np.float32)
     columns = np.empty_like(rows)

@@ -141,7 +141,7 @@ def test_single_order_heads_have_neither_candidates_nor_batch_norm():
 
 
 class OwnBackbone(nn.Module):
-    """Somebody's own network."""
+    """A user's own backbone."""
 
     @nn.compact
     def __call__(self, images, *, train: bool):

@@ -169,8 +169,8 @@ def test_the_default_on_gpus_has_no_scatter_of_numbers(monkeypatch, b):
 )
 def test_shapes_that_do_not_fit_are_refused(x, kernels):
     arrays = [jnp.ones(shape) for shape in kernels]
-    told = ", ".join(map(str, kernels)) or "no kernel"
-    message = re.escape(f"with the same n, got {x} and {told}")
+    shapes = ", ".join(map(str, kernels)) or "no kernel"
+    message = re.escape(f"with the same n, got {x} and {shapes}")
     with pytest.raises(ValueError, match=message):
         apply_candidates(jnp.ones(x), arrays, jnp.zeros((2, 1), int), average_pool)
     with pytest.raises(ValueError, match=message):

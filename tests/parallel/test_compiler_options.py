@@ -58,7 +58,7 @@ def test_options_in_the_environment_are_left_alone(gpu, monkeypatch):
     assert parallel.compiler_options() == {}
 
 
-def test_refused_options_are_said_once(gpu, monkeypatch, caplog):
+def test_rejected_options_are_reported_once(gpu, monkeypatch, caplog):
     monkeypatch.setitem(parallel.OPTIONS, "gpu", {"xla_no_such_option": True})
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -74,7 +74,7 @@ def test_the_environment_of_a_started_jax_stays(monkeypatch):
 
 @pytest.mark.slow
 def test_an_operation_that_waits_for_threads_ends(tmp_path):
-    """Eigendecompositions beside collectives: on two cores they waited for each other for ever."""
+    """Eigendecompositions beside collectives: on two cores, they waited for each other forever."""
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, "-m", "gmsop_jax.main", "--config", f"{root}/configs/heads.py:mpncov"]
     command += ["--workdir", "run", "--config.train.num_epochs=1", "--config.parallel.cpu_devices=2"]

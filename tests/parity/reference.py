@@ -59,7 +59,7 @@ def part(actual: ArrayLike, expected: np.ndarray) -> np.ndarray:
 
 
 def assert_close(kind: str, actual: ArrayLike, expected: ArrayLike, bound: float | None = None) -> None:
-    """Holds |actual − expected| ≤ bound · max|expected|, and remembers the largest of each kind.
+    """Asserts that |actual − expected| ≤ bound · max|expected|, and records the largest error of each kind.
 
     Args:
       kind: of the value, for the summary at the end.

@@ -16,7 +16,7 @@ def test_three_steps_by_hand():
 
 
 @pytest.mark.parametrize(("step", "d"), [(0, 0.1), (80, 0.9), (81, 0.9), (10**6, 0.9)])
-def test_the_decay_is_the_most(step, d):
+def test_the_decay_is_the_maximum(step, d):
     average = update_average(jnp.float32(1.0), jnp.float32(0.0), jnp.int32(step), 0.9)
     assert float(average) == pytest.approx(d, rel=1e-6)
 

@@ -53,7 +53,7 @@ def assert_same_arrays(workdir: Path, other: Path, step: int = STEPS) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 2) -> str:
-    """Runs the command line in vain; returns its one message."""
+    """Runs the command line, which must fail; returns the line that it prints."""
     assert main([str(a) for a in arguments]) == status
     message = capsys.readouterr().err
     assert "Traceback" not in message
@@ -168,7 +168,7 @@ def test_a_result_that_can_not_be_written_is_printed(finished, tmp_path, config_
     assert f"warning: the result can't be written to {workdir / 'evaluation-val.json'}" in captured.err
 
 
-def test_a_data_set_is_no_working_directory(config_file, dataset, tmp_path, capsys):
+def test_a_data_set_is_not_a_working_directory(config_file, dataset, tmp_path, capsys):
     copy = shutil.copytree(dataset, tmp_path / "data")
     before = sorted(copy.iterdir())
     arguments = ["--config", config_file, f"--config.data.dir={copy}", "--workdir"]
@@ -262,7 +262,7 @@ def test_fewer_epochs_than_were_trained(finished, tiny, tmp_path):
         train_and_evaluate(tiny, copy)
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(finished, tiny, tmp_path, monkeypatch):
+def test_killed_run_resumes_from_its_last_checkpoint(finished, tiny, tmp_path, monkeypatch):
     place, seen = parallel.place_batch, [0]
 
     def place_or_die(batch, mesh):

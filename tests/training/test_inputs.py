@@ -15,8 +15,8 @@ def test_round_trips(tmp_path):
     assert Inputs.load(tmp_path) == INPUTS
 
 
-def test_another_order_of_the_images_is_said_once(tmp_path, caplog):
-    """Releases before the order had a version wrote none."""
+def test_another_order_of_the_images_is_reported_once(tmp_path, caplog):
+    """Earlier releases stored no version of the order."""
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     earlier = dataclasses.asdict(INPUTS)
     del earlier["order"]
@@ -36,7 +36,7 @@ def trained(tmp_path):
     return tmp_path
 
 
-def test_other_names_of_classes_are_said_and_stored(trained, caplog):
+def test_other_names_of_classes_are_reported_and_stored(trained, caplog):
     renamed = dataclasses.replace(INPUTS, classes=("a", "B"))
     with caplog.at_level(logging.WARNING):
         renamed.save(trained)

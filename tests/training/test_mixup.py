@@ -29,7 +29,7 @@ def test_share_is_a_function_of_seed_and_step():
     np.testing.assert_allclose(shares.mean(), np.maximum(drawn, 1 - drawn).mean(), atol=0.02)
 
 
-def test_its_stream_is_none_of_the_networks():
+def test_its_stream_differs_from_those_of_the_network():
     own = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 5), MIXUP_STREAM)
     others = step_rngs(3, jnp.int32(5)).values()
     keys = [tuple(jax.random.key_data(key).tolist()) for key in (own, *others)]

@@ -27,7 +27,7 @@ def optimizer_of(schedule: optax.Schedule, pixel_scale: float = 60.0, **fields: 
 
 
 def test_schedule_boundaries():
-    # 3 steps an epoch: 0.1 for steps 0…5 (two epochs), 0.01 for 6…8, then 0.001 for ever
+    # 3 steps an epoch: 0.1 for steps 0…5 (two epochs), 0.01 for 6…8, then 0.001 forever
     schedule = schedule_of(((0.1, 2), (0.01, 1), (0.001, 1)), 3)
     expected = [0.1] * 6 + [0.01] * 3 + [0.001] * 3 + [0.001] * 5
     np.testing.assert_allclose(np.array([schedule(step) for step in range(17)]), expected, rtol=1e-6)
@@ -60,7 +60,7 @@ def test_warm_up_rises_to_what_the_schedule_says():
     np.testing.assert_allclose(warm, [cosine[0] / 2, *cosine[1:]], rtol=1e-6)
 
 
-def test_kinds_that_there_are_not():
+def test_unknown_optimizers_and_schedules_are_refused():
     with pytest.raises(ValueError, match="must be steps or cosine, got 'linear'"):
         schedule_of(((0.1, 1),), 3, kind="linear")
     with pytest.raises(ValueError, match="must be sgd or adamw, got 'lion'"):
@@ -130,7 +130,7 @@ def test_the_stem_moves_as_with_scaled_pixels():
 
 
 def train(optimizer: optax.GradientTransformation, start: Any, slopes: list[float]) -> Any:
-    """Parameters after a step for each slope, which is that of all parameters."""
+    """Parameters after one step for each slope; in a step, all gradients equal the slope."""
     p, state = start, optimizer.init(start)
     for slope in slopes:
         updates, state = optimizer.update(jax.tree.map(lambda leaf, s=slope: jnp.full_like(leaf, s), p), state, p)
@@ -165,7 +165,7 @@ def test_adamw_moves_the_stem_as_with_scaled_pixels(x64):
     optimizer, plain = (optimizer_of(lambda _: 0.1, pixel_scale=s, **options) for s in (60.0, 1.0))
     a = train(optimizer, raw, [60 * s for s in SLOPES])["backbone"]["stem"]["kernel"]
     b = train(plain, scaled, SLOPES)["backbone"]["stem"]["kernel"]
-    np.testing.assert_allclose(60 * a, b, rtol=1e-7)  # but for Adam's 10⁻⁸
+    np.testing.assert_allclose(60 * a, b, rtol=1e-7)  # equal except for Adam's 10⁻⁸
 
 
 def test_nesterov_against_numpy(x64):
@@ -231,7 +231,7 @@ def test_the_last_of_the_pairs_that_match_holds():
         ("backbone/", "did you mean backbone"),
     ],
 )
-def test_a_part_that_is_none(part, hint):
+def test_an_unknown_part_is_refused(part, hint):
     optimizer = optimizer_of(lambda _: 0.1, rate_factors=[("backbone", 0.1), (part, 0.1)])
     with pytest.raises(ConfigError, match=f"config.train.rate_factors names '{part}', .*; {hint}"):
         optimizer.init(params())

@@ -241,7 +241,7 @@ def test_a_resumed_run_without_inputs_reads_only_the_description_of_its_source(f
         ("train.init_from=nowhere", "config.train.init_from = 'nowhere': there is no checkpoint at nowhere; give the"),
     ],
 )
-def test_networks_that_it_can_not_start_from(finished, tiny, tmp_path, assignment, message):
+def test_networks_that_a_run_cannot_start_from(finished, tiny, tmp_path, assignment, message):
     config = start_from(tiny, finished)
     override(config, assignment)
     with pytest.raises(ConfigError, match=message):

@@ -92,7 +92,7 @@ def test_torn_last_line_is_left_out_and_mended(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
-def test_other_processes_tell_nothing(tmp_path, capsys):
+def test_other_processes_log_nothing(tmp_path, capsys):
     with Writer(tmp_path, total_steps=4, enabled=False) as writer:
         writer.advance()
         writer.record("train", 1, 1, VALUES)

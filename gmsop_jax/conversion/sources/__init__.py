@@ -1,6 +1,6 @@
 """Readers of data sets in other formats: one module per format, all with the same interface.
 
-A module defines `open_source(request) -> Source`, and the names of the options that it accepts in `OPTIONS`.
+A module defines `open_source(request) -> Source`, and `OPTIONS`, the names of the options that it accepts.
 `gmsop_jax.conversion.convert` does everything after reading: the order of the images, shards, statistics, checksums and
 progress.
 """
