@@ -25,7 +25,7 @@ class Counts:
 
     Attributes:
       parameters: number of trainable parameters.
-      channels: number of channels under batch norm, over all layers.
+      channels: number of channels that batch norms normalise, over all layers.
       batch_norms: number of batch norm layers.
       num_candidates: number of candidates of the gate; 0 for a head without a gate.
       flops: floating-point operations per image, forward and backward.

@@ -72,9 +72,9 @@ def claim(output: Path, part: tuple[int, int]) -> Iterator[None]:
     """Reserves a part of a conversion, (i, n) for the i-th of n, for this process, and creates the output folder.
 
     If another process converts the same part, or divides the shards in another way, waits until it has ended. If the
-    conversion fails before it starts, the folder is left unchanged.
+    conversion fails before `job.json` is written, the folder is left unchanged.
 
-    Raises: DataError if the folder contains anything else, or in place of an OSError, such as that of a full disk.
+    Raises: DataError if the folder contains other files, or in place of an OSError, such as that of a full disk.
     """
     try:
         check_output(output)

@@ -34,7 +34,7 @@ class Interrupted(UserError):
 
 
 class SignalCatcher:
-    """Context that catches Ctrl-C, SIGTERM (a preemption notice) and SIGHUP, so that a run can save its state.
+    """Context manager that catches Ctrl-C, SIGTERM (a preemption notice) and SIGHUP, so that a run can save its state.
 
     A second signal, except SIGHUP, raises KeyboardInterrupt. In a run of several processes, a signal to any of them
     stops all processes after the same step: JAX's coordination service handles SIGTERM, and the other signals are

@@ -111,7 +111,7 @@ class MetricsBuffer:
     """Training metrics since the last record.
 
     The metrics of a step stay on the device until `drain`, so that the host does not wait for each step.
-    It runs at most `MAX_STEPS_AHEAD` steps ahead of the device.
+    The host runs at most `MAX_STEPS_AHEAD` steps ahead of the device.
 
     Attributes:
       total: `add_up` of the steps that were drained since the last record.
