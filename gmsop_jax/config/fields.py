@@ -196,7 +196,7 @@ FIELDS = {
     "log.backends": Field(("tensorboard",), "where to log in addition to `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`, or a class `module:Class` of your own", _BACKENDS, resumable=True),
     # devices
     "parallel.mode": Field("jit", "compile the step with `jit` (and shard_map) or with `pmap`; both run the same function", _one_of("jit", "pmap"), resumable=True),
-    "parallel.cpu_devices": Field(1, "number of JAX devices that the CPU is split into; 0 means one per core, which is faster for small networks", _between(0, 1024), resumable=True),
+    "parallel.cpu_devices": Field(1, "number of JAX devices that the CPU is split into; 0 means up to one per core, which is faster for small networks", _between(0, 1024), resumable=True),
     "parallel.batch_norm": Field("global", "batch norm over the `global` batch or over each `device`'s part", _one_of("global", "device")),
     # evaluation
     "eval.split": Field("val", "split that is evaluated after each epoch"),
