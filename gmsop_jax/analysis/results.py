@@ -48,7 +48,7 @@ class Estimate:
 class MethodResults:
     """The final runs of one method, for each seed that has a run on all data sets of the study.
 
-    `point` are the chosen hyperparameters, and `errors` in percent by split, and by seed and data set.
+    `point` has the chosen hyperparameters. `errors` has the errors in percent by split, and then by seed and data set.
     """
 
     method: str
@@ -348,6 +348,57 @@ def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathli
         axes.grid(axis="x", alpha=0.3)
     figure.supxlabel("balanced error minus that of average pooling (gap), in percentage points", fontsize=9)
     _save(figure, file, "overview")
+
+
+def learning_curves(sizes: Mapping[int, Sequence[MethodResults]]) -> str:
+    """Returns a Markdown table of the balanced errors of methods by number of training images.
+
+    Each cell also has the difference from average pooling, with its 95 % interval.
+
+    Args:
+      sizes: for each number of training images, what `collect` returns. Only methods with results for all numbers are
+        in the table.
+    """
+    lines = [f"| method | {' | '.join(f'{size:,} images' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
+    for name in _in_all(sizes):
+        cells = []
+        for methods in map(_by_name, sizes.values()):
+            split, values = next(iter(methods[name].errors.items()))
+            error = spread(list(values.values()))
+            delta = interval(difference(methods[name], methods["gap"], split))
+            cells.append(error if name == "gap" else f"{error}, {delta}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def plot_learning_curves(sizes: Mapping[int, Sequence[MethodResults]], file: pathlib.Path) -> None:
+    """Draws the difference of each method from average pooling, with its 95 % interval, by number of images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    names = [name for name in _in_all(sizes) if name != "gap"]
+    for index, name in enumerate(names):
+        found = [(methods[name], methods["gap"]) for methods in map(_by_name, sizes.values())]
+        deltas = [difference(method, gap, next(iter(method.errors))) for method, gap in found]
+        means, widths = zip(*((delta.mean, delta.half_width) for delta in deltas if delta), strict=True)
+        shifted = [size * 1.04 ** (index - (len(names) - 1) / 2) for size in sizes]
+        axes.errorbar(shifted, means, yerr=widths, fmt="o-", capsize=3, markersize=5, linewidth=1.2, label=name)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("training images")
+    axes.set_ylabel("balanced error minus that of gap,\nin percentage points")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=9, ncols=2)
+    _save(figure, file, "learning_curves")
+
+
+def _in_all(sizes: Mapping[int, Sequence[MethodResults]]) -> list[str]:
+    """Returns the methods that have at least two runs for every number of images."""
+    counts = [{method.method for method in methods if len(method.runs) > 1} for methods in sizes.values()]
+    return [method.method for method in next(iter(sizes.values())) if all(method.method in names for names in counts)]
 
 
 def _save(figure: Any, file: pathlib.Path, name: str) -> None:

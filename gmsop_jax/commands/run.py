@@ -51,6 +51,7 @@ def run_mode(arguments: Sequence[str], mode: str = "") -> int:
             return 0
         from gmsop_jax.training.loop import train_and_evaluate
 
+        devices.keep_freed_memory()
         result = train_and_evaluate(config, workdir, profile=options.profile)
         print(f"{_summary(result)}; {result['wall_seconds']:.0f} s; results in {workdir}")
     return 0

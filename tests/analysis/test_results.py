@@ -148,6 +148,22 @@ def test_overview_has_the_studies_that_are_complete(tmp_path: pathlib.Path):
     assert (tmp_path / "overview.svg").read_text().count("<svg") == 1
 
 
+def test_learning_curves_have_the_methods_of_all_sizes(tmp_path: pathlib.Path):
+    grids = {method: [("train.rate=0.1",)] for method in ("gap", "srsop", "gmsop")}
+    errors = {"gap": (20, 21, 22), "srsop": (19, 20, 21.3), "gmsop": (20, 20, 20)}
+    found = [result(method, seed, error) for method, all_ in errors.items() for seed, error in enumerate(all_)]
+    methods = results.collect(a_study(grids=grids), found)
+    sizes = {450: methods, 1350: methods[:2]}
+    assert results.learning_curves(sizes).splitlines() == [
+        "| method | 450 images | 1,350 images |",
+        "|---|---|---|",
+        "| gap | 21.00 ± 1.00 % | 21.00 ± 1.00 % |",
+        "| srsop | 20.10 ± 1.15 %, -0.90 [-1.33, -0.47] | 20.10 ± 1.15 %, -0.90 [-1.33, -0.47] |",
+    ]
+    results.plot_learning_curves(sizes, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").read_text().count("<svg") == 1
+
+
 def test_a_study_chooses_on_val_and_measures_test_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(0)
     for split, label, at in itertools.product(("train", "val", "test"), ("a", "b"), range(4)):

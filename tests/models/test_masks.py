@@ -99,6 +99,13 @@ def assert_close(got, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=str(path))
 
 
+def relative_norm(got, expected):
+    """‖got − expected‖/‖expected‖ over all arrays together."""
+    expected = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
+    differences = [a - b for a, b in zip(jax.tree.leaves(got), expected, strict=True)]
+    return np.sqrt(sum(np.sum(a**2) for a in differences) / sum(np.sum(b**2) for b in expected))
+
+
 @every_head
 @pytest.mark.parametrize(
     ("dtype", "with_nnx"), [(np.float64, False), (np.float32, True)], ids=["float64 linen", "float32 nnx"]
@@ -126,6 +133,8 @@ def test_masked_equals_shortened(head, dtype, with_nnx):
         slope = slope.reshape(x.shape)
         assert_close(slope[mask].reshape(3, 6, 6), expected_slope, tolerance)
         assert_close(slopes, expected[2], 2 * tolerance)
+        gradient, expected_gradient = (slopes, slope[mask].reshape(3, 6, 6)), (expected[2], expected_slope)
+        assert relative_norm(gradient, expected_gradient) <= tolerance
         assert not slope[~mask].any()
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -70,6 +71,33 @@ def test_the_environment_of_a_started_jax_stays(monkeypatch):
     jax.devices()
     devices.use_cpu_devices(configured(2, (64, 64)))
     assert "PJRT_NPROC" not in os.environ
+
+
+def count_page_faults(**environment: str) -> float:
+    """Returns the page faults per call of a program with 64 MB of temporary memory, in a fresh process."""
+    code = """
+import resource
+import jax, jax.numpy as jnp
+from gmsop_jax.training import devices
+devices.keep_freed_memory()
+x = jnp.ones((4000, 16))
+program = jax.jit(lambda x: jnp.sum(jnp.sin(x @ x.T) @ x))
+for _ in range(3):
+    program(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    program(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5)
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    environment = {**kept, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_freed_memory_is_kept_unless_the_environment_chooses():
+    assert count_page_faults() < 0.5 * count_page_faults(MALLOC_TOP_PAD_="0")
 
 
 @pytest.mark.slow
