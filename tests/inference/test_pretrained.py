@@ -18,6 +18,7 @@ from gmsop_jax.training.step import normalize
 
 PRETRAINED = pathlib.Path(__file__).parents[2] / "pretrained"
 FOLDERS = sorted(path.parent for path in PRETRAINED.glob("*/config.json"))
+FASHION, EMOJI = (sorted(PRETRAINED.glob(f"{data}_*")) for data in ("fashion_mnist", "emoji"))
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,8 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
-def test_trained_networks_classify(folder: pathlib.Path, fashion: pathlib.Path):
+@pytest.mark.parametrize("folder", FASHION, ids=[folder.name for folder in FASHION])
+def test_networks_for_fashion_mnist_classify(folder: pathlib.Path, fashion: pathlib.Path):
     model, variables, info = gmsop_jax.load(folder)
     apply = jax.jit(model.apply)
     wrong = count = 0
@@ -39,11 +40,28 @@ def test_trained_networks_classify(folder: pathlib.Path, fashion: pathlib.Path):
     assert 100 * wrong / count < 11  # 8.3 % on all test images; these are a sample of a thousand or fewer
 
 
+@pytest.mark.parametrize("folder", EMOJI, ids=[folder.name for folder in EMOJI])
+def test_networks_for_emoji_recognise_a_flag_and_a_smiley(folder: pathlib.Path):
+    rows, columns = np.mgrid[:64, :64]
+    flag = np.full((64, 64, 3), 255, np.uint8)
+    flag[12:52, 2:22], flag[12:52, 42:62] = (0, 140, 69), (205, 33, 42)  # three vertical stripes; the middle is white
+    smiley = np.full((64, 64, 3), 255, np.uint8)
+    smiley[np.hypot(rows - 32, columns - 32) < 29] = (255, 204, 77)
+    for column in (23, 41):
+        smiley[np.hypot((rows - 25) / 1.4, columns - column) < 4] = (102, 69, 0)
+    smiley[(np.abs(np.hypot(rows - 32, columns - 32) - 17) < 2) & (rows > 38)] = (102, 69, 0)
+    model, variables, info = gmsop_jax.load(folder)
+    logits, _ = model.apply(variables, normalize(jnp.asarray([flag, smiley]), info.inputs.mean_rgb))
+    assert [info.inputs.classes[label] for label in logits.argmax(-1)] == ["Flags", "Smileys & Emotion"]
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
 def test_cards_and_descriptions_are_those_that_an_export_writes(folder: pathlib.Path):
     """After a change of the model card, export the networks again: `gmsop export FOLDER --format safetensors`."""
     _, variables, info = gmsop_jax.load(folder)
-    card = model_card(info, count_parameters(variables["params"]), license_name="mit")
+    card = model_card(
+        info, count_parameters(variables["params"]), license_name="mit" if folder in FASHION else "cc-by-4.0"
+    )
     assert (folder / "README.md").read_text("utf-8") == card
     description = json.dumps(describe(info.config, info.inputs, info.step, info.metrics))
     assert json.loads((folder / "config.json").read_text("utf-8")) == json.loads(description)
