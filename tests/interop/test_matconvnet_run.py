@@ -171,7 +171,7 @@ def test_the_command_prints_the_published_count(checkpoint_path, tmp_path, capsy
 def test_the_commands_errors_are_one_line(tmp_path, capsys):
     assert run_import(tmp_path / "none.mat", "--output", tmp_path / "run") == 2
     captured = capsys.readouterr()
-    assert captured.err == f"error: {tmp_path / 'none.mat'} does not exist\n"
+    assert captured.err == f"error: {tmp_path / 'none.mat'} does not exist or is not a file\n"
     assert not captured.out
     assert run_import(tmp_path / "none.mat", "--output", tmp_path / "run", "--unknown") == 2
     assert "unrecognized argument --unknown" in capsys.readouterr().err
