@@ -7,7 +7,7 @@ import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from gmsop_jax.analysis import results
+from gmsop_jax.analysis import results, results_plots
 from gmsop_jax.analysis.study import load_results, load_study
 from gmsop_jax.errors import ArgumentParser, UserError, run_command
 from gmsop_jax.files import write_atomic
@@ -119,7 +119,7 @@ def make_pages(raw: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
         if methods:
             page = output / f"{study.name}.md"
             write_atomic(page, results.page(study, found, f"configs/studies/{file.name}"))
-            results.plot(study, found, output / f"{study.name}.svg")
+            results_plots.plot(study, found, output / f"{study.name}.svg")
             pages.append(page)
             link = f"[results]({page.name})"
         done = sum(len(method.runs) for method in methods)
@@ -136,7 +136,7 @@ def _make_overview(collected: Collected, output: pathlib.Path) -> str:
     """Writes the picture that compares the studies, and returns the text around it; an empty string without results."""
     if not results.complete_studies(collected):
         return ""
-    results.plot_overview(collected, output / "overview.svg")
+    results_plots.plot_overview(collected, output / "overview.svg")
     return _OVERVIEW.format(table=results.overview(collected))
 
 
@@ -145,7 +145,7 @@ def _make_curves(studies: Sequence[Sequence[results.MethodResults]], output: pat
     if not all(studies):
         return ""
     sizes = {methods[0].runs[0]["train_images"]: methods for methods in studies}
-    results.plot_learning_curves(sizes, output / "learning_curves.svg")
+    results_plots.plot_learning_curves(sizes, output / "learning_curves.svg")
     return _CURVES.format(table=results.learning_curves(sizes))
 
 

@@ -1,18 +1,15 @@
-"""Pages of results: tables and plots of a study, made only from its raw results."""
+"""Pages of results: the tables and sentences about a study, made only from its raw results."""
 
 import dataclasses
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import scipy.stats
 
 from gmsop_jax.analysis.study import Study, short_form
 from gmsop_jax.errors import ConfigError
-from gmsop_jax.files import replacing
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -276,25 +273,6 @@ def interval(delta: Estimate | None) -> str:
     return f"{delta.mean:+.2f} [{delta.mean - delta.half_width:+.2f}, {delta.mean + delta.half_width:+.2f}]"
 
 
-def plot(study: Study, results: Results, file: pathlib.Path) -> None:
-    """Draws the error of each method in every run, and the mean with its 95 % interval, as an SVG file."""
-    from matplotlib.figure import Figure
-
-    methods, split = collect(study, results), study.test_splits[0]
-    figure = Figure(figsize=(7, 0.8 + 0.36 * len(methods)), layout="constrained")
-    axes = figure.add_subplot()
-    for row, method in enumerate(reversed(methods)):
-        values = list(method.errors[split].values())
-        estimate = Estimate.of(values)
-        axes.plot(values, [row] * len(values), "o", color="#9ab", markersize=4)
-        width = estimate.half_width if estimate.count > 1 else 0.0
-        axes.errorbar(estimate.mean, row, xerr=width, fmt="D", color="#135", capsize=3, markersize=5)
-    axes.set_yticks(range(len(methods)), [method.method for method in reversed(methods)])
-    axes.set_xlabel("balanced error on the test images in %, by run, and mean with 95 % interval")
-    axes.grid(axis="x", alpha=0.3)
-    _save(figure, file, study.name)
-
-
 COMPARED = ("gap", "gap_wide", "srsop", "parametric_srsop", "dropcov", "avesop", "gmgap", "gmsop")
 
 
@@ -307,7 +285,7 @@ def overview(collected: Mapping[str, Sequence[MethodResults]]) -> str:
     titles = complete_studies(collected)
     lines = [f"| method | parameters | MMAC | {' | '.join(titles)} |", "|---" * (len(titles) + 3) + "|"]
     for name in COMPARED:
-        methods = [_by_name(collected[title])[name] for title in titles]
+        methods = [by_name(collected[title])[name] for title in titles]
         cells = [spread(list(next(iter(method.errors.values())).values())) for method in methods]
         cost = methods[0].runs[0]
         lines.append(f"| {name} | {cost['parameters']:,} | {cost['macs'] / 1e6:.2f} | {' | '.join(cells)} |")
@@ -323,31 +301,9 @@ def complete_studies(collected: Mapping[str, Sequence[MethodResults]]) -> list[s
     ]
 
 
-def _by_name(methods: Sequence[MethodResults]) -> dict[str, MethodResults]:
+def by_name(methods: Sequence[MethodResults]) -> dict[str, MethodResults]:
+    """Returns the results of each method by its name."""
     return {method.method: method for method in methods}
-
-
-def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathlib.Path) -> None:
-    """Draws the difference of each method from average pooling, with its 95 % interval, in one panel for each study."""
-    from matplotlib.figure import Figure
-
-    titles, names = complete_studies(collected), COMPARED[1:]
-    figure = Figure(figsize=(2.6 + 3.2 * len(titles), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
-    for axes, title in zip(panels, titles, strict=True):
-        methods = _by_name(collected[title])
-        for row, name in enumerate(reversed(names)):
-            delta = difference(methods[name], methods["gap"], next(iter(methods[name].errors)))
-            if delta is not None:
-                sure = abs(delta.mean) > delta.half_width
-                color = "#999" if not sure else "#17744f" if delta.mean < 0 else "#b3402a"
-                axes.errorbar(delta.mean, row, xerr=delta.half_width, fmt="D", color=color, capsize=3, markersize=5)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(names)), reversed(names))
-        axes.set_title(title, fontsize=10)
-        axes.grid(axis="x", alpha=0.3)
-    figure.supxlabel("balanced error minus that of average pooling (gap), in percentage points", fontsize=9)
-    _save(figure, file, "overview")
 
 
 def learning_curves(sizes: Mapping[int, Sequence[MethodResults]]) -> str:
@@ -360,9 +316,9 @@ def learning_curves(sizes: Mapping[int, Sequence[MethodResults]]) -> str:
         in the table.
     """
     lines = [f"| method | {' | '.join(f'{size:,} images' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
-    for name in _in_all(sizes):
+    for name in in_all(sizes):
         cells = []
-        for methods in map(_by_name, sizes.values()):
+        for methods in map(by_name, sizes.values()):
             split, values = next(iter(methods[name].errors.items()))
             error = spread(list(values.values()))
             delta = interval(difference(methods[name], methods["gap"], split))
@@ -371,37 +327,7 @@ def learning_curves(sizes: Mapping[int, Sequence[MethodResults]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def plot_learning_curves(sizes: Mapping[int, Sequence[MethodResults]], file: pathlib.Path) -> None:
-    """Draws the difference of each method from average pooling, with its 95 % interval, by number of images."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    names = [name for name in _in_all(sizes) if name != "gap"]
-    for index, name in enumerate(names):
-        found = [(methods[name], methods["gap"]) for methods in map(_by_name, sizes.values())]
-        deltas = [difference(method, gap, next(iter(method.errors))) for method, gap in found]
-        means, widths = zip(*((delta.mean, delta.half_width) for delta in deltas if delta), strict=True)
-        shifted = [size * 1.04 ** (index - (len(names) - 1) / 2) for size in sizes]
-        axes.errorbar(shifted, means, yerr=widths, fmt="o-", capsize=3, markersize=5, linewidth=1.2, label=name)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
-    axes.minorticks_off()
-    axes.set_xlabel("training images")
-    axes.set_ylabel("balanced error minus that of gap,\nin percentage points")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=9, ncols=2)
-    _save(figure, file, "learning_curves")
-
-
-def _in_all(sizes: Mapping[int, Sequence[MethodResults]]) -> list[str]:
+def in_all(sizes: Mapping[int, Sequence[MethodResults]]) -> list[str]:
     """Returns the methods that have at least two runs for every number of images."""
     counts = [{method.method for method in methods if len(method.runs) > 1} for methods in sizes.values()]
     return [method.method for method in next(iter(sizes.values())) if all(method.method in names for names in counts)]
-
-
-def _save(figure: Any, file: pathlib.Path, name: str) -> None:
-    """Saves a figure as SVG, with the same bytes each time."""
-    with matplotlib.rc_context({"svg.hashsalt": name}), replacing(file) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})

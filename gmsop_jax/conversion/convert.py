@@ -83,7 +83,7 @@ def convert(
     _check_settings(workers, shards, limit, seed, codec, shard_range, max_unreadable)
     if "" in (input_path, output_dir):
         raise ConfigError(
-            "the path of the input or of the output is empty; give a path, or omit the input for an embedded sample"
+            "the path of the input or of the output is empty; give a path, or omit the input if the source needs none"
         )
     output, options = Path(output_dir), options or Options()
     path = None if input_path is None else Path(input_path)

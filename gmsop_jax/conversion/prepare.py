@@ -17,7 +17,7 @@ def prepare_data(data: Any) -> None:
         into `dir` if there is no data set yet, and a message says so.
 
     Raises:
-      DataError: if there is no such folder, or it contains other files; the message explains how to convert a data set.
+      DataError: if the folder does not exist or contains other files; the message explains how to convert a data set.
         (`Manifest.load` reports an empty folder and an unfinished conversion.)
       FileAccessError: if `dir` can't be read.
     """

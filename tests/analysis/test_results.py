@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import results as results_tool
-from gmsop_jax.analysis import results, study
+from gmsop_jax.analysis import results, results_plots, study
 from gmsop_jax.analysis.study import (
     Study,
     StudyData,
@@ -120,7 +120,7 @@ def test_page_says_how_much_a_gate_knows_about_the_classes():
 def test_plot_is_the_same_each_time(tmp_path: pathlib.Path):
     found = [result(method, seed, 10 + seed) for method, seed in itertools.product(["gap", "srsop"], range(2))]
     for name in ("a.svg", "b.svg"):
-        results.plot(a_study(), found, tmp_path / name)
+        results_plots.plot(a_study(), found, tmp_path / name)
     assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
     assert "srsop" in results.page(a_study(), found, "x")
 
@@ -144,7 +144,7 @@ def test_overview_has_the_studies_that_are_complete(tmp_path: pathlib.Path):
     assert lines[0] == "| method | parameters | MMAC | Whole |"
     assert lines[2] == "| gap | 1,234 | 2.50 | 10.50 ± 0.71 % |"
     assert len(lines) == 2 + len(results.COMPARED)
-    results.plot_overview(collected, tmp_path / "overview.svg")
+    results_plots.plot_overview(collected, tmp_path / "overview.svg")
     assert (tmp_path / "overview.svg").read_text().count("<svg") == 1
 
 
@@ -160,7 +160,7 @@ def test_learning_curves_have_the_methods_of_all_sizes(tmp_path: pathlib.Path):
         "| gap | 21.00 ± 1.00 % | 21.00 ± 1.00 % |",
         "| srsop | 20.10 ± 1.15 %, -0.90 [-1.33, -0.47] | 20.10 ± 1.15 %, -0.90 [-1.33, -0.47] |",
     ]
-    results.plot_learning_curves(sizes, tmp_path / "curves.svg")
+    results_plots.plot_learning_curves(sizes, tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").read_text().count("<svg") == 1
 
 

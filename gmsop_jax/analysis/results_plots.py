@@ -1,0 +1,88 @@
+"""Figures of results: the errors of the methods of a study, and comparisons of studies, as SVG files."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from gmsop_jax.analysis.results import (
+    COMPARED,
+    Estimate,
+    MethodResults,
+    Results,
+    by_name,
+    collect,
+    complete_studies,
+    difference,
+    in_all,
+)
+from gmsop_jax.analysis.study import Study
+from gmsop_jax.files import replacing
+
+
+def plot(study: Study, results: Results, file: pathlib.Path) -> None:
+    """Draws the error of each method in every run, and the mean with its 95 % interval, as an SVG file."""
+    methods, split = collect(study, results), study.test_splits[0]
+    figure = Figure(figsize=(7, 0.8 + 0.36 * len(methods)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, method in enumerate(reversed(methods)):
+        values = list(method.errors[split].values())
+        estimate = Estimate.of(values)
+        axes.plot(values, [row] * len(values), "o", color="#9ab", markersize=4)
+        width = estimate.half_width if estimate.count > 1 else 0.0
+        axes.errorbar(estimate.mean, row, xerr=width, fmt="D", color="#135", capsize=3, markersize=5)
+    axes.set_yticks(range(len(methods)), [method.method for method in reversed(methods)])
+    axes.set_xlabel("balanced error on the test images in %, by run, and mean with 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
+    _save(figure, file, study.name)
+
+
+def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathlib.Path) -> None:
+    """Draws the difference of each method from average pooling, with its 95 % interval, in one panel for each study."""
+    titles, names = complete_studies(collected), COMPARED[1:]
+    figure = Figure(figsize=(2.6 + 3.2 * len(titles), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for axes, title in zip(panels, titles, strict=True):
+        methods = by_name(collected[title])
+        for row, name in enumerate(reversed(names)):
+            delta = difference(methods[name], methods["gap"], next(iter(methods[name].errors)))
+            if delta is not None:
+                sure = abs(delta.mean) > delta.half_width
+                color = "#999" if not sure else "#17744f" if delta.mean < 0 else "#b3402a"
+                axes.errorbar(delta.mean, row, xerr=delta.half_width, fmt="D", color=color, capsize=3, markersize=5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(names)), reversed(names))
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+    figure.supxlabel("balanced error minus that of average pooling (gap), in percentage points", fontsize=9)
+    _save(figure, file, "overview")
+
+
+def plot_learning_curves(sizes: Mapping[int, Sequence[MethodResults]], file: pathlib.Path) -> None:
+    """Draws the difference of each method from average pooling, with its 95 % interval, by number of images."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    names = [name for name in in_all(sizes) if name != "gap"]
+    for index, name in enumerate(names):
+        found = [(methods[name], methods["gap"]) for methods in map(by_name, sizes.values())]
+        deltas = [difference(method, gap, next(iter(method.errors))) for method, gap in found]
+        means, widths = zip(*((delta.mean, delta.half_width) for delta in deltas if delta), strict=True)
+        shifted = [size * 1.04 ** (index - (len(names) - 1) / 2) for size in sizes]
+        axes.errorbar(shifted, means, yerr=widths, fmt="o-", capsize=3, markersize=5, linewidth=1.2, label=name)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("training images")
+    axes.set_ylabel("balanced error minus that of gap,\nin percentage points")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=9, ncols=2)
+    _save(figure, file, "learning_curves")
+
+
+def _save(figure: Any, file: pathlib.Path, name: str) -> None:
+    """Saves a figure as SVG, with the same bytes each time."""
+    with matplotlib.rc_context({"svg.hashsalt": name}), replacing(file) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
