@@ -40,6 +40,7 @@ _ABLATIONS = {
 }
 _RATE_FACTORS = {"gmsop_random_gate": (("head/mixture/gate", 0),)}
 ABLATIONS = ("gmsop", *_ABLATIONS)
+GATE_CONTROLS = ("gap", "srsop", "avesop_k", "gmsop", "gmsop_all_selected", "gmsop_random_gate")
 LEARNING_CURVE = ("gap", "srsop", "dropcov", "avesop", "gmsop", "gmsop_all_selected")
 
 
