@@ -1,4 +1,6 @@
+import functools
 import json
+import os
 import runpy
 import sys
 import time
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from bench_lowering import count, lower, lowering_rows, lowering_table
 from bench_roots import METHODS, case_name, covariances, root_case, root_table
-from bench_timing import Case
+from bench_timing import Case, Worker
 
 from gmsop_jax.errors import UserError
 
@@ -44,6 +46,15 @@ def test_processor_time_does_not_count_waiting():
     waiting = Case("waiting", lambda: time.sleep(0.2))
     bench_timing.measure([waiting], 1, time.process_time)
     assert waiting.median < 0.2
+
+
+def test_a_worker_measures_in_its_own_process():
+    worker = Worker(functools.partial, time.sleep, 0.2)
+    assert worker() >= 0.2
+    assert worker(time.process_time) < 0.2
+    dying = Case("dying", Worker(functools.partial, os._exit, 1))
+    with pytest.raises(EOFError):
+        bench_timing.measure([dying], 1)
 
 
 def test_tool_at_toy_size(tmp_path, monkeypatch, capsys):

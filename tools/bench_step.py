@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_ops import POSITIONS, PROJECTION_FLOPS, TRIANGLE, WIDTH, pooling_flops
-from bench_timing import Case, Program, torch_device
+from bench_timing import Case, Program, Worker, torch_device
 from jax.sharding import Mesh
 
 from gmsop_jax.config import ConfigDict, default_config
 from gmsop_jax.models import create_model
+from gmsop_jax.training.devices import keep_freed_memory
 from gmsop_jax.training.optimizer import create_optimizer
 from gmsop_jax.training.parallel import AXIS, compile_train_step, replicate
 from gmsop_jax.training.step import create_state, make_train_step
@@ -26,18 +27,25 @@ _CLASSES = 1000
 
 
 def step_cases(peer: str | None, batch: int, compute_dtype: str) -> list[Case]:
-    """Training steps with 16 and with 128 candidates, of which each image selects 8."""
+    """Training steps with 16 and with 128 candidates, of which each image selects 8.
+
+    On a CPU, each step has a process of its own, as it has for its users.
+    """
     flops = batch * step_flops()
     name, wide = (f"step, batch {batch}, N = {n}, K = 8" for n in (16, 128))
     cases = [
-        Case(name, gmsop_step(16, batch, compute_dtype), flops, versus="step, PyTorch" if peer else ""),
-        Case(wide, gmsop_step(128, batch, compute_dtype), flops, versus=name),
+        Case(name, _create(gmsop_step, 16, batch, compute_dtype), flops, versus="step, PyTorch" if peer else ""),
+        Case(wide, _create(gmsop_step, 128, batch, compute_dtype), flops, versus=name),
     ]
     if peer:
-        cases.append(Case("step, PyTorch", torch_step(batch), flops))
+        cases.append(Case("step, PyTorch", _create(torch_step, batch), flops))
         if torch_device() == "cuda":
             cases.append(Case("step, torch.compile", torch_step(batch, "inductor"), flops))
     return cases
+
+
+def _create(create: Callable[..., Callable[[], Any]], *arguments: Any) -> Callable[[], Any]:
+    return Worker(create, *arguments) if torch_device() == "cpu" else create(*arguments)
 
 
 def step_flops() -> float:
@@ -93,7 +101,8 @@ class JaxStep:
 
 
 def gmsop_step(num_candidates: int, batch: int, compute_dtype: str = "") -> JaxStep:
-    """The step of ResNet-18 GM-SOP."""
+    """The step of ResNet-18 GM-SOP, with the settings of the process that `gmsop train` makes."""
+    keep_freed_memory()
     config = default_config()
     config.compute_dtype = compute_dtype
     config.model.num_classes, config.model.num_candidates = _CLASSES, num_candidates

@@ -1,6 +1,7 @@
 """Timing for `benchmark.py`: cases, the machine's ceilings, interleaved runs, and tables of the results."""
 
 import dataclasses
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ class Case:
 
     Attributes:
       name: its name in the table.
-      run: runs the computation once, and returns when it is done.
+      run: runs the computation once, and returns when it is done. It can be a `Worker`.
       flops: floating-point operations that the computation needs; a multiply-add counts as two.
       bytes: bytes that the computation must read and write.
       versus: the name of the case in the same table that it is compared with, or "".
@@ -39,6 +40,51 @@ class Case:
     def median(self) -> float:
         """The median time in seconds."""
         return float(np.median(self.seconds))
+
+    def time(self, clock: Callable[[], float]) -> float:
+        """Runs the computation once. Returns the seconds that it took."""
+        return self.run(clock) if isinstance(self.run, Worker) else _time(self.run, clock)
+
+
+class Worker:
+    """A computation in a process of its own, so that no other library or computation affects its memory and threads.
+
+    Args:
+      create: a function at the top of a module, which returns the computation.
+      arguments: its arguments.
+    """
+
+    def __init__(self, create: Callable[..., Callable[[], Any]], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, create, arguments), daemon=True)
+        self._process.start()
+        other.close()  # so that the death of the process ends the pipe
+
+    def __call__(self, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Runs the computation once. Returns the seconds that it took in its process.
+
+        Raises:
+          EOFError: if the process died; it has then printed why.
+        """
+        self._connection.send(clock)
+        return self._connection.recv()
+
+
+def _serve(connection: Any, create: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
+    run = create(*arguments)
+    while True:
+        try:
+            clock = connection.recv()
+        except EOFError:  # the benchmark has ended
+            return
+        connection.send(_time(run, clock))
+
+
+def _time(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
+    run()
+    return clock() - started
 
 
 class Program:
@@ -96,10 +142,9 @@ def measure(cases: list[Case], repeats: int, clock: Callable[[], float] = time.p
     for turn in range(repeats + 1):
         for i, case in enumerate(cases, 1):
             _show_progress(f"round {turn}/{repeats}, case {i}/{len(cases)}: {case.name}")
-            started = clock()
-            case.run()
+            seconds = case.time(clock)
             if turn:
-                case.seconds.append(clock() - started)
+                case.seconds.append(seconds)
     _show_progress("")
 
 
