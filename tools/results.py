@@ -120,6 +120,7 @@ def make_pages(raw: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
             page = output / f"{study.name}.md"
             write_atomic(page, results.page(study, found, f"configs/studies/{file.name}"))
             results_plots.plot(study, found, output / f"{study.name}.svg")
+            results_plots.plot_gate(study, found, output / f"{study.name}_gate.svg")
             pages.append(page)
             link = f"[results]({page.name})"
         done = sum(len(method.runs) for method in methods)

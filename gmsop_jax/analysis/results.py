@@ -103,8 +103,10 @@ def page(study: Study, results: Results, config_file: str) -> str:
         lines += [*_two_class_table(study, methods), ""]
     if len(study.test_splits) > 1:
         lines += ["## Parts of the test images", "", *_split_table(study, methods), ""]
-    if gated := [method for method in methods if "gate_use" in method.runs[0]["splits"][study.test_splits[0]]]:
+    if gated := gated_methods(study, methods):
         lines += ["## What the gate does", "", *_gate_table(study, gated), ""]
+        if kinds(gated[0].runs[0]["classes"]):
+            lines += [*_kind_table(study, gated), "", f"![Candidates by kind of image]({study.name}_gate.svg)", ""]
     lines += ["## How it was measured", "", *_provenance(study, methods, results, config_file), ""]
     return "\n".join(lines)
 
@@ -186,11 +188,67 @@ def _gate_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
     return lines
 
 
+def _kind_table(study: Study, methods: Sequence[MethodResults]) -> list[str]:
+    """How much the candidates say about the kind of an image, for a study with several kinds of images."""
+    split = study.test_splits[0]
+    lines = [
+        "The classes belong to several kinds of images. If the gate never selected the same candidate for two kinds,",
+        "its information about the kind would equal the entropy of the kind, which depends on the numbers of images.",
+        f"The figure shows, for seed {study.seeds[0]}, which share of the weights of each kind's images each candidate",
+        "receives. The candidates are in no particular order.",
+        "",
+        "| method | information about the kind | entropy of the kind |",
+        "|---|---|---|",
+    ]
+    for method in methods:
+        information, entropy = [], []
+        for run in method.runs:
+            use = use_by_kind(run, split)
+            joint = np.array(list(use.values())) / sum(row.sum() for row in use.values())
+            information.append(_mutual_information(joint))
+            entropy.append(_entropy(joint.sum(1)))
+        lines.append(
+            f"| {method.method} | {_mean_and_spread(information)} bits | {statistics.mean(entropy):.3f} bits |"
+        )
+    return lines
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    estimate = Estimate.of(values)
+    return f"{estimate.mean:.3f}" + (f" ± {estimate.deviation:.3f}" if estimate.count > 1 else "")
+
+
+def gated_methods(study: Study, methods: Sequence[MethodResults]) -> list[MethodResults]:
+    """Returns the methods that have a gate."""
+    return [method for method in methods if "gate_use" in method.runs[0]["splits"][study.test_splits[0]]]
+
+
+def kinds(classes: Sequence[str]) -> list[str]:
+    """Returns the kind of each class, if the classes belong to several kinds, as those of the source `domains` do.
+
+    Example:
+      >>> kinds(["elpv/defective", "emoji/flags"]), kinds(["dress", "coat"])
+      (['elpv', 'emoji'], [])
+    """
+    found = [kind for kind, slash, _ in (name.partition("/") for name in classes) if slash]
+    return found if len(found) == len(classes) and len(set(found)) > 1 else []
+
+
+def use_by_kind(run: Mapping[str, Any], split: str) -> dict[str, np.ndarray]:
+    """Returns the sums of the gate's weights over the images of each kind, [n] for each."""
+    use, of_class = np.array(run["splits"][split]["gate_use"]), np.array(kinds(run["classes"]))
+    return {kind: use[of_class == kind].sum(0) for kind in dict.fromkeys(of_class.tolist())}
+
+
 def _gate_information(measured: Mapping[str, Any]) -> tuple[float, float]:
     """Returns the mutual information of class and candidate, and the entropy of the candidates' use, in bits."""
     joint = np.array(measured["gate_use"]) / np.sum(measured["gate_use"])
-    classes, candidates = (_entropy(joint.sum(axis)) for axis in (1, 0))
-    return classes + candidates - _entropy(joint.ravel()), candidates
+    return _mutual_information(joint), _entropy(joint.sum(0))
+
+
+def _mutual_information(joint: np.ndarray) -> float:
+    """The mutual information in bits of the rows and columns of a table of probabilities."""
+    return _entropy(joint.sum(1)) + _entropy(joint.sum(0)) - _entropy(joint.ravel())
 
 
 def _entropy(probabilities: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from gmsop_jax.analysis.results import (
@@ -16,7 +17,10 @@ from gmsop_jax.analysis.results import (
     collect,
     complete_studies,
     difference,
+    gated_methods,
     in_all,
+    kinds,
+    use_by_kind,
 )
 from gmsop_jax.analysis.study import Study
 from gmsop_jax.files import replacing
@@ -37,6 +41,29 @@ def plot(study: Study, results: Results, file: pathlib.Path) -> None:
     axes.set_xlabel("balanced error on the test images in %, by run, and mean with 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     _save(figure, file, study.name)
+
+
+def plot_gate(study: Study, results: Results, file: pathlib.Path) -> None:
+    """Draws the share of each candidate in the weights of each kind of image, for the first seed of each gated method.
+
+    Nothing is drawn if the classes don't belong to several kinds.
+    """
+    split = study.test_splits[0]
+    methods = gated_methods(study, collect(study, results))
+    if not methods or not kinds(methods[0].runs[0]["classes"]):
+        return
+    figure = Figure(figsize=(7, 1 + 1.1 * len(methods)), layout="constrained")
+    panels = figure.subplots(len(methods), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, method in zip(panels, methods, strict=True):
+        use = use_by_kind(method.runs[0], split)
+        shares = np.array([100 * row / row.sum() for row in use.values()])
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=25, aspect="auto")
+        for (row, column), share in np.ndenumerate(shares):
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="white" if share > 15 else "black")
+        axes.set_yticks(range(len(use)), list(use))
+        axes.set_title(method.method, fontsize=10)
+    panels[-1].set_xlabel("candidate; share of the gate's weights in %, on the test images")
+    _save(figure, file, f"{study.name}_gate")
 
 
 def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathlib.Path) -> None:

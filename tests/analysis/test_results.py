@@ -117,6 +117,21 @@ def test_page_says_how_much_a_gate_knows_about_the_classes():
     assert "What the gate does" not in results.page(a_study(), found[1:], "x")
 
 
+def test_page_says_how_much_a_gate_knows_about_the_kinds_of_images(tmp_path: pathlib.Path):
+    found = result("gmsop", 0, 10)
+    found["classes"] = ["elpv/sound", "elpv/broken", "emoji/flags"]
+    found["splits"]["test"] |= {"gate_entropy": 1.0, "gate_use": [[2, 0, 1], [1, 0, 0], [0, 3, 1]]}
+    # as in the test above, once the two classes of a kind are added up
+    assert "| gmsop | 0.750 bits | 1.000 bits |" in results.page(a_study(), [found], "x")
+    results_plots.plot_gate(a_study(), [found], tmp_path / "gate.svg")
+    assert "emoji" in (tmp_path / "gate.svg").read_text()
+
+    found["classes"] = ["a", "b", "c"]
+    assert "information about the kind" not in results.page(a_study(), [found], "x")
+    results_plots.plot_gate(a_study(), [found], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
 def test_plot_is_the_same_each_time(tmp_path: pathlib.Path):
     found = [result(method, seed, 10 + seed) for method, seed in itertools.product(["gap", "srsop"], range(2))]
     for name in ("a.svg", "b.svg"):
