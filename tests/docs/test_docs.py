@@ -81,7 +81,26 @@ def test_python_of_the_page_about_own_models_runs():
     np.testing.assert_allclose(names["same_head"](names["tokens"], where=names["mask"])[0], names["logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("page", ["heads.md", "accuracy.md"])
+def test_python_of_the_page_about_data_runs(fashion, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "fashion-mnist").symlink_to(fashion)
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text("utf-8"), re.S)
+    names: dict = {}
+    exec(block, names)
+    shapes = [f"'{name}': {array.dtype} {list(array.shape)}" for name, array in names["batch"].items()]
+    assert f"# {{{', '.join(shapes)}}}" in block
+
+
+PAGES_WITH_PYTHON = {
+    page.relative_to(ROOT / "docs").as_posix()
+    for page in (ROOT / "docs").rglob("*.md")
+    if "```python" in page.read_text("utf-8")
+}
+PAGES_WITH_THEIR_OWN_TEST = {"data.md", "export.md", "own-model.md", "predict.md", "training.md"}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES_WITH_PYTHON - PAGES_WITH_THEIR_OWN_TEST))
 def test_python_of_a_page_runs(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.S)
     assert blocks
