@@ -5,9 +5,9 @@
 BACKBONE: resnet34, resnet50, resnet101, resnext50_32x4d, resnext101_32x4d, resnext101_64x4d. HEAD: any of
 `config.model.head`. SIDE: 224 or 64. The defaults are resnet50, gap and 224.
 
-Published: single-crop top-1 errors of the gap rows at 224×224 are 25.81, 23.9, 22.0, 22.2, 21.2 and 20.4 %, in that
-order; that of ResNet-34 is from the authors of DropCov. The recipe is the usual one of these networks (He et al. 2016);
-second-order heads keep a 14×14 feature map, as in iSQRT-COV.
+Published: with the head gap at 224×224, these backbones have single-crop top-1 errors of 25.81, 23.9, 22.0, 22.2, 21.2
+and 20.4 %, in this order; that of ResNet-34 is from the authors of DropCov. The recipe is the usual one of these
+networks (He et al. 2016); second-order heads keep a 14×14 feature map, as in iSQRT-COV.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

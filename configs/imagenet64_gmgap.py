@@ -2,7 +2,7 @@
 
     gmsop train --config imagenet64_gmgap
 
-Published: 42.25 % top-1, 19.46 % top-5 error; 2.33M parameters, 512 dimensions.
+Published: 42.25 % top-1, 19.46 % top-5 error; 2.3M parameters, 512 dimensions.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

@@ -2,7 +2,7 @@
 
     gmsop train --config imagenet64_gmsop
 
-Published: 38.48 % top-1, 17.38 % top-5 error; 10.35M parameters, 8256 dimensions.
+Published: 38.48 % top-1, 17.38 % top-5 error; 10.3M parameters, 8256 dimensions.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

@@ -2,7 +2,7 @@
 
     gmsop train --config imagenet64_srsop
 
-Published: 40.56 % top-1, 19.08 % top-5 error; 8.96M parameters, 8256 dimensions.
+Published: 40.56 % top-1, 19.08 % top-5 error; 9.0M parameters, 8256 dimensions.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

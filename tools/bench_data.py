@@ -140,7 +140,10 @@ def measure_reading(directory: Path, batch_size: int, rounds: int, seconds: floa
 def reading_table(rows: dict[str, list[float]]) -> str:
     """The result of `measure_reading` as a table in Markdown."""
     plain, *_ = rows["plain chain"]
-    lines = ["| reading 64×64 images | images/s, median (least–most) | of the plain chain |", "|---|---|---|"]
+    lines = [
+        "| reading 64×64 images | images/s, median (minimum–maximum) | relative to the plain chain |",
+        "|---|---|---|",
+    ]
     for name, (median, low, high) in rows.items():
         lines.append(f"| {name} | {median:,.0f} ({low:,.0f}–{high:,.0f}) | {median / plain:.1f}× |")
     return "\n".join(lines)

@@ -71,7 +71,7 @@ def _torch_pooling(x: jax.Array, cotangent: jax.Array) -> Callable[[], None]:
 
 
 def mixture_cases(batch: int) -> list[Case]:
-    """K = 8 of N candidates with each dispatch, against computing all 16 candidates."""
+    """K = 8 of 16 and of 128 candidates, with two kinds of dispatch, against computing all 16 candidates."""
     dispatches: tuple[Dispatch, ...] = ("gather", "loop")
     selected = [selected_case(batch, n, 8, dispatch) for n in (16, 128) for dispatch in dispatches]
     return [*selected, _all_candidates(batch, 16)]

@@ -158,9 +158,9 @@ def _print_peak_memory(kind: str, batch: int) -> None:
 
 
 def _resident(field: str) -> float:
-    """Resident memory of this process in MB, now (`VmRSS`) or at its peak (`VmHWM`), from Linux's /proc."""
+    """Resident memory of this process in MB, now (`VmRSS`) or at its peak (`VmHWM`). Linux states it in KiB."""
     status = pathlib.Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) / 1024
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kills a small training run at random times until it ends, and compares it with an undisturbed run.
+"""Kills a small training run at random times, resumes it each time, and compares it with an undisturbed run.
 
 python tools/chaos.py --kills 20 --seed 0
 

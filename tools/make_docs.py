@@ -64,7 +64,7 @@ def configuration_reference() -> str:
       DocsError: if a field has no description.
     """
     if missing := [name for name, field in configs.FIELDS.items() if not field.meaning]:
-        raise DocsError(f"gmsop_jax/config/fields.py: {', '.join(missing)} have no description")
+        raise DocsError(f"gmsop_jax/config/fields.py: give a description to {', '.join(missing)}")
     sections: dict[str, list[str]] = {}
     for name, field in configs.FIELDS.items():
         choices = (True, False) if isinstance(field.default, bool) else field.allowed.choices
@@ -118,7 +118,7 @@ def build(output: pathlib.Path) -> None:
     """Writes the site: index.html (the README), the other Markdown pages, and the API reference in api/.
 
     Raises:
-      DocsError: for a dead link, a field without a description, or a warning from pdoc.
+      DocsError: for a dead link or a warning from pdoc.
     """
     others = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     results = sorted((ROOT / "docs" / "results").glob("*.md"))

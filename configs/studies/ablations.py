@@ -2,8 +2,8 @@
 
     python tools/sweep.py configs/studies/ablations.py
 
-450 training images of Fashion-MNIST, as in `fashion_sample_10.py`. The balance weight α is in every
-grid. The classifier's rate is its learning rate relative to that of the other layers.
+The data are those of `fashion_sample_10.py`: 450 training images of Fashion-MNIST. Every grid contains the balance
+weight α. The classifier's rate is its learning rate relative to that of the other layers.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     python tools/sweep.py configs/studies/domains.py --input FOLDER
 
-FOLDER contains the folders `elpv`, `fashion-mnist` and `emoji` with the inputs of these sources, see docs/data.md.
+FOLDER contains the folders `elpv`, `fashion-mnist` and `emoji` with the inputs of these sources (see docs/data.md).
 """
 
 import dataclasses

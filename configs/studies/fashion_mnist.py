@@ -2,8 +2,8 @@
 
     python tools/sweep.py configs/studies/fashion_mnist.py --input /usr/share/datasets/fashion-mnist
 
-54,000 training images, 6,000 for validation and 10,000 for testing. The folder is that of Debian's package
-`dataset-fashion-mnist`; any folder with the four files of the data set works.
+There are 54,000 images for training, 6,000 for validation and 10,000 for testing. The folder is that of Debian's
+package `dataset-fashion-mnist`; any folder with the four files of the data set works.
 """
 
 import pathlib

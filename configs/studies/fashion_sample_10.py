@@ -2,7 +2,7 @@
 
     python tools/sweep.py configs/studies/fashion_sample_10.py
 
-450 training images, 500 for validation and 1,000 for testing.
+There are 450 images for training, 500 for validation and 1,000 for testing.
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
     python tools/sweep.py configs/studies/fashion_sample_30.py
 
-1,350 training images, 500 for validation and 1,000 for testing.
+There are 1,350 images for training, 500 for validation and 1,000 for testing.
 """
 
 import dataclasses

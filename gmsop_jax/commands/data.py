@@ -57,7 +57,7 @@ def run_convert(arguments: Sequence[str]) -> None:
         "--allow-partial", action="store_true", default=None, help="imagenet64: convert a download with missing batches"
     )
     _add_max_unreadable(parser)
-    add("--shard-range", default="0/1", help="i/n: convert every n-th shard, starting at shard i, from 0")
+    add("--shard-range", default="0/1", help="i/n: convert every n-th shard, starting at shard i (counted from 0)")
     args = parser.parse_args(arguments)
     manifest = convert(
         args.source,
@@ -81,7 +81,7 @@ def run_convert(arguments: Sequence[str]) -> None:
 def run_merge(arguments: Sequence[str]) -> None:
     """Joins the parts of a conversion: `gmsop merge data/imagenet64 [other-folder-of-the-same-conversion …]`."""
     parser = ArgumentParser(
-        prog="gmsop merge", description="Joins the parts written by `gmsop convert --shard-range` to one data set."
+        prog="gmsop merge", description="Joins the parts written by `gmsop convert --shard-range` into one data set."
     )
     parser.add_argument("directory", type=Path, help="the folder that becomes the data set")
     parser.add_argument("parts", type=Path, nargs="*", help="other folders, whose shards are copied into it")

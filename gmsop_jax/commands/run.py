@@ -78,7 +78,7 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
             "--checkpoint",
             metavar="DIR",
             type=_path,
-            help="working directory (to use its last step), or the folder of one step in it",
+            help="working directory (to use its last step), the folder of one step in it, or an exported network",
         )
     if mode in ("predict", ""):
         _add_predict_options(parser)
@@ -168,7 +168,7 @@ def _load_config(options: argparse.Namespace):
     from gmsop_jax.training.restore import read_description
 
     config, inputs = read_description(options.checkpoint or options.workdir)
-    if inputs.dataset in NAMES:  # the configuration may name another source, such as the quickstart's for other images
+    if inputs.dataset in NAMES:  # the configuration, such as the quickstart's, may name the source of other images
         config.data.source = inputs.dataset
     configs.apply_overrides(config, options.overrides)
     return config

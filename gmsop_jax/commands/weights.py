@@ -27,7 +27,9 @@ RELEASED = {  # MD5 checksum of each file that the authors released: the name of
 def run_export(arguments: Sequence[str]) -> None:
     """Exports a network and compares it with the original: `gmsop export runs/quickstart --format stablehlo`."""
     parser = ArgumentParser(prog="gmsop export", description="Exports a trained network.")
-    parser.add_argument("run", type=pathlib.Path, help="working directory, or one step's folder in it")
+    parser.add_argument(
+        "run", type=pathlib.Path, help="working directory, the folder of one step in it, or an exported network"
+    )
     parser.add_argument(
         "--format", choices=("safetensors", "stablehlo", "onnx"), required=True, help="format of the exported network"
     )

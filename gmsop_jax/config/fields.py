@@ -115,8 +115,8 @@ class Field:
     resumable: bool = False
 
 
-# The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, with the authors' recipe; those of modules are taken from
-# the modules.
+# The defaults are GM-SOP-16-8 + ResNet-18 on 64×64 ImageNet, with the authors' recipe except for `model.gate_gradient` and
+# `train.drop_last`; those of modules are taken from the modules.
 # fmt: off
 FIELDS = {
     "seed": Field(0, "seed of initialisation, data order, augmentation, gate noise and dropout", _between(0, 2**32 - 1)),
@@ -186,7 +186,7 @@ FIELDS = {
     "train.label_smoothing": Field(0.0, "fraction of the target probability that is spread over all classes", _FRACTION),
     "train.mixup_alpha": Field(0.0, "α of the Beta(α, α) distribution of mixup's weights; 0 disables mixup", _at_least(0.0)),
     "train.ema_decay": Field(0.0, "decay of the exponential moving average of the parameters, which is then evaluated; 0 disables it", _FRACTION),
-    "train.init_from": Field("", "working directory of a run, or a step in it, whose network this run starts from"),
+    "train.init_from": Field("", "trained network that this run starts from: a working directory, the folder of one step in it, or an exported network"),
     "train.balance_weight": Field(100.0, "α: the loss is the mean cross entropy + α/B · balance loss for batches of B images", _at_least(0.0)),
     "train.drop_last": Field(True, "drop the smaller last batch of an epoch; the authors' code trains on it"),
     "train.sub_batches": Field(1, "gradient accumulation: number of parts of a batch, which are computed in turn to save memory", _between(1, 2**24)),

@@ -69,7 +69,7 @@ def convert(
       codec: format of the pixels in the records, 'raw', 'png' or 'jpeg'.
       options: options of the source.
       shard_range: (i, n) converts every n-th shard, beginning with the i-th. When all n parts are converted,
-        `job.join` joins them to one data set.
+        `job.join` joins them into one data set.
       max_unreadable: maximum fraction of unreadable images.
       progress: whether to show the progress on standard error.
 

@@ -17,8 +17,9 @@ def prepare_data(data: Any) -> None:
         into `dir` if there is no data set yet, and a message says so.
 
     Raises:
-      DataError: if the folder does not exist or contains other files; the message explains how to convert a data set.
-        (`Manifest.load` reports an empty folder and an unfinished conversion.)
+      DataError: if the folder contains other files, if it does not exist and `auto_convert` is off, or if the
+        conversion fails; the message explains what to do. (`Manifest.load` reports an empty folder and an unfinished
+        conversion.)
       FileAccessError: if `dir` can't be read.
     """
     directory = Path(data.dir)
@@ -39,7 +40,7 @@ def prepare_data(data: Any) -> None:
     if data.auto_convert:
         from gmsop_jax.conversion.convert import convert
 
-        print(f"there is no data set at {directory} yet; converting {data.source} to it", file=sys.stderr)
+        print(f"there is no data set at {directory} yet; converting {data.source} into this folder", file=sys.stderr)
         try:
             convert(data.source, None, directory)
         except UserError as error:

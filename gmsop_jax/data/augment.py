@@ -11,7 +11,7 @@ import numpy as np
 
 from gmsop_jax.data.resize import resize
 
-Pixels = np.ndarray | list[np.ndarray]  # uint8 [n, h, w, c], or n of [h, w, c] if they differ in shape; c = 1 or 3
+Pixels = np.ndarray | list[np.ndarray]  # uint8 [n, h, w, c], or a list of n [h, w, c] of any shapes; c = 1 or 3
 
 _TRIES = 10  # attempts to find a crop that lies inside the image
 _ASPECTS = 3 / 4, 4 / 3  # smallest and largest aspect ratio (width / height) of a crop
@@ -34,7 +34,7 @@ class Centre:
           size: height and width of the result; neither is more than `shorter_side`, unless that is 0.
           mean_rgb: colour that surrounds an image, uint8 [3].
 
-        Returns: uint8 [n, *size, c], or n of [*size, c].
+        Returns: uint8 [n, *size, c], or a list of n [*size, c].
         """
         del draws, mean_rgb
         if not self.shorter_side and isinstance(pixels, np.ndarray) and pixels.shape[1:3] == size:
@@ -70,7 +70,7 @@ class ResizedCrop:
     num_draws: ClassVar[int] = 2 * _TRIES + 2  # areas, aspect ratios, top, left
 
     def __call__(self, pixels: Pixels, draws: np.ndarray, size: tuple[int, int], mean_rgb: np.ndarray) -> Pixels:
-        """Prepares a block of images; takes the arguments of `Centre` and returns n of uint8 [*size, c]."""
+        """Prepares a block of images; takes the arguments of `Centre` and returns a list of n uint8 [*size, c]."""
         del mean_rgb
         crops = random_parts(np.array([image.shape[:2] for image in pixels]), draws, self.area)
         return [

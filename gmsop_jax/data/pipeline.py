@@ -243,7 +243,8 @@ class _Rows:
         """Returns whether each of the records at `indices` can be read, bool [n]; logs each unreadable one once.
 
         Raises:
-          DataError: if one can't be read, with its shard and position, unless unreadable records are to be skipped.
+          DataError: if one can't be read and such records are not to be skipped; the message states its shard and
+            position.
         """
         readable = np.ones(len(indices), bool)
         for row, index in enumerate(indices.tolist()):
@@ -251,7 +252,7 @@ class _Rows:
                 self.read(indices[row : row + 1], *self.no_augmentation(1))
             except DataError as error:
                 if not self.skips_unreadable:
-                    hint = "or skip such records with --config.data.on_corrupt=skip"
+                    hint = "to skip such records, set --config.data.on_corrupt=skip"
                     raise DataError(f"{self.reader.where(index)}: {error}; {hint}") from error
                 _log_once(f"skipping {self.reader.where(index)}: {error}")
                 readable[row] = False

@@ -55,7 +55,7 @@ def _differences(inputs: Inputs, classes: Sequence[str], size: tuple[int, int]) 
             f"warning: class {i} of the data set is {classes[i]!r}, but class {i} of the network is"
             f" {inputs.classes[i]!r}; {len(other)} of {len(classes)} classes differ"
         )
-    if inputs.splits and size != inputs.image_size:  # without splits, the network was imported, and its size assumed
+    if inputs.splits and size != inputs.image_size:  # an imported network has no splits, and its image size is assumed
         given, trained = ("×".join(map(str, sides)) for sides in (size, inputs.image_size))
         yield f"warning: the images have {given} pixels, but those that the network was trained on have {trained}"
 
@@ -66,8 +66,9 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
 
     The shards of the training split need not exist. The mean colour of the images that the network was trained on
     (`inputs.json`) is subtracted. A warning is printed if the classes or the size of the images differ from those in
-    training. With `config.data.verify`, the checksums of the split's shards are verified first, as at the start of
-    training: each process verifies a part. Several processes must evaluate the same network on the same data.
+    training. With `config.data.verify`, and unless damaged records are skipped, the checksums of the split's shards are
+    verified first, as at the start of training: each process verifies a part. Several processes must evaluate the same
+    network on the same data.
 
     Args:
       config: the configuration; its model must fit the checkpoint.

@@ -64,12 +64,13 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
     alone.
 
     Args:
-      path: a working directory, or the folder of one step in it.
+      path: a trained network, as in `gmsop_jax.load`.
       output: a folder, created if missing.
 
     Raises:
-      CheckpointError: if there is no such checkpoint.
-      ExportError: if the folder can't be written, or the outputs of the artefact differ.
+      CheckpointError: if there is no such network.
+      ExportError: if a package is missing, if the folder can't be written or is a working directory, or if the outputs
+        of the artefact differ.
     """
     _need("flatbuffers")
     model, variables, info = gmsop_jax.load(path)

@@ -17,7 +17,7 @@ tags: [jax, flax, second-order-pooling, {head}]
 
 # {head} on {dataset}
 
-An image classifier, trained with gmsop_jax {version}, which implements [second-order pooling]({paper}).
+An image classifier with [second-order pooling]({paper}), exported by gmsop_jax {version}.
 
 ```python
 import gmsop_jax
@@ -45,7 +45,7 @@ To train this network again, convert the data set and run
 ```
 """
 _PAPER = "https://papers.nips.cc/paper_files/paper/2018/hash/17c276c8e723eb46aef576537e9d56d0-Abstract.html"
-_BASE = "imagenet64_gmsop"  # has the defaults of `default_config`, so that all other fields are flags
+_BASE = "imagenet64_gmsop"  # equals `default_config`, so that every other value is a flag
 
 
 def model_card(info: Info, num_parameters: int, *, license_name: str) -> str:
@@ -84,7 +84,7 @@ def _result(info: Info) -> str:
 def command(info: Info) -> str:
     """The command that trains the network again: every field that differs from its default is a flag."""
     stored = exported.public_config(info.config)
-    if info.config.data.source != info.inputs.dataset:  # the embedded sample is that of another data set
+    if info.config.data.source != info.inputs.dataset:  # `auto_convert` would convert the sample of another data set
         stored["data"] |= {"source": info.inputs.dataset, "auto_convert": False}
     flags = [f"--config {_BASE}"]
     for name, value in configs.flatten(stored):

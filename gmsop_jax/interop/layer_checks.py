@@ -16,7 +16,11 @@ from gmsop_jax.models.network import GATED
 
 
 def read_hyperparameters(config: ConfigDict, layers: Mapping[str, Layer]) -> None:
-    """Sets what the parameters alone do not determine: strides, Newton–Schulz iterations and dropout.
+    """Sets the fields of `config` that the parameters alone do not determine: strides, iterations and dropout rate.
+
+    Args:
+      config: `config.model`.
+      layers: the layers of the checkpoint, by name.
 
     Raises:
       CheckpointError: if a hyperparameter is missing or out of range; the message names its layer.
@@ -84,7 +88,7 @@ def size_mismatch(layers: Mapping[str, Layer], params: Mapping[str, np.ndarray])
 
 
 def check(config: ConfigDict, layers: Mapping[str, Layer]) -> None:
-    """Compares the layers of a checkpoint with the network that the configuration computes.
+    """Compares the layers of a checkpoint with those of the network that the configuration describes.
 
     Raises:
       CheckpointError: if a layer is missing, unknown, connected differently, or has other hyperparameters; the
@@ -136,4 +140,4 @@ def _check_block(given: Layer, expected: Layer) -> None:
         values = [found] if isinstance(found, str) else _numbers(found)
         allowed = needed if isinstance(needed, list) else [needed]
         if not values or any(value not in allowed for value in values):
-            raise CheckpointError(f"layer {given.name!r}: {key} is {found}, but gmsop_jax computes {needed}")
+            raise CheckpointError(f"layer {given.name!r}: {key} is {found}; the network needs {needed}")

@@ -45,9 +45,10 @@ def import_checkpoint(
 ) -> ImportedRun:
     """Creates a working directory for `gmsop evaluate` and further training.
 
-    The configuration contains the network, gate gradient, learning rates, batch size, momentum and weight decay
-    of the file. The number of steps per epoch is computed from the data set in `config.data.dir` if it exists, and
-    otherwise from the number of images stored in the file. Arrays are converted to float32.
+    The configuration contains the network, gate gradient, balance weight, learning rates, batch size, momentum and
+    weight decay of the file. The number of steps per epoch is computed from the data set in `config.data.dir` if it
+    exists, and otherwise from the number of images stored in the file (ImageNet's if it stores none). Arrays are
+    converted to float32.
 
     Args:
       path: `net-epoch-N.mat`.
@@ -56,7 +57,8 @@ def import_checkpoint(
       overrides: `field=value` settings of the configuration, such as `train.num_epochs=70`.
 
     Raises:
-      CheckpointError: if the file can't be imported (see `matconvnet.load`), or `output` has checkpoints.
+      CheckpointError: if the file can't be imported (see `matconvnet.load`), `output` has checkpoints, or the data set
+        has another number of classes.
       ConfigError: if an override is not valid.
       DataError: if the data set is damaged.
     """
@@ -96,7 +98,7 @@ def run_config(checkpoint: Checkpoint) -> ConfigDict:
 
 
 def _positive(value: Any) -> list[float]:
-    """Returns the numbers of an array, rounded to 12 digits; an empty list for anything else or values ≤ 0."""
+    """Returns the numbers of an array, rounded to 12 digits; an empty list unless all are positive and finite."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         return []
     numbers = [float(f"{number:.12g}") for number in value.ravel()]

@@ -125,7 +125,7 @@ def _read_torch(path: pathlib.Path) -> Any:
 def _check_crcs(path: pathlib.Path) -> None:
     """Raises CheckpointError if the CRC of an array is wrong, which PyTorch does not notice."""
     damaged = None
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # old files are no zip archives
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # old files are not zip archives
         damaged = archive.testzip()
     if damaged:
         raise CheckpointError(f"{path} is damaged (the CRC of {damaged} is wrong); download it again")
@@ -193,7 +193,7 @@ def from_torch(state: Mapping[str, Any], *, triangle: Literal["row", "column"] =
 
     Raises:
       CheckpointError: if the network is not one of the ResNets in `models.network.BACKBONES`, if arrays are missing,
-        unknown, or of a wrong shape or dtype, or if they have values that are NaN or infinite or variances below 0.
+        unknown, or of a wrong shape or dtype, or if they contain NaN, infinite values or variances below 0.
       ValueError: if `triangle` is neither of the two.
     """
     if triangle not in ("row", "column"):

@@ -75,8 +75,8 @@ class Gate(GateFields, PoolingFields):
 
     f is the pooled output of a trunk of 1×1 convolutions, each with batch norm and ReLU. W_g and W_n have no
     bias. With the constant initialisation, all logits are equal at first, so `ops.select_top_k` draws the
-    candidates at random. As long as the columns of W_n are equal, the noise of an image shifts all its
-    logits by the same amount and changes no weight.
+    candidates at random. As long as the columns of W_n are equal, `image` noise shifts all logits of an image
+    by the same amount and changes no weight.
 
     The defaults are those of GM-SOP, except that the gradient is straight-through.
 
@@ -131,7 +131,8 @@ class Gate(GateFields, PoolingFields):
         Returns: the selection, its weights and the balance loss.
 
         Raises:
-          ValueError: if `gate_noise` has the wrong shape, or if training has to draw noise without an RNG stream.
+          ValueError: if `num_selected` exceeds `num_candidates`, if `gate_noise` has the wrong shape, or if training
+            has to draw noise without an RNG stream.
         """
         noise_key = tie_key = None
         if train and (self.has_rng("gating") or self.has_rng("params")):

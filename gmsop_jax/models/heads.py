@@ -272,7 +272,7 @@ class GatedMixtureHead(_MixtureHead, GateFields):
     """GM-SOP (order 2) or GM-GAP (order 1): `GatedMixture` → batch norm → dropout → classifier.
 
     `aux['features']` is the output of the mixture, before batch norm: f = d(d + 1)/2 or d, where d is the last of
-    `candidate_widths`. Training draws from the RNG streams `gating` (unless gate_noise is given) and `dropout`.
+    `candidate_widths`. Training needs the RNG streams `gating` (unless gate_noise is given) and `dropout`.
 
     Attributes:
       num_classes: number of classes.

@@ -21,14 +21,7 @@ _Result = Float[Array, "b h2 w2 c2"]
 
 
 class _Block(CheckedModule):
-    """Base class of the residual blocks: convolutions with batch norm, and the shortcut.
-
-    Attributes:
-      width: number of channels of the block's convolutions.
-      stride: stride of the block.
-      norm: creates the batch norms.
-      dtype: see `ResNet`.
-    """
+    """Base class of the residual blocks: convolutions with batch norm, and the shortcut."""
 
     width: int
     stride: int = 1
@@ -57,9 +50,13 @@ class _Block(CheckedModule):
 
 
 class BasicBlock(_Block):
-    """ReLU(x' + BN(conv3×3(ReLU(BN(conv3×3(x)))))); x' is x, or BN(conv1×1(x)) if its shape differs.
+    """ReLU(x' + BN(conv3×3(ReLU(BN(conv3×3(x)))))); x' is x, or BN(conv1×1(x)) if the block changes the shape.
 
-    The first 3×3 convolution has the block's stride.
+    Attributes:
+      width: number of channels of the two convolutions.
+      stride: stride of the first 3×3 convolution, and of the 1×1 convolution.
+      norm: creates the batch norms.
+      dtype: see `ResNet`.
     """
 
     @nn.compact
@@ -76,6 +73,7 @@ class BottleneckBlock(_Block):
     The 3×3 convolution has the block's stride, as in torchvision. In He et al. 2016, the first convolution has it.
 
     Attributes:
+      width: number of channels of a ResNet's 3×3 convolution, and a quarter of those of the result.
       groups: number of groups of the 3×3 convolution: 1 in ResNet, and the cardinality in ResNeXt (Xie et al. 2017).
       group_width: channels of each group in a block of width 64; it grows in proportion to the width of the block.
       others: see `BasicBlock`.
@@ -138,6 +136,7 @@ class ResNet(CheckedModule):
 
         Raises:
           TypeError: for integer images.
+          ValueError: if `stage_strides` or `blocks_per_stage` does not have one entry for each stage.
         """
         x = _stem(self, images, self.stem_width, use_bias=self.stem == "small", train=train)
         check_stages(self, len(self.stage_widths), "stage_strides")

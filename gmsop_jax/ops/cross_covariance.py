@@ -78,7 +78,7 @@ def multi_head_cross_covariance_pool(
     Returns: the matrices of all heads, row by row, as one vector for each image; float32 or float64.
 
     Raises:
-      ValueError: if x does not have three axes, or not 2 · num_heads · r channels.
+      ValueError: if x does not have three axes, does not have 2 · num_heads · r channels, or has no position.
     """
     x, start = jnp.asarray(x), jnp.asarray(start)
     if x.ndim != 3:

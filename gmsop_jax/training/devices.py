@@ -58,8 +58,8 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that a step frees, for the next step, if JAX runs on a CPU under glibc.
 
     In each step, XLA allocates the temporary memory of the program in one piece. From 32 MiB on, glibc takes it from
-    the operating system and returns it afterwards, so that every page is cleared again in every step. This uses one
-    pool of memory for all threads, because the other pools of glibc are limited to 64 MiB.
+    the operating system and returns it afterwards, so that every page is cleared again in every step. This function
+    also makes all threads share one pool of memory, because the other pools of glibc are limited to 64 MiB.
 
     It does nothing if the environment sets one of glibc's variables `MALLOC_…` or `GLIBC_TUNABLES`.
     """

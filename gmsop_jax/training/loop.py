@@ -52,7 +52,7 @@ def train_and_evaluate(
 
     Args:
       config: a validated configuration.
-      workdir: created if it does not exist. In the end, it contains `config.json`, `inputs.json`, `checkpoints/`,
+      workdir: created if it does not exist. After training, it contains `config.json`, `inputs.json`, `checkpoints/`,
         `metrics.jsonl`, the files of the loggers, `curves.png` and `result.json`.
       profile: the steps to trace for TensorBoard's profiler, counted from 1.
 

@@ -86,7 +86,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def place_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Copies this process's contiguous rows of a batch, as many as in every process, onto its devices.
+    """Copies this process's rows of a batch onto its devices. They are contiguous; every process has the same number.
 
     Returns: the global batch, split evenly over the devices of the mesh.
     """
@@ -102,6 +102,7 @@ def compiler_options() -> dict[str, Any]:
     library's other fusion types don't help: matrix products become no faster, and elementwise operations copy arrays
     that a loop updates in place. On GPUs, only deterministic kernels are allowed, also for evaluation steps, so that a
     resumed run repeats an uninterrupted one bit for bit. Options that the user sets in XLA_FLAGS are not changed.
+    `jax.pmap` takes no options, so the mode `pmap` needs XLA_FLAGS instead.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     chosen = {name: value for name, value in OPTIONS.get(jax.default_backend(), {}).items() if name not in flags}
@@ -126,8 +127,8 @@ def compile_train_step(step: Callable, mesh: Mesh, mode: str) -> tuple[Any, Call
       mesh: the devices.
       mode: `jit` or `pmap`.
 
-    Returns: (program, place): `place` puts this process's rows of a batch on its devices, and the program
-      maps the state and a placed batch to the new state and metrics. It donates the old state's memory.
+    Returns: (program, place): `place` turns this process's rows of a batch into the batch that the program takes. The
+      program maps the state and such a batch to the new state and metrics, and donates the old state's memory.
     """
     if mode == "jit":
         program = jax.jit(_map_over(step, mesh), donate_argnums=0, compiler_options=compiler_options())

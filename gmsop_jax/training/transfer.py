@@ -19,7 +19,8 @@ Path = tuple[str, ...]  # the path of an array: collection, backbone or head, â€
 class Source:
     """A trained network that another one is initialised from; `path` is the value of `config.train.init_from`.
 
-    The variables are in host memory; they are the averages, if its run computed them.
+    The variables are in host memory. If that run averaged its parameters (`config.train.ema_decay`), they contain the
+    averages.
     """
 
     path: str
@@ -29,7 +30,12 @@ class Source:
 
 
 def read_source(path: str, pixel_scale: float, sharding: Sharding) -> Source:
-    """Reads the network that `config.train.init_from` names, onto devices of all processes.
+    """Reads the network that `config.train.init_from` names. All processes must call it together.
+
+    Args:
+      path: the value of `config.train.init_from`.
+      pixel_scale: `config.model.pixel_scale`.
+      sharding: where the variables are placed before they are copied to host memory, such as on all devices.
 
     Raises:
       ConfigError: if there is no such network, or its `pixel_scale` is different.

@@ -144,16 +144,17 @@ class Workdir:
                     " Copy it back, or give another --workdir"
                 )
             write_atomic(file, copy or configs.to_json(self._config) + "\n")
-        for place, read in ((str(file), lambda: read_bytes(file).decode()), ("the last checkpoint", lambda: copy)):
+        restore = "if you delete it, the next start restores it from the last checkpoint"
+        for place, read, remedy in (
+            (str(file), lambda: read_bytes(file).decode(), restore),
+            ("the last checkpoint", lambda: copy, "give another --workdir"),
+        ):
             try:
                 if (text := read()) is None:
                     continue
                 stored = configs.from_json(text)
             except ValueError as error:
-                raise CheckpointError(
-                    f"{place} has a damaged configuration ({error}); if you delete {file}, the next start restores it"
-                    " from the last checkpoint"
-                ) from error
+                raise CheckpointError(f"{place} has a damaged configuration ({error}); {remedy}") from error
             if lines := configs.differences(stored, self._config):
                 raise CheckpointError(
                     f"{self.path} was created with another configuration, which is stored in {place}:\n  "

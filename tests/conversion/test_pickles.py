@@ -91,7 +91,7 @@ def test_the_refused_name_is_stated(tmp_path: Path):
         (b"\x80\x02ccodecs\nencode\n.", "refers to codecs.encode"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "refers to os.system"),
         (b"\x80\x02cnumpy\nndarray\n)R.", "calls"),
-        (b"\x80\x02cnumpy\nndarray\n.", "contains a bare name"),
+        (b"\x80\x02cnumpy\nndarray\n.", "a function or a dtype that is not part of an array"),
         (b"\x80\x02K\x01)R.", "calls int"),
         (b"\x80\x02K\x01}b.", "BUILD of a int"),
         (b"\x80\x02K\x01K\x02a.", "APPENDS of a int"),

@@ -15,7 +15,8 @@ def test_a_conversion_is_announced(tmp_path, monkeypatch, capsys):
     prepare.prepare_data(data)
     assert converted == [("fashion-mnist", None, tmp_path / "fotos")]
     assert (
-        capsys.readouterr().err == f"there is no data set at {tmp_path / 'fotos'} yet; converting fashion-mnist to it\n"
+        capsys.readouterr().err
+        == f"there is no data set at {tmp_path / 'fotos'} yet; converting fashion-mnist into this folder\n"
     )
 
 

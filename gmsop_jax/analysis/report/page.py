@@ -205,7 +205,7 @@ def _mixture(predictions: Predictions, num_selected: int) -> dict[str, Any]:
 
 
 def _heaviest(predictions: Predictions, candidate: int) -> list[Card]:
-    """The images with the largest weights for a candidate, of those that select it, as their mirror images do too."""
+    """The images with the largest weights for a candidate, among those that select it both as they are and mirrored."""
     weights, mirrored = predictions.gate_weights[:, candidate], predictions.mirrored_weights[:, candidate]
     order = np.argsort(-weights, kind="stable")
     rows = order[(weights[order] > 0) & (mirrored[order] > 0)]

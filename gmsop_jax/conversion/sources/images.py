@@ -21,8 +21,8 @@ _BITS_TAG, _PHOTOMETRIC_TAG = 258, 262  # of TIFF
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decodes the bytes of an image file, which error messages call `name`.
 
-    Gray images keep one channel. Palettes are converted to RGB, transparent pixels are composited over white, gray
-    images of more than 8 bits are scaled to 8 bits, and EXIF rotation is applied.
+    Gray images keep one channel. Palettes are converted to RGB, images with transparency are composited over white and
+    become RGB, gray images of more than 8 bits are scaled to 8 bits, and EXIF rotation is applied.
 
     Returns: uint8 [h, w, 1] or [h, w, 3].
 

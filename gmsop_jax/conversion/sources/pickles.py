@@ -116,8 +116,8 @@ class _File:
 def load(path: Path) -> Any:
     """Reads a pickle file.
 
-    Returns: the pickled object. If it is a dictionary, arrays among its values are FileArrays, or ndarrays if they are
-      small, and keys that are bytes become strings.
+    Returns: the pickled object, in which an array is a FileArray, or an ndarray if it is small. If the object is a
+      dictionary, this applies to its values, and keys that are bytes become strings.
 
     Raises:
       DataError: if the file is truncated, is not a pickle, or contains anything but arrays and plain values.
@@ -248,7 +248,7 @@ def _plain(value: Any, path: Path) -> Any:
     if isinstance(value, _Array):
         return _array(value, path)
     if isinstance(value, (_Skipped, _Name, _Dtype)):
-        raise ValueError(f"it contains a bare {type(value).__name__.strip('_').lower()}")
+        raise ValueError("it contains a long string, a function or a dtype that is not part of an array")
     return value
 
 

@@ -1,7 +1,8 @@
 """Fashion-MNIST: the sample that comes with the package, or the IDX files of the whole data set.
 
-28×28 gray images of ten kinds of clothing. The test images are the split 'val'. With the option `val_fraction`,
-they are the split 'test', and 'val' is a part of the training images. © 2017 Zalando SE, MIT licence (NOTICE).
+The images are gray, have 28×28 pixels, and show ten kinds of clothing. The test images are the split 'val'. With the
+option `val_fraction`, they are the split 'test', and 'val' is a part of the training images. © 2017 Zalando SE, MIT
+licence (NOTICE).
 """
 
 import functools
@@ -82,8 +83,9 @@ def read_idx(path: Path, num_dims: int) -> np.ndarray:
         raise DataError(
             f"{path} is not an IDX file of uint8 with {num_dims} dimensions: it begins with {header[:4].hex()}"
         )
-    if len(data) != math.prod(shape):
-        raise DataError(f"{path} is damaged: its header requires {math.prod(shape):,} values, but it has {len(data):,}")
+    if len(data) != (needed := math.prod(shape)):
+        found = "more" if len(data) > needed else f"{len(data):,}"
+        raise DataError(f"{path} is damaged: its header requires {needed:,} values, but it has {found}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
