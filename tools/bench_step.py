@@ -29,7 +29,7 @@ _CLASSES = 1000
 def step_cases(peer: str | None, batch: int, compute_dtype: str) -> list[Case]:
     """Training steps with 16 and with 128 candidates, of which each image selects 8.
 
-    On a CPU, each step has a process of its own, as it has for its users.
+    On a CPU, each step runs in a process of its own, as it does in `gmsop train`.
     """
     flops = batch * step_flops()
     name, wide = (f"step, batch {batch}, N = {n}, K = 8" for n in (16, 128))

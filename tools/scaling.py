@@ -38,7 +38,7 @@ def tables(machine: Machine, planned: dict[str, float], per_device: int = 256, w
     """The tables of docs/scaling.md, as Markdown.
 
     Args:
-      machine: a device.
+      machine: the speed of a device and of its connection.
       planned: temporary memory per image of each network, in MiB.
       per_device, whole: images on each device, and on all devices together.
     """

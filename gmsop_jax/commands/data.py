@@ -27,7 +27,7 @@ def run_convert(arguments: Sequence[str]) -> None:
     add("--workers", type=int, help="number of processes (default: one per core, or a single one for few images)")
     add("--shards", type=int, help="number of training shards (default: shards of about 128 MiB)")
     add("--limit", type=int, help="maximum number of images in each split, which are then chosen at random")
-    add("--seed", type=int, default=0, help="seed of the order of the images and of the folds (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the order of the images and of all random choices (default: 0)")
     add("--codec", choices=CODECS, default="raw", help="format of the pixels (default: raw)")
     add(
         "--size",
@@ -44,7 +44,11 @@ def run_convert(arguments: Sequence[str]) -> None:
         type=float,
         help="image-folder, fashion-mnist: fraction of the training images to set aside as val",
     )
-    add("--train-fraction", type=float, help="fraction of the training images of each class to keep")
+    add(
+        "--train-fraction",
+        type=float,
+        help="elpv, emoji, domains, fashion-mnist: fraction of the training images of each class to keep",
+    )
     add("--fold", type=int, help="elpv, emoji, domains: which fifth of the images is test, 0 to 4 (default: 0)")
     add("--leave-out", help="emoji: the vendor whose drawings are test (google, twitter or fluent)")
     add(
@@ -57,7 +61,7 @@ def run_convert(arguments: Sequence[str]) -> None:
         "--allow-partial", action="store_true", default=None, help="imagenet64: convert a download with missing batches"
     )
     _add_max_unreadable(parser)
-    add("--shard-range", default="0/1", help="i/n: convert every n-th shard, starting at shard i (counted from 0)")
+    add("--shard-range", default="0/1", help="i/n: convert every n-th shard, starting at shard i, counted from 0")
     args = parser.parse_args(arguments)
     manifest = convert(
         args.source,

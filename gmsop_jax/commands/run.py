@@ -17,7 +17,7 @@ MODES = {
 
 
 def run_mode(arguments: Sequence[str], mode: str = "") -> int:
-    """Runs a mode of `MODES`; without one, the flag `--mode` selects it."""
+    """Runs a mode of `MODES`; without one, the flag `--mode` selects it. Returns the exit status."""
     options = _parse(arguments, mode)
 
     from gmsop_jax import config as configs

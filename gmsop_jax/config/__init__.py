@@ -173,7 +173,7 @@ def override(config: ConfigDict, assignment: str) -> None:
     """Sets one field from text, such as `train.batch_size=64`. The text is parsed as the field's type.
 
     Raises:
-      ConfigError: if there is no such field or the value does not have its type.
+      ConfigError: if there is no such field, no value is given, or the value does not have the field's type.
 
     Example:
       >>> config = default_config()

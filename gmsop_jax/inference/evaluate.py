@@ -75,12 +75,15 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
       path: a working directory, the directory of one step in it, or an exported network, as in `restore.load`. In a
         working directory, the last checkpoint is evaluated.
 
-    Returns: `step`, `num_classes`, and what the function from `create_evaluation` returns.
+    Returns: `step`, `num_classes`, `loss` (nats), `top1_error`, `top5_error` (percent), and `candidate_use` (mean gate
+      weights).
 
     Raises:
       CheckpointError: if there is no checkpoint, or it doesn't fit the model.
       DataError: if the data set is missing, is damaged, or has another number of classes.
-      ConfigError: if the processes have different networks, data sets or configurations.
+      FileAccessError: if a file can't be read.
+      ConfigError: if the processes have different networks, data sets or configurations, or if a batch doesn't split
+        evenly over the devices.
     """
     check_same_config(config)
     _, inputs = read_description(path)

@@ -29,7 +29,7 @@ def num_cpu_devices(config: ConfigDict, cores: int) -> int:
 
 
 def use_cpu_devices(config: ConfigDict) -> None:
-    """Splits the CPU into `num_cpu_devices` JAX devices; must be called before JAX initialises its devices.
+    """Splits the CPU into `num_cpu_devices` JAX devices. Has no effect once JAX has initialised its devices.
 
     XLA runs much of a small network on a single core of each device, so one device per core makes use of all cores.
     A device that waits for the others occupies one of XLA's threads, so the thread pool is enlarged by the number of

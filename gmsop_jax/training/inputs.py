@@ -113,7 +113,7 @@ class Inputs:
         """Reads what `save` wrote, or its copy in the last checkpoint if the file is missing.
 
         Raises:
-          CheckpointError: if neither can be read.
+          CheckpointError: if the file is damaged, or if both are missing.
         """
         path = pathlib.Path(workdir)
         remedy = "if you delete it, the copy in the last checkpoint is used"

@@ -13,7 +13,7 @@ from gmsop_jax.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """The loss, its gradient or the state became infinite, NaN or absurdly large.
+    """The loss, its gradient or the state became infinite or NaN, or the loss exceeded `divergence.MAX_LOSS`.
 
     Attributes:
       step: the first step where this was detected, counted from 1.
@@ -135,7 +135,7 @@ class MetricsBuffer:
         self._clock = time.monotonic()
 
     def drain(self) -> float:
-        """Adds all steps to `total`, and returns the images per second since the last call.
+        """Adds all steps to `total`, and returns the images per second since the last `drain` or `restart_clock`.
 
         Raises:
           NonFiniteError: if the loss or the gradient of a step is not finite.

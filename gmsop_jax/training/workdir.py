@@ -37,7 +37,7 @@ def check_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the absolute path of a working directory.
 
     Raises:
-      CheckpointError: if the path is empty or too long.
+      CheckpointError: if the path is empty or can't be used, for example because it is too long.
     """
     text = os.fspath(workdir)
     if not text.strip():
@@ -71,6 +71,7 @@ class Workdir:
         Raises:
           CheckpointError: if it can't be written to, if another run uses it, or if it belongs to a run with
             another configuration.
+          ConfigError: if the processes of the run have different folders.
         """
         first_process_does(self._open)
         check_same({f"the lock of the working directory ({_LOCK})": self._read_lock()})

@@ -4,7 +4,7 @@ In evaluation, batch norm and classifier are affine, so the logits for the weigh
 are the logits of candidate i with weight 1, and l₀ those without any candidate. The network therefore runs once for all
 replacements.
 
-Axes: v views (1, or 2 with mirror images), b images of a batch, m images, n candidates, c classes.
+Axes: b images of a batch, m images of the split, n candidates, c classes.
 """
 
 import dataclasses
