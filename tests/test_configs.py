@@ -165,6 +165,7 @@ def test_the_progress_line_is_cleared_before_the_table(count, monkeypatch):
     assert f"0/{count}" in progress
     assert cleared.isspace()
     assert table.startswith("configuration ")
+    assert f"\n{count} network{'s' * (count > 1)}; counts" in table
 
 
 def test_no_progress_line_off_a_terminal(capsys):

@@ -147,7 +147,8 @@ def run_summary(arguments: Sequence[str]) -> None:
     rows = summarize_all(paths)
     print(summary.markdown(rows, summary.HEADER) if options.markdown else summary.text(rows), end="")
     different = [f"{row.name}: {', '.join(row.differences)}" for row in rows if row.differences]
-    print(f"\n{len(rows)} networks; counts that differ from the published ones: {'; '.join(different) or 'none'}")
+    networks = "1 network" if len(rows) == 1 else f"{len(rows)} networks"
+    print(f"\n{networks}; counts that differ from the published ones: {'; '.join(different) or 'none'}")
 
 
 def summarize_all(paths: Sequence[str]) -> list[summary.Row]:

@@ -110,7 +110,8 @@ def _report_torch(run: ImportedWeights, file: str, output: str) -> None:
     )
     print(f"evaluate:   gmsop evaluate --workdir {output} --config.data.dir=…")
     print(f"predict:    gmsop predict --checkpoint {output} --input PHOTOS")
-    new = f"--config imagenet:{model.backbone},srsop --config.train.init_from={output}"
+    head = "srsop" if model.head == "gap" else model.head
+    new = f"--config imagenet:{model.backbone},{head} --config.train.init_from={output}"
     print(f"fine-tune:  gmsop train {new} --config.data.dir=… --workdir …")
 
 

@@ -45,7 +45,7 @@ def newton_schulz_sqrt(
 
     With `coefficients='minimax'`, the steps are T = aₖI − bₖZY. The coefficients aₖ and bₖ minimise the largest error
     of the root over all A, with the same number of products (`ops.coefficients`). The next table shows that largest
-    error of an eigenvalue of the root, divided by √(tr Σ):
+    error of an eigenvalue of the root, divided by √(tr Σ) and rounded up:
 
     | | n = 1 | n = 2 | n = 3 | n = 4 | n = 5 | n = 6 | n = 8 | n = 10 | n = 12 |
     |---|---|---|---|---|---|---|---|---|---|
@@ -97,7 +97,7 @@ def newton_schulz_inverse_sqrt(
 
     Yₙ = A Zₙ, so `newton_schulz_sqrt(sigma, n)` equals `sigma @ newton_schulz_inverse_sqrt(sigma, n)`. For an
     eigenvalue λ of A, the iteration computes a value of at most 1.5ⁿ in place of 1/√λ, which regularises singular
-    matrices. For n = 1, 3 and 5, its relative error is below 10 % if λ is above 0.53, 0.14 and 0.030.
+    matrices. For n = 1, 3 and 5, its relative error is below 10 % if λ is above 0.54, 0.15 and 0.030.
 
     Args:
       sigma: symmetric PSD matrices, float32 or float64.

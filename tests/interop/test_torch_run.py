@@ -102,6 +102,15 @@ def test_the_tool_prints_what_it_imported_and_the_next_steps(imported, weights, 
     assert errors.startswith(f"error: {folder} already contains checkpoints")
 
 
+@pytest.mark.slow
+def test_the_fine_tuning_of_a_second_order_network_keeps_its_head(tmp_path, maker, run_tool):
+    file = tmp_path / "resnet34_ACD.safetensors"
+    pytest.importorskip("safetensors.numpy").save_file(maker.load("dropcov_resnet34")[0], file)
+    status, printed, _ = run_tool(file, "--output", tmp_path / "run")
+    assert status == 0
+    assert "gmsop train --config imagenet:resnet34,dropcov --config.train.init_from=" in printed
+
+
 def test_the_tools_errors_are_one_line(tmp_path, run_tool):
     status, printed, errors = run_tool(tmp_path / "none.pth", "--output", tmp_path / "run")
     assert (status, printed, errors) == (2, "", f"error: {tmp_path / 'none.pth'} does not exist or is not a file\n")
