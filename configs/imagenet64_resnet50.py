@@ -2,8 +2,9 @@
 
     gmsop train --config imagenet64_resnet50:HEAD
 
-Published: HEAD gap 43.28 % top-1, 19.39 % top-5 error (2.4M parameters); gap_512d 41.79 / 18.30 %; gap_8256d 41.42 /
-18.14 %; gmsop 35.73 / 14.96 % (11.9M). The recipes are those of ResNet-18's heads.
+HEAD is one of `ROWS`. Published: top-1 / top-5 errors of 43.28 / 19.39 % with gap (2.4M parameters), 41.79 / 18.30 %
+with gap_512d, 41.42 / 18.14 % with gap_8256d, and 35.73 / 14.96 % with gmsop (11.9M parameters). The recipes are those
+of ResNet-18's heads.
 """
 
 from gmsop_jax.config import ConfigDict, default_config
@@ -14,7 +15,9 @@ ROWS = ("gap", "gap_512d", "gap_8256d", "gmsop")
 
 def get_config(head: str = "gmsop") -> ConfigDict:
     if head not in ROWS:
-        raise ConfigError(f"configs/imagenet64_resnet50.py:{head}: HEAD is one of {', '.join(ROWS)}")
+        raise ConfigError(
+            f"configs/imagenet64_resnet50.py defines no head {head!r}; HEAD must be one of {', '.join(ROWS)}"
+        )
     c = default_config()
     c.model.blocks_per_stage = 6
     if head.startswith("gap"):

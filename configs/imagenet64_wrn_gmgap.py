@@ -2,7 +2,7 @@
 
     gmsop train --config imagenet64_wrn_gmgap
 
-Published: 35.98 % top-1, 14.62 % top-5 error; 8.69M parameters, 512 dimensions.
+Published: 35.98 % top-1, 14.62 % top-5 error; 8.7M parameters, 512 dimensions.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

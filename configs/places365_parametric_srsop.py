@@ -1,4 +1,4 @@
-"""ResNet-18 with parametric SR-SOP: one candidate of GM-SOP, no gate, on Places365 at 100×100.
+"""ResNet-18 with parametric SR-SOP (one candidate of GM-SOP without a gate), on Places365 at 100×100.
 
     gmsop train --config places365_parametric_srsop
 

@@ -572,7 +572,7 @@ def _time_case(case: Case, **fields: Any) -> Row:
 
 
 def _time(run: Callable[[], Any], **fields: Any) -> Row:
-    """The median and quartiles of up to 20 calls, or of as many as fit into 2 seconds, after two warm-up calls."""
+    """The median and quartiles of as many calls as fit into 2 seconds (3 to 20), after two warm-up calls."""
     run()
     run()
     times: list[float] = []

@@ -20,7 +20,7 @@ _CONTRACTING = re.compile(r"contracting_dims = \[([\d, ]*)\] x")
 
 
 def lowering_rows() -> list[dict[str, Any]]:
-    """The counts of both dispatches for 256 images, 8 of 16 and 8 of 128 candidates."""
+    """The counts of `gather` and `group` for 256 images, with 8 of 16 and 8 of 128 candidates."""
     dispatches: tuple[Dispatch, ...] = ("gather", "group")
     return [
         {"batch": 256, "n": n, "k": 8, "dispatch": dispatch, **count(lower(dispatch, 256, n, 8))}

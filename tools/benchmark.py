@@ -6,7 +6,7 @@
 
 All cases of a table are run in turn, in one process. The table shows the median time and the quartiles. Operations (a
 multiply-add counts as two) and bytes are those that the work needs, not those that the code performs. The share is the
-time that the work would take at the measured ceilings, the fastest matrix product and a copy, divided by its time.
+time that the work would take at the measured ceilings (the fastest matrix product and a copy), divided by the median.
 
 `roots` compares the square root with those of other libraries that are installed. `accelerator` measures correctness,
 speed and memory on a GPU or TPU in at most 8 minutes; run it again to continue, or to repeat what failed. `lowering`
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="accelerator: tiny sizes, to try the tool on a CPU")
     options = parser.parse_args()
     if len(options.what) > 1 and {"accelerator", "lowering"} & set(options.what):
-        parser.error("accelerator and lowering are measured alone")
+        parser.error("accelerator and lowering can't be combined with other tables")
     if options.what == ["accelerator"]:
         return measure_accelerator(options)
     if options.what == ["lowering"]:
@@ -103,7 +103,7 @@ def measure_accelerator(options: argparse.Namespace) -> None:
     from bench_accelerator import measure_all, table
 
     if options.json is None:
-        raise UserError("accelerator needs --out FILE, where it writes each result and continues in a later call")
+        raise UserError("accelerator needs --out FILE, to which it writes each result so that a later call continues")
     text = table(measure_all(options.json, toy=options.toy, isolated=not options.toy))
     print(f"\n{text}")
     if options.docs:
@@ -137,7 +137,7 @@ def device() -> str:
 
 
 def run(kind: str, options: argparse.Namespace) -> Any:
-    """Measures and prints one table. Returns its rows."""
+    """Measures and prints one table, and returns its results."""
     if kind == "pipeline":
         return measure_pipeline(options.images)
     if kind == "ops":
@@ -159,7 +159,7 @@ def run(kind: str, options: argparse.Namespace) -> Any:
 
 
 def peak_memory_text(peaks: dict[str, float]) -> str:
-    """The peak memory of the step by the library."""
+    """A sentence with the peak memory of the step in each library."""
     return "Peak memory of the step: " + ", ".join(f"{kind} {mb:.0f} MB" for kind, mb in peaks.items()) + "."
 
 

@@ -1,9 +1,9 @@
-"""Makes docs/accuracy.md and its pictures: the errors of the square root and of its gradient, for each precision.
+"""Updates docs/accuracy.md and its pictures: the errors of the square root and of its gradient, for each precision.
 
 python tools/precision.py
 
-JAX names the ways in which an accelerator computes a product of float32 matrices by `jax.lax.DotAlgorithmPreset`. This
-tool computes them in NumPy. Each input is split into one, two or three parts of 8 (bfloat16) or 11 (TF32) significant
+An accelerator can compute a product of float32 matrices in several ways, which `jax.lax.DotAlgorithmPreset` lists. This
+tool emulates them in NumPy. Each input is split into one, two or three parts of 8 (bfloat16) or 11 (TF32) significant
 bits, each rounded to nearest, ties to even. The products of parts are exact in float32, and their sums are rounded to
 float32 after each addition, in the order of NumPy's matrix product. The sums for the smaller parts are added first.
 """
@@ -43,7 +43,7 @@ TABULATED = 3, 5, 12
 QUANTITIES = "root", "gradient"
 COEFFICIENTS: tuple[Coefficients, ...] = "newton_schulz", "minimax"
 STYLES = {"newton_schulz": "-", "minimax": "--"}
-# significant bits of a part, and number of parts of each input; their products are as many as the preset's name says
+# significant bits of a part, and number of parts of each input; the suffix X3 or X6 is the number of their products
 PRESETS = {
     "BF16_BF16_F32": (8, 1),
     "BF16_BF16_F32_X3": (8, 2),
@@ -195,13 +195,13 @@ def network_features() -> dict[int, np.ndarray]:
 
 
 def relative_error(x: Any, expected: np.ndarray) -> float:
-    """The largest error of a matrix in the Frobenius norm, relative to that of the expected matrix."""
+    """The largest error of a matrix, relative to the expected matrix, both in the Frobenius norm."""
     difference = np.linalg.norm(x - expected, axis=(-2, -1))
     return float(np.max(difference / np.linalg.norm(expected, axis=(-2, -1))))
 
 
 def exactly(sample: np.ndarray) -> np.ndarray:
-    """The float64 matrices of float32 matrices [n, d, d], or the covariances of float32 features [n, p, d]."""
+    """Float32 matrices [n, d, d] as float64, or the covariances in float64 of float32 features [n, p, d]."""
     sample = sample.astype(np.float64)
     return sample if sample.shape[-1] == sample.shape[-2] else covariance(sample, np.matmul)
 
@@ -351,8 +351,8 @@ def save(figure: Figure, file: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Parses the command line, and writes the page and its pictures."""
-    parser = ArgumentParser(description="Makes docs/accuracy.md and its pictures.")
+    """Parses the command line, and updates the page and its pictures."""
+    parser = ArgumentParser(description="Updates the tables of docs/accuracy.md and its pictures.")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs", help="folder of the page (default: docs)")
     output = parser.parse_args().output
     features = {("features", d): x for d, x in network_features().items()}

@@ -23,9 +23,9 @@ Collected = Mapping[str, Sequence[results.MethodResults]]  # for each title of a
 
 _OVERVIEW = """
 The figure shows the difference between each method and average pooling, with 95 % intervals: green is better, red is
-worse, and for grey the interval contains 0. The table gives the balanced error, which is the mean of the errors of the
-classes, as mean ± standard deviation over the runs. MMAC is the number of multiply-adds per image, in millions; it and
-the number of parameters are those of the first study in the table.
+worse, and gray means that the interval contains 0. The table gives the balanced error, which is the mean of the errors
+of the classes, as mean ± standard deviation over the runs. MMAC is the number of multiply-adds per image, in millions;
+it and the number of parameters are those of the first study in the table.
 
 ![Difference between each method and average pooling, for each study](overview.svg)
 
@@ -35,10 +35,10 @@ the number of parameters are those of the first study in the table.
 _CURVES = """
 ## Learning curves
 
-The same test images and the same recipe, with 10, 30 and 100 % of the training images of the embedded sample of
-Fashion-MNIST. Each cell of the table gives the balanced error, and the difference from average pooling with its 95 %
-interval. Training takes more steps with more images, because the number of epochs is the same. The hyperparameters were
-chosen from 6 points for 450 images, and from 2 for the others.
+These studies have the same test images and the same recipe, with 10, 30 and 100 % of the training images of the
+embedded sample of Fashion-MNIST. Each cell of the table gives the balanced error, and the difference from average
+pooling with its 95 % interval. Training takes more steps with more images, because the number of epochs is the same.
+The hyperparameters were chosen from 6 points for 450 images, and from 2 for the others.
 
 ![Difference between each method and average pooling, by number of training images](learning_curves.svg)
 
@@ -142,7 +142,7 @@ def _make_overview(collected: Collected, output: pathlib.Path) -> str:
 
 
 def _make_curves(studies: Sequence[Sequence[results.MethodResults]], output: pathlib.Path) -> str:
-    """Draws the learning curves and returns the text around them; nothing if one of the studies has no results."""
+    """Draws the learning curves and returns the text around them; an empty string if a study has no results."""
     if not all(studies):
         return ""
     sizes = {methods[0].runs[0]["train_images"]: methods for methods in studies}

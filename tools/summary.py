@@ -19,7 +19,10 @@ _MARKS = ("<!-- networks: python tools/summary.py --write -->\n", "<!-- end of n
 
 
 def write(rows: list[summary.Row]) -> None:
-    """Writes the table of all networks to `docs/networks.md`, and those with published results into the README."""
+    """Writes the table of all networks to `docs/networks.md`, and a part of it to the README.
+
+    The README contains the networks with published results, and that of the quickstart.
+    """
     before, _, rest = README.read_text("utf-8").partition(_MARKS[0])
     _, mark, after = rest.partition(_MARKS[1])
     if not mark:

@@ -35,7 +35,7 @@ class ISqrtCov(torch.autograd.Function):
     """`newton_schulz_sqrt`, for two or more iterations, with the backward pass of iSQRT-COV's authors.
 
     It uses the stored iterates. With T = 3I − YZ at each step, ∂Y ← ½(∂Y·T − Z·∂Z·Z − Z·Y·∂Y) and
-    ∂Z ← ½(T·∂Z − Y·∂Y·Y − ∂Z·Z·Y); at the end, the normalisation by the trace (Li et al. 2018, eq. 8–11).
+    ∂Z ← ½(T·∂Z − Y·∂Y·Y − ∂Z·Z·Y). The normalisation by the trace is differentiated last (Li et al. 2018, eq. 8–11).
     """
 
     @staticmethod

@@ -3,7 +3,7 @@
     pip install elpv-dataset
     python tools/sweep.py configs/studies/elpv.py
 
-2,624 images in five folds: 70 % for training, 10 % for validation and 20 % for testing.
+The 2,624 images are divided in five ways: each fold has 70 % for training, 10 % for validation and 20 % for testing.
 """
 
 import pathlib

@@ -9,7 +9,8 @@ from gmsop_jax.config import ConfigDict
 class Published:
     """A row of a published table: the authors' name for the network, and the values as printed.
 
-    Errors are in percent, and `gmacs` billions of multiply-adds per image; None if the authors give no value.
+    Errors are in percent, and `gmacs` counts billions of multiply-adds per image. A value that the authors do not give
+    is None.
     """
 
     name: str

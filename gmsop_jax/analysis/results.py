@@ -92,7 +92,7 @@ def difference(method: MethodResults, reference: MethodResults, split: str) -> E
 
 
 def page(study: Study, results: Results, config_file: str) -> str:
-    """Returns the Markdown page of a study, which shows the path of its configuration file in the command."""
+    """Returns the Markdown page of a study; `config_file` is the path that the page shows in its command."""
     methods = collect(study, results)
     lines = [f"# {study.title}", "", study.notes.strip(), ""] if study.notes else [f"# {study.title}", ""]
     if not methods:
@@ -370,8 +370,8 @@ def learning_curves(sizes: Mapping[int, Sequence[MethodResults]]) -> str:
     Each cell also has the difference from average pooling, with its 95 % interval.
 
     Args:
-      sizes: for each number of training images, what `collect` returns. Only methods with results for all numbers are
-        in the table.
+      sizes: for each number of training images, what `collect` returns. Only methods with at least two runs for every
+        number are in the table.
     """
     lines = [f"| method | {' | '.join(f'{size:,} images' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
     for name in in_all(sizes):

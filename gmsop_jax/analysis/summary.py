@@ -30,14 +30,14 @@ class Row:
 
     @property
     def gmacs(self) -> str:
-        """Billions of multiply-adds by formula, with as many digits as the published number."""
+        """Billions of multiply-adds (`Cost.macs`), with as many digits as the published number."""
         if self.published.gmacs:
             return _like(self.cost.macs, f"{self.published.gmacs}G").removesuffix("G")
         return f"{self.cost.macs / 1e9:.2f}"
 
     @property
     def differences(self) -> list[str]:
-        """The counts that differ from the published ones."""
+        """The names of the counts that differ from the published ones."""
         pairs = {"parameters": (self.parameters, self.published.parameters), "GMAC": (self.gmacs, self.published.gmacs)}
         return [name for name, (ours, theirs) in pairs.items() if theirs and ours != theirs]
 

@@ -67,9 +67,8 @@ def run_sweep(arguments: Sequence[str]) -> int:
         default=pathlib.Path("runs/sweep"),
         help="folder of the working directories (default: runs/sweep)",
     )
-    parser.add_argument(
-        "--part", default="0/1", type=_part, metavar="I/N", help="execute every N-th run, starting at run I, from 0"
-    )
+    part = "execute every N-th run, starting at run I, counted from 0"
+    parser.add_argument("--part", default="0/1", type=_part, metavar="I/N", help=part)
     parser.add_argument("--gather", action="store_true", help="only write the table of the finished runs")
     group = parser.add_argument_group("for studies, which choose their seeds and hyperparameters themselves")
     group.add_argument("--input", help="the downloaded file or folder, needed until it is converted")

@@ -68,7 +68,7 @@ def _check_model(m: ConfigDict) -> None:
         )
     if m.projection_batch_norm and not m.projection_widths:
         raise ConfigError(
-            "config.model.projection_batch_norm needs config.model.projection_widths, which is (); set both or none"
+            "config.model.projection_batch_norm needs config.model.projection_widths, which is (); set both or neither"
         )
     if m.backbone == "narrow":
         if m.stem != "small":

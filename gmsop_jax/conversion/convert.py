@@ -60,7 +60,8 @@ def convert(
 
     Args:
       source_name: one of `gmsop_jax.conversion.sources.NAMES`.
-      input_path: the file or folder that was downloaded; None for the sample that comes with the package.
+      input_path: the file or folder that was downloaded; None for the embedded sample of Fashion-MNIST, and for the
+        installed package of ELPV.
       output_dir: a new or empty folder, or that of an unfinished conversion.
       workers: number of processes; by default one per core, or only this process for a small source.
       shards: number of training shards; by default, shards of about 128 MiB.
@@ -221,7 +222,7 @@ def _end_with_parent() -> None:
 
 
 def _count_shards(num_images: Mapping[str, int], shards: int | None, pixel_bytes: float) -> dict[str, int]:
-    """Returns the number of shards of each split, with images spread as evenly as possible, training first."""
+    """Returns the number of shards of each split, in proportion to its images. The split `train` comes first."""
     images = num_images["train"]
     if not images:
         raise DataError("the source has no training images")

@@ -12,7 +12,7 @@ from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import DataError
 from gmsop_jax.files import replacing
 
-_MAX_SCANNED = 20_000  # records read to find images for a sheet
+_MAX_SCANNED = 20_000  # maximum number of records read to find the images of a sheet
 _BLOCK = 256  # records read at a time
 _MARGIN = (110, 300)  # smallest and largest width of the names of the classes, in pixels
 
@@ -50,6 +50,8 @@ def contact_sheet(
 ) -> None:
     """Draws the first images of each class, one row per class, and writes them as an image file.
 
+    Only the first 20,000 images of the split are searched.
+
     Args:
       directory: the folder of the data set.
       split: the split to show.
@@ -58,7 +60,8 @@ def contact_sheet(
       columns: maximum number of images per class.
       tile: side of an image on the sheet, in pixels.
 
-    Raises: DataError if the data set is damaged, or the sheet can't be written.
+    Raises:
+      DataError: if the sheet would be empty or can't be written, or the data set is damaged or has no such split.
     """
     import matplotlib  # for its font, which has more characters than Pillow's
 

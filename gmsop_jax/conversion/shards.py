@@ -16,8 +16,8 @@ from gmsop_jax.data.records import Codec, decode, encode
 from gmsop_jax.errors import DataError, FileAccessError
 from gmsop_jax.files import replacing, sha256
 
-# Every record is a chunk of its own, for random access. There is no compression, because pixels hardly shrink, and one
-# background thread, which bounds the memory.
+# Every record is a chunk of its own, for random access. Pixels hardly shrink, so they are not compressed. There is only
+# one background thread, which bounds the memory.
 _WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 
 
@@ -57,7 +57,7 @@ def split_order(source: Source, split: str, seed: int, limit: int | None) -> np.
 
 
 class Statistics:
-    """Exact sums over the images of a shard or split, as integers: the order of summation makes no difference.
+    """Exact sums over the images of a shard or split, as integers, so the order of summation makes no difference.
 
     Attributes:
       class_counts: number of images of each class, int64 [num_classes].

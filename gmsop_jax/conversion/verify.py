@@ -70,7 +70,5 @@ def _compare(path: Path, name: str, split: Split, found: Statistics) -> None:
         )
     size = next(iter(found.image_sizes)) if len(found.image_sizes) == 1 else None
     if size != split.image_size:
-        sizes = f"the size {size}" if size else "different sizes"
-        raise DataError(
-            f"{path}: the images of split {name!r} have {sizes}, but the manifest says {split.image_size}; {_REMEDY}"
-        )
+        sizes, stated = (f"the size {known}" if known else "different sizes" for known in (size, split.image_size))
+        raise DataError(f"{path}: the images of split {name!r} have {sizes}, but the manifest says {stated}; {_REMEDY}")

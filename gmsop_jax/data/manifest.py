@@ -141,7 +141,7 @@ class Manifest:
 
 
 def shard_size(directory: Path, shard: Shard) -> int:
-    """Returns the size of a shard's file in bytes, and opens it to check that it can be read.
+    """Opens a shard's file to check that it can be read, and returns its size in bytes.
 
     Raises:
       DataError: if the shard is missing from the data set, or isn't a file.

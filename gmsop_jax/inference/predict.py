@@ -90,7 +90,7 @@ def read_image(
     """Reads an image file, resized and cropped to the size that a network expects.
 
     The image is rotated according to its EXIF data, transparent pixels are composited over white, and a gray image is
-    repeated to three channels. The image is cropped to its centre and resized (bicubic), in the order that depends on
+    repeated to three channels. The image is cropped to its centre and resized (bicubic); which comes first depends on
     `shorter_side`.
 
     Args:
@@ -173,13 +173,13 @@ class Predictor:
     """A trained network that predicts the classes of image files.
 
     Args:
-      path: a working directory, or the folder of one step in it, as in `gmsop_jax.load`.
+      path: a working directory, the folder of one step in it, or an exported network, as in `gmsop_jax.load`.
 
     Attributes:
       info: configuration, classes and image size of the run.
 
     Raises:
-      CheckpointError: if the checkpoint can't be loaded.
+      CheckpointError, ConfigError: if the network can't be loaded, as in `gmsop_jax.load`.
 
     Example:
       ```
@@ -197,7 +197,7 @@ class Predictor:
         self._step = jax.jit(make_predict_step(model, mean_rgb=self.info.inputs.mean_rgb, flip_average=flip_average))
 
     def outputs(self, images: UInt8[np.ndarray, "b h w 3"], batch_size: int = 1) -> dict[str, np.ndarray]:
-        """The outputs of the prediction step for images of the network's size; see `make_predict_step`.
+        """Returns the outputs of the prediction step for images of the network's size; see `make_predict_step`.
 
         Args:
           images: RGB.
@@ -223,7 +223,7 @@ class Predictor:
           `Unreadable`.
 
         Raises:
-          DataError: if there are no files.
+          DataError, FileAccessError: as in `list_files`.
         """
         files = list_files(inputs)
         return self._predict(files, min(batch_size or self.info.config.eval.batch_size, len(files)))

@@ -106,7 +106,7 @@ def network(config: ConfigDict, *, balance_weight: float = 100.0, image_side: in
     Args:
       config: `config.model`, with num_classes set.
       balance_weight: α, which is stored in the layer `Balance_loss`.
-      image_side: the height and width of the images, which average pooling stores.
+      image_side: the height and width of the images, from which the window of average pooling is computed.
     """
     layers = list(_backbone(config))
     features, width = layers[-1].outputs[0], _stage_widths(config)[-1]

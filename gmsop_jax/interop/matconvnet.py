@@ -167,7 +167,7 @@ def _momentum(config: ConfigDict, params: Mapping[str, Any], state: Any) -> Tree
     state = state[0] if isinstance(state, list) and state else state
     if not isinstance(state, dict):
         return None
-    cells = state.get("momentum", state.get("solverState"))  # the name in later versions of MatConvNet
+    cells = state.get("momentum", state.get("solverState"))  # `solverState` in later versions of MatConvNet
     if not isinstance(cells, np.ndarray) or cells.dtype != object or cells.size != len(params):
         raise CheckpointError(f"state.momentum is not a cell array of {len(params)} arrays")
     values = {}

@@ -188,7 +188,7 @@ def to_trained(config: ConfigDict, tree: Mapping[str, Any]) -> dict[str, np.ndar
 def _join(table: list[Parameter], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
     rows = collections.Counter("/".join(path) for p in table for path in p.paths)
-    compare_names("leaf", rows, arrays)
+    compare_names("variable", rows, arrays)
 
     def leaf(p: Parameter, name: str) -> np.ndarray:
         shape = p.leaf_shape if p.candidate is None else (rows[name], *p.leaf_shape)
@@ -221,13 +221,14 @@ def compare_names(kind: str, expected: Iterable[str], given: Iterable[str]) -> N
     expected, given = list(expected), list(given)
     missing = [name for name in expected if name not in set(given)]
     unknown = [name for name in given if name not in set(expected)]
-    faults = [f"{kind} {_list(missing)} missing"] if missing else []
-    faults += [f"{kind} {_list(unknown)} not part of this network"] if unknown else []
+    faults = [f"{_list(kind, missing)} missing"] if missing else []
+    faults += [f"{_list(kind, unknown)} not part of this network"] if unknown else []
     if faults:
         raise CheckpointError("; ".join(faults))
 
 
-def _list(names: list[str]) -> str:
+def _list(kind: str, names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{kind} {names[0]!r} is"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    verb = " are" if len(names) > 1 else " is"
-    return ", ".join(map(repr, names[:5])) + more + verb
+    return f"{kind}s {', '.join(map(repr, names[:5]))}{more} are"

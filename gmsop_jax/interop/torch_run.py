@@ -36,8 +36,9 @@ def import_weights(
 ) -> ImportedWeights:
     """Creates a working directory for `gmsop evaluate`, `gmsop predict` and `config.train.init_from`.
 
-    The run is at step 0 and has the default training recipe. Its images are resized to 256 and cropped to 224×224,
-    and batch norm's running statistics are updated at a rate of 0.1 per step. Arrays are converted to float32.
+    The run is at step 0 and has the default training recipe. For evaluation, the shorter side of an image is resized to
+    256 pixels, and the centre is cropped to 224×224. Batch norm's running statistics are updated at a rate of 0.1 per
+    step. Arrays are converted to float32.
 
     Args:
       path: a file of weights; see `torch_weights.read_state`.
@@ -51,7 +52,7 @@ def import_weights(
     Raises:
       CheckpointError: if the weights can't be imported (see `read_state` and `from_torch`), `output` has
         checkpoints, or `classes` is missing or has a wrong number of names.
-      ConfigError: if an override is not valid, or changes the network.
+      ConfigError: if an override is not valid, or changes the shape of an array of the network.
     """
     output = without_checkpoints(output)
     state = read_state(path)

@@ -90,7 +90,7 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
       → `(logits, aux)`.
 
     Raises:
-      ValueError: if the head or the backbone is unknown, or num_classes is not set.
+      ValueError: if a field has a value that is not allowed, or num_classes is not set.
 
     Example:
       >>> from gmsop_jax.config import model_defaults

@@ -245,8 +245,9 @@ _with_lean_backward.defvjp(_forward, _backward)
 def root_vector(sigma: Array, steps: Steps, precision: PrecisionLike) -> Any:
     """The upper triangle of the root.
 
-    The gradient is symmetric. For n = 3, it takes 8 products besides those of the forward pass, instead of 10. With
-    more than 6 steps, no product is saved, because the minimax steps would amplify the asymmetry of rounding errors.
+    The gradient is symmetric. For n = 3, it repeats the products of the forward pass, and takes 8 for their tangents
+    instead of 10. With more than 6 steps, no product is saved, because the minimax steps would amplify the asymmetry of
+    rounding errors.
     """
     return triangle_vector(_evaluate(sigma, steps, False, precision))
 

@@ -29,7 +29,7 @@ def matrix_precision(precision: PrecisionLike, dtype: DTypeLike) -> PrecisionLik
         `'highest'` there.
       dtype: dtype of the matrices, float32 or float64. The default for float64 is `highest`.
 
-    Returns: `precision`, or the default.
+    Returns: `precision`, or the default; a preset that was given by its name is returned as the preset itself.
 
     Raises:
       ValueError: if JAX does not know the precision, or if it is a preset that does not accumulate in the dtype of the

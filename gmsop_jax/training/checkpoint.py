@@ -23,8 +23,8 @@ from gmsop_jax.training.layout import WORKDIR_FILES, latest_saved, steps_on_disk
 from gmsop_jax.training.processes import first_process_does
 from gmsop_jax.training.step import TrainState
 
-_DAMAGED = "damaged-checkpoints"  # beside DIRECTORY: damaged checkpoints are moved to it
-_DISCARDED = "discarded"  # inside DIRECTORY: old checkpoints while they are being deleted
+_DAMAGED = "damaged-checkpoints"  # beside the folder of checkpoints: damaged checkpoints are moved to it
+_DISCARDED = "discarded"  # inside the folder of checkpoints: contains old checkpoints while they are being deleted
 _ITEMS = ("params", "batch_stats", "opt_state")
 _AVERAGES = "ema"  # averages of params and batch_stats, in a run that computes them
 
@@ -38,7 +38,7 @@ class Progress:
         random stream.
       epoch: number of complete epochs.
       wall_seconds: seconds spent so far, in total over all starts of the run.
-      skipped: steps that were skipped because their loss was not finite.
+      skipped: steps that were skipped because the loss, its gradient or the state was not finite.
       pending: totals of the training metrics since the last record (`metrics.add_up`).
     """
 
@@ -128,9 +128,9 @@ class Checkpoints:
             self.set_aside.append(f"{line}; moved to {target}")
 
     def _check_regular_files(self) -> None:
-        """Raises CheckpointError for other files, such as named pipes, for which Orbax would wait forever."""
+        """Raises CheckpointError if there is any other kind of file, such as a named pipe, which would block Orbax."""
         for step in steps_on_disk(self.directory):
-            with contextlib.suppress(FileNotFoundError):  # the run deletes an old checkpoint while another reads it
+            with contextlib.suppress(FileNotFoundError):  # another process may be deleting an old checkpoint
                 for file in self._folder_of(step).rglob("*"):
                     if file.exists() and not (file.is_file() or file.is_dir()):
                         raise CheckpointError(f"{file} is not a regular file; copy the checkpoint back, or delete it")
@@ -154,7 +154,7 @@ class Checkpoints:
         raise FileNotFoundError(f"{self.directory} was removed")
 
     def _remove_recreated_folders(self) -> None:
-        """Removes folders that a failed save recreated; a directory with other files belongs to a new run."""
+        """Removes folders that a failed save recreated, unless a new run has written other files beside them."""
         for _ in range(20):  # a thread of the failed save may still be writing
             if set(self.directory.parent.glob("*")) - {self.directory}:
                 return
@@ -202,7 +202,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest top-1 error, and of equal errors the latest; None if no step was evaluated."""
+        """The step with the lowest top-1 error, or the latest one if several have it; None if no step was evaluated."""
         metrics = {step: self.metrics(step) for step in self._manager.all_steps()}
         errors = [(_error(values), -step) for step, values in metrics.items() if values]
         return -min(errors)[1] if errors else None
@@ -330,7 +330,7 @@ def _check_shapes(abstract: Mapping[str, Any], stored: Any, folder: pathlib.Path
 
 
 def _latest_and_best(keep: int | None) -> policies.PreservationPolicy:
-    # BestN keeps the last in its order: with `reverse`, the lowest error, and of equal errors the latest step.
+    # BestN keeps the last in its order: with `reverse`, the lowest error, and among equal errors the latest step.
     best = policies.BestN(get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     return policies.AnyPreservationPolicy([policies.LatestN(keep), best])
 

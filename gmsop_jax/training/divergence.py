@@ -43,7 +43,7 @@ def check_state(state: TrainState, step: int, train_step: Callable, batch: Any) 
 
 def _check_size(loss: float, name: str, step: int) -> None:
     if loss > MAX_LOSS:
-        raise NonFiniteError(f"the {name} diverged to {loss:.3g} at step {step}, which is treated as not finite", step)
+        raise NonFiniteError(f"the {name} diverged to {loss:.3g} at step {step}; this is treated as not finite", step)
 
 
 @jax.jit
@@ -62,7 +62,7 @@ def step_to_skip(error: NonFiniteError, skipped: set[int], last_saved: int) -> i
 
 def explain(error: NonFiniteError, config: ConfigDict, learning_rate: float, last_saved: int | None) -> str:
     """Returns the message of a run that ends because its numbers are not finite."""
-    saved = "no checkpoint was saved before" if last_saved is None else f"the last good checkpoint is step {last_saved}"
+    saved = "there is no earlier checkpoint" if last_saved is None else f"the last good checkpoint is step {last_saved}"
     causes = f"a learning rate too high for this network (it is currently {learning_rate:g})"
     if config.compute_dtype:
         causes += f", the limited range of config.compute_dtype = {config.compute_dtype!r}"

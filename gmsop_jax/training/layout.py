@@ -53,19 +53,19 @@ def read_file(workdir: pathlib.Path, name: str) -> str:
     """Returns one of `WORKDIR_FILES`, as text; if it is missing, the copy in the last checkpoint.
 
     Raises:
-      CheckpointError: if neither can be read as JSON.
+      CheckpointError: if the file can't be read as JSON, or if both are missing.
     """
     file = workdir / name
     try:
         text = read_bytes(file).decode() if file.exists() else read_copy(workdir, name)
-        if text is None:
-            raise FileNotFoundError(f"{file} is missing, and no checkpoint contains a copy")
-        json.loads(text)
+        json.loads(text or "{}")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file} can't be read ({reason(error)}). Copy it back; if you delete it, the copy in the last checkpoint"
             " is used"
         ) from error
+    if text is None:
+        raise CheckpointError(f"{file} is missing, and no checkpoint contains a copy of it; copy it back")
     return text
 
 

@@ -142,7 +142,7 @@ def _find(name: str) -> type[Logger]:
 def open_loggers(config: ConfigDict, workdir: pathlib.Path, start_step: int) -> Iterator[list[Logger]]:
     """Creates the loggers that `config.log.backends` names, and closes them on leaving.
 
-    If the block raises, closing often fails for the same reason, which is not reported.
+    If the block raises, closing often fails for the same reason, so errors of closing are not reported.
 
     Args: as in `Logger`.
 

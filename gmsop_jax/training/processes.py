@@ -105,6 +105,7 @@ def check_same(values: Mapping[str, object]) -> None:
 
     Raises:
       ConfigError: in all processes, if a value differs from that of the first process; the message states both.
+      UserError: if a process does not answer within `ANSWER_SECONDS`.
     """
     if jax.process_count() == 1:
         return
@@ -169,7 +170,7 @@ def _check_port(coordinator: str, port: int) -> None:
 def _not_joined(reason: object) -> str:
     return (
         f"the processes of this run can't be joined ({reason}); give --coordinator host:port, reachable from all of"
-        " them, --num-processes and a --process-id from 0, or --coordinator auto on a cluster that JAX supports"
+        " them, --num-processes and --process-id (counted from 0), or --coordinator auto on a cluster that JAX supports"
     )
 
 

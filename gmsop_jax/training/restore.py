@@ -54,12 +54,13 @@ def load(path: str | os.PathLike[str], sharding: Sharding | None = None) -> tupl
       sharding: where the variables are placed; by default on the first device.
 
     Returns: `(model, variables, info)` for `model.apply(variables, images)`. The images are float [b, h, w, 3] with
-      `info.inputs.mean_rgb` subtracted, as `step.normalize` does. The variables are the averages if the run computed
-      them.
+      `info.inputs.mean_rgb` subtracted, as `step.normalize` does. If the run averaged its variables over the
+      steps, the averages are returned.
 
     Raises:
       CheckpointError: if there is no checkpoint, a file of its run is missing or damaged, or the
         configuration doesn't fit it.
+      ConfigError: if the stored configuration is not valid.
     """
     config, inputs = read_description(path)
     configs.validate(config)

@@ -1,4 +1,4 @@
-"""Sets up a run: creates the data, state, steps and schedule that the loop needs from the configuration."""
+"""Sets up a run: creates, from the configuration, the data, state, steps and schedule that the loop needs."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ class Run:
       config: the configuration, with the data set's number of classes filled in.
       inputs: the properties of the data set on which the network depends.
       batches: maps the number of steps that are done to an endless iterator over the batches of the following steps,
-        placed on the devices of this process.
+        in the form that `train_step` takes.
       initial_state: creates the state before the first step.
       abstract_state: shapes, dtypes and shardings of the state.
       train_step: (state, batch) → (state, metrics); donates the state's memory.
@@ -72,9 +72,10 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         mean colour that it was trained with.
 
     Raises:
-      ConfigError: if a batch doesn't split over the devices, `config.train.rate_factors` names an unknown
-        part, or `config.train.init_from` doesn't fit.
+      ConfigError: if a batch doesn't split over the devices, `config.model.num_classes` is not that of the data set,
+        `config.train.rate_factors` names an unknown part, or `config.train.init_from` doesn't fit.
       DataError: if the data set is damaged, lacks a split or has too few images.
+      FileAccessError: if one of its files can't be opened.
     """
     manifest = Manifest.load(config.data.dir, splits=None if config.data.on_corrupt == "stop" else ())
     image_size = manifest.image_size(config.eval.split, config.data.image_size)
@@ -141,7 +142,7 @@ def _stored_mean_rgb(workdir: pathlib.Path, init_from: str) -> tuple[float, floa
 def _batches(
     config: ConfigDict, manifest: Manifest, mean_rgb: Sequence[float], place: Callable, start_step: int
 ) -> Iterator[Any]:
-    """Yields the placed batches after `start_step` steps, indefinitely."""
+    """Yields the batches after `start_step` steps indefinitely, as `place` returns them."""
     iterator = pipeline.train_batches(
         config.data,
         config.train,
@@ -157,6 +158,6 @@ def _batches(
 
 
 def _compile_initialization(initial_state: Callable, sharding: Any) -> Callable:
-    """Compiles with fewer optimisations on a CPU, because the program runs once and its values are the same."""
+    """Compiles with fewer optimisations on a CPU, because the program runs only once and computes the same values."""
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(initial_state, out_shardings=sharding, compiler_options=options)

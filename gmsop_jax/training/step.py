@@ -167,7 +167,8 @@ def make_loss(
     loss = (Σ cross entropy + α · balance loss)/B for a batch of B images   (GM-SOP, eq. 7)
 
     With `train.mixup_alpha`, neighbouring rows of the batch are mixed first. The cross entropy is then λ · that of a
-    row's own label + (1 − λ) · that of its neighbour's. Errors are counted against the own label, as λ ≥ ½.
+    row's own label + (1 − λ) · that of its neighbour's. Errors are counted against the row's own label, because
+    λ ≥ ½.
 
     Args: as in `make_train_step`.
 
@@ -265,7 +266,7 @@ def make_train_step(
         the metrics are those of the whole batch, equal on all devices. None if one program processes the whole batch.
 
     Returns: a function of the state and a batch with `image` uint8 [b, h, w, 3], `label` int32 [b] and optionally
-      `gate_noise` [b], which replaces the draw. Its metrics are `loss_sum` (cross entropy), `top1_errors`,
+      `gate_noise` [b] or [b, n], which replaces the draw. Its metrics are `loss_sum` (cross entropy), `top1_errors`,
       `top5_errors`, `count`, `balance_loss` and `grad_norm`.
     """
     optimizer = optax.with_extra_args_support(optimizer)

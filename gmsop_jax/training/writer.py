@@ -110,9 +110,9 @@ class Writer:
 def profile_steps(
     directory: pathlib.Path, steps: range
 ) -> Iterator[Callable[[int], contextlib.AbstractContextManager]]:
-    """Yields a function that maps a step to the context to run it in, which traces it if it is one of `steps`.
+    """Yields a function that returns, for a step, the context to run it in. The context traces the steps in `steps`.
 
-    The traces are written for TensorBoard's profiler when the last of the steps, or the run, ends.
+    The trace is written for TensorBoard's profiler when the last of these steps, or the run, ends.
     """
     with contextlib.ExitStack() as trace:
 

@@ -76,7 +76,7 @@ def test_another_size(copy: Path):
     changed = records(copy)
     changed[0] = encode(np.zeros((28, 27), np.uint8), changed[0][12])
     rewrite(copy, changed)
-    with pytest.raises(DataError, match="have different sizes, but the manifest says"):
+    with pytest.raises(DataError, match="have different sizes, but the manifest says the size"):
         verify(copy, progress=False)
 
 

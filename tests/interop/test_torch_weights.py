@@ -166,7 +166,10 @@ def test_the_caller_states_the_order_of_the_triangle(names_and_shapes):
     ("changes", "message"),
     [
         ({"layer2.0.bn1.bias": None}, r"'layer2\.0\.bn1\.bias' is missing"),
-        ({"layer4.2.conv1.weight": None, "fc.bias": None}, r"'layer4\.2\.conv1\.weight', 'fc\.bias' are missing"),
+        (
+            {"layer4.2.conv1.weight": None, "fc.bias": None},
+            r"arrays 'layer4\.2\.conv1\.weight', 'fc\.bias' are missing",
+        ),
         ({"attention.weight": (3,)}, r"'attention\.weight' is not part of this network"),
         ({"layer1.0.conv1.weight": (32, 64, 1, 1)}, r"conv1\.weight' has shape \(32, 64, 1, 1\).*\(64, 64, 1, 1\)$"),
         ({"bn1.weight": (63,), "bn1.bias": (63,)}, r"bn1\.\w+' has shape \(63,\).*\(64,\)"),

@@ -162,7 +162,7 @@ def test_read_file(saved, tmp_path):
     for path in (saved, saved / "checkpoints", saved / "checkpoints" / "30"):
         assert json.loads(read_file(locate(path)[0].parent, "config.json")) == {"seed": 3}
     save_all(tmp_path / "checkpoints", {1: 50.0})
-    with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing, and no checkpoint contains a copy of it"):
         read_file(tmp_path, "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json can't be read .*Copy it back"):

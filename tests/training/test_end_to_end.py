@@ -526,7 +526,7 @@ def test_rollback_from_a_rate_that_ruins_the_parameters(config_file, tmp_path, c
 def test_no_checkpoint_before_the_parameters_are_ruined(config_file, tmp_path, capsys):
     more = ["--config.model.head=gap", "--config.train.learning_rates=((1e30, 3),)"]
     message = fails(capsys, *train(config_file, tmp_path, *more, "--config.checkpoint.every_steps=1"))
-    assert "no checkpoint was saved before" in message
+    assert "there is no earlier checkpoint" in message
     assert "--config.train.on_nonfinite=rollback" in message
 
 

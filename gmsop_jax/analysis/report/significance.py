@@ -22,9 +22,9 @@ def proportion_interval(count: int, total: int) -> tuple[float, float]:
 
 
 def paired_difference(wrong: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Returns the difference between two errors on the same images, and half its 95 % interval, in percentage points.
+    """Returns the difference of two errors on the same images, and half the width of its 95 % interval.
 
-    Args:
+    Both are in percentage points.    Args:
       wrong, reference: whether each image is misclassified [m].
     """
     difference = 100 * (wrong.astype(float) - reference)
@@ -32,7 +32,7 @@ def paired_difference(wrong: np.ndarray, reference: np.ndarray) -> tuple[float, 
 
 
 def differs(wrong: np.ndarray, reference: np.ndarray, comparisons: int = 1) -> bool:
-    """Whether two errors on the same images differ significantly: McNemar's exact test at the level 1 %.
+    """Whether two errors on the same images differ significantly: McNemar's exact test at the 1 % level.
 
     Args:
       wrong, reference: whether each image is misclassified [m].

@@ -44,7 +44,7 @@ class Domains:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of one colour image; those of gray images are fewer."""
+        """Bytes of one colour image; a gray image has a third as many."""
         return 3 * self.size**2
 
     @property

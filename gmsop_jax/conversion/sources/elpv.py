@@ -1,7 +1,8 @@
 """ELPV: 2,624 electroluminescence photographs of solar cells, read from the package `elpv-dataset`.
 
-300×300 gray images. A cell is labelled defective if experts rated the probability of a defect at ½ or more. The
-package is licensed under CC BY-NC-SA 4.0, so it is read where it is installed and is not part of gmsop_jax.
+The images are gray and have 300×300 pixels. A cell is labelled defective if experts rated the probability of a defect
+at ½ or more. The package is licensed under CC BY-NC-SA 4.0, so it is read where it is installed and is not part of
+gmsop_jax.
 (Deitsch et al. 2019, 2021; Buerhop-Lutz et al. 2018.)
 """
 

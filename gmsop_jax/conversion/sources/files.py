@@ -213,7 +213,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def _stored_member(path: Path, info: zipfile.ZipInfo) -> int:
-    """Returns the offset of an uncompressed member in its archive, after comparing the member's CRC."""
+    """Returns the offset of an uncompressed member in its archive, after verifying the member's CRC."""
     header = read_at(path, info.header_offset, 30)
     if header[:4] != b"PK\3\4":
         raise DataError(f"{path} is not a complete zip archive ({info.filename} has no header); download it again")

@@ -122,7 +122,7 @@ def _find_images(request: Request, folder: Path) -> dict[str, list[tuple[str, in
             f" ({', '.join(sorted(IMAGE_SUFFIXES))})"
         )
     if ignored:
-        _LOG.warning("%d files that are not images in a class folder are ignored: %s, …", len(ignored), ignored[0])
+        _LOG.warning("%d files that are not images in a class folder are ignored, such as %s", len(ignored), ignored[0])
     empty = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
     if visible := [name for name in empty if not name.startswith(".")]:
         _LOG.warning("%d folders of %s contain no images: %s", len(visible), folder, ", ".join(visible[:5]))

@@ -89,7 +89,7 @@ def _batch_name(file_name: str) -> str:
 
 
 def _position(file_name: str) -> tuple[bool, int, str]:
-    """Sorts the batches: training by number, then validation."""
+    """Returns a key by which batches are sorted: first those for training, by number, then validation."""
     number = _batch_name(file_name).rpartition("_")[2]
     return file_name.startswith("val"), int(number) if number.isdigit() else 0, file_name
 
@@ -123,7 +123,7 @@ def _class_names(file: Path, request: Request) -> tuple[str, ...]:
         request.check_inside(file)
     rows = [line.split() for line in read_lines(file)]
     if any(len(row) != 3 or row[1] != str(at) for at, row in enumerate(rows, 1)):
-        raise DataError(f"{file} is not a list of `wnid number name` with numbers from 1 up")
+        raise DataError(f"{file} is not a list of `wnid number name` with the numbers 1, 2, 3, …")
     repeated = {name for name, count in collections.Counter(row[2] for row in rows).items() if count > 1}
     return tuple(f"{name} ({wnid})" if name in repeated else name for wnid, _, name in rows)
 

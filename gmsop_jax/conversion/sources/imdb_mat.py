@@ -1,4 +1,4 @@
-"""The MATLAB file ("imdb") with all images that MatConvNet programs read: v7.3 (HDF5), or v7 for small sets.
+"""MatConvNet's image databases ("imdb"): all images in one MATLAB file of version 7.3 (HDF5), or 7 if they are few.
 
 `images.data` is [H, W, 3, n] uint8 in MATLAB's order, so an HDF5 reader sees [n, 3, W, H]. `images.labels` are 1-based
 floating-point numbers. `images.set` is 1 for train, 2 for val and 3 for test. `meta.rgbMean` is the mean colour that
@@ -128,7 +128,7 @@ def _mean(value: Any, path: Path) -> list[float]:
 
 
 def _codes(values: Any, name: str, count: int, path: Path) -> np.ndarray:
-    """Checks and converts whole numbers that are stored as floating point; returns int32 [count]."""
+    """Checks whole numbers, which may be stored as floating point, and returns them as int32 [count]."""
     values = np.ravel(values)
     if len(values) != count:
         raise DataError(f"{path}: there are {count} images, but {len(values)} entries in images.{name}")

@@ -10,7 +10,7 @@ import numpy as np
 from gmsop_jax.data.randomness import permutation
 
 NUM_FOLDS = 5
-_PARTS = 2 * NUM_FOLDS  # a fold consists of two parts; a third part is for validation
+_PARTS = 2 * NUM_FOLDS  # the test images of a fold are two parts, and its validation images are a third one
 _PARTS_KEY, _SUBSET_KEY = 2, 3  # in the keys of the random numbers, so that they are independent
 
 
@@ -81,7 +81,7 @@ def fold_masks(parts: np.ndarray, fold: int) -> dict[str, np.ndarray]:
 
 
 def subset(rows: np.ndarray, labels: np.ndarray, fraction: float | None, seed: int) -> np.ndarray:
-    """Keeps a fraction of the rows of each class, at least one. A smaller fraction keeps a subset of a larger one.
+    """Keeps a fraction of the rows of each class, at least one row. A larger fraction keeps the same rows and more.
 
     Args:
       rows: numbers of the images to choose from, int [m].

@@ -22,7 +22,7 @@ from typing import Any
 from gmsop_jax.errors import UserError
 from gmsop_jax.files import Budget
 
-SECONDS, BYTES_PER_SECOND = 30, 2**22  # the time limit for a file
+SECONDS, BYTES_PER_SECOND = 30, 2**22  # reading a file may take SECONDS + its size / BYTES_PER_SECOND
 _MAX_REQUEST_BYTES = 2**16
 _ONE_CALL = threading.Lock()
 
@@ -43,7 +43,7 @@ def call(function: Callable[..., Any], *arguments: Any, seconds: float, memory_b
       function: a function of a module, which is pickled by its name.
       *arguments: small values that can be pickled.
       seconds: the time limit.
-      memory_bytes: what the function may allocate (on Linux).
+      memory_bytes: number of bytes that the function may allocate; limited on Linux only.
 
     Raises:
       UserError: if the function raises one.
