@@ -21,7 +21,7 @@ from gmsop_jax.errors import FileAccessError, UserError
 CHECKSUMS = "checksums.json"
 _MAX_CHECKSUMS_BYTES = 2**24  # some 100,000 entries
 _FREE_BYTES = 2**27
-_MAX_EXPANSION = 64  # decompression makes parameters and images less than 2 times larger, arrays of zeros up to 1,000
+_MAX_EXPANSION = 64  # decompression enlarges parameters and images less than 2 times, arrays of zeros up to 1,000 times
 _MAX_NODES = 1_000_000  # a checkpoint of the authors' largest network has some 20,000
 _MAX_TEXT = 2**20
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)

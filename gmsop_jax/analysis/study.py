@@ -148,7 +148,7 @@ class StudyRunner:
         return min(self.selection_runs(method), key=key).point
 
     def execute(self) -> None:
-        """Executes all runs that have no result yet; can be interrupted and repeated."""
+        """Executes all runs that have no result yet. If it is interrupted, call it again to continue."""
         study = self.study
         points = {method: self.choose(method) for method in study.grids}
         for seed in study.seeds:

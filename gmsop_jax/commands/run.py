@@ -88,7 +88,7 @@ def _parse(arguments: Sequence[str], mode: str = "") -> argparse.Namespace:
             metavar="START:STOP",
             type=_steps,
             default=range(0),
-            help="trace these training steps, counted from 1, for TensorBoard's profiler",
+            help="trace the training steps START to STOP − 1, counted from 1, for TensorBoard's profiler",
         )
     _add_process_options(parser)
     parser.add_argument("unexpected", nargs="*", help=argparse.SUPPRESS)

@@ -6,8 +6,8 @@ The batch of a step is a function of the seed and the step alone:
          → rows of this process → blocks of records → each block decoded, cropped and flipped as one array
 
 Therefore any step can be computed directly, on any number of processes, and the position in the data is one number:
-the step, which is also the state of Grain's iterator. The image at position p of epoch e is
-`Shuffle(num_images, seed, 0, e)(p)`, and batch b of that epoch holds the positions from b·batch_size on.
+the step. It is also the state of Grain's iterator, unless worker processes are used. The image at position p of epoch e
+is `Shuffle(num_images, seed, 0, e)(p)`, and batch b of that epoch holds the positions from b·batch_size on.
 
 On its way from the page cache to the batch, a pixel is copied into ArrayRecord's buffer, the `bytes` of its record, an
 array of some 40 records, and the batch; in flipped images, it is copied once more. The later copies, and those of a

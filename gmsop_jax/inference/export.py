@@ -68,7 +68,7 @@ def export_stablehlo(path: str | os.PathLike[str], output: str | os.PathLike[str
       output: a folder, created if missing.
 
     Raises:
-      CheckpointError: if there is no such network.
+      CheckpointError, ConfigError: if the network can't be loaded, as in `gmsop_jax.load`.
       ExportError: if a package is missing, if the folder can't be written or is a working directory, or if the outputs
         of the artefact differ.
     """

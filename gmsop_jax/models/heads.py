@@ -187,7 +187,7 @@ class CrossCovarianceHead(_PoolingHead):
         )
 
 
-start_init = nn.initializers.normal(1.0)  # of the start of the power iteration, as in the authors' code
+start_init = nn.initializers.normal(1.0)  # of the initial vector of the power iteration, as in the authors' code
 
 
 class DropCovHead(_PoolingHead):
