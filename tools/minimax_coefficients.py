@@ -36,11 +36,11 @@ def best_lower_end(num_iters: int) -> float:
 
 def main() -> None:
     """Prints one row for each number of steps."""
-    print("  n  lower end l    error     plain     share")
+    print("  n  lower end l    error     error of Newton–Schulz  ratio")
     for n in range(1, len(MINIMAX_LOWER_ENDS) + 1):
         end = best_lower_end(n)
         error, plain = root_error(minimax_steps(n, end)), root_error(iteration_steps(n))
-        print(f"{n:3}  {end:.8g}  {error:.2e}  {plain:.2e}  {error / plain:.3f}", flush=True)
+        print(f"{n:3}  {end:.8g}  {error:.2e}  {plain:<22.2e}  {error / plain:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ STUDY = dataclasses.replace(
     data=[StudyData("domains-64-fold0", "domains", {"fold": 0})],
     test_splits=("test", "test_elpv", "test_fashion_mnist", "test_emoji"),
     notes="""\
-One network for 21 classes: two of solar cells, ten of clothing and nine of emoji. The images are of three known kinds,
-so this is where a mixture of poolings should help if it helps anywhere. A tenth of Fashion-MNIST's training images are
-used, so that the three kinds are of similar size. Networks are trained for 10 epochs. The learning rate is 0.05 for all
-methods, and each method chooses whether that of its classifier is a tenth of it.""",
+Each network distinguishes 21 classes: two of solar cells, ten of clothing and nine of emoji. The images are of three
+known kinds, so this is where a mixture of poolings should help if it helps anywhere. A tenth of Fashion-MNIST's
+training images are used, so that they don't outnumber the other kinds. Networks are trained for 10 epochs. The learning
+rate is 0.05 for all methods, and each method chooses whether that of its classifier is a tenth of it.""",
 )
 get_config = _EMOJI.get_config

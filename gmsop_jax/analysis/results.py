@@ -43,7 +43,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class MethodResults:
-    """The final runs of one method, for each seed that has a run on all data sets of the study.
+    """The final runs of one method, for each seed that has a run on every data set of the study.
 
     `point` has the chosen hyperparameters. `errors` has the errors in percent by split, and then by seed and data set.
     """

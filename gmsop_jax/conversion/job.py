@@ -295,7 +295,7 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
 
 
 def remove_state(output: Path) -> None:
-    """Removes the state of a conversion. Its folder is renamed first: waiting processes create lock files in it."""
+    """Removes the state of a conversion. Its folder is renamed first, because waiting processes create files in it."""
     (output / JOB_DIR).rename(output / f"{JOB_DIR}.tmp-{os.getpid()}")
     for folder in output.glob(f"{JOB_DIR}.tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)  # another process may be removing the same folder

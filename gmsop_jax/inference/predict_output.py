@@ -91,7 +91,7 @@ def _best(prediction: Prediction, info: Info, top: int) -> list[dict[str, Any]]:
 
 
 def _table(results: Results, info: Info, top: int, files: Sequence[str]) -> Iterator[str]:
-    """Aligned columns, with one line per class. The first line of an image also has its gate weights."""
+    """Aligned columns, with one line per class. The first line of an image also has its name and gate weights."""
     name_width = max(len("file"), *map(len, files))
     class_width = max(len("class"), *map(len, info.inputs.classes))
     yield f"{'file':{name_width}}  {'class':{class_width}}  probability  gate weight × candidate\n"

@@ -105,7 +105,7 @@ def _parse(stored: Mapping[str, Any], path: pathlib.Path) -> Checkpoint:
     structs = _structs(net, "params", "net")
     params = {_text(p, "name", "net.params"): _field(p, "value", "net.params") for p in structs}
     if len(params) != len(structs):
-        raise CheckpointError("two of net.params have the same name")
+        raise CheckpointError("two parameters in net.params have the same name")
     for name, value in params.items():
         if not isinstance(value, np.ndarray) or value.dtype not in (np.float32, np.float64):
             raise CheckpointError(f"parameter {name!r} is not an array of type single or double")

@@ -223,7 +223,7 @@ class Checkpoints:
             return values and {**values, "top1_error": float(values["top1_error"])}
 
     def save(self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts saving a checkpoint; `wait` returns when it is on disk. A step that is already saved is kept.
+        """Starts saving a checkpoint; `wait` returns when it is on disk. A saved step is not saved again.
 
         Raises:
           CheckpointError: if this checkpoint, or the previous one in the background, can't be written.

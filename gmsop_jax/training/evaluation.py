@@ -21,7 +21,7 @@ COMPILING = "XLA is compiling the evaluation step, which takes minutes for large
 def create_evaluation(
     config: ConfigDict, manifest: Manifest, mean_rgb: tuple[float, float, float], mesh: jax.sharding.Mesh
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Creates the evaluation of a network, which was trained with `mean_rgb`, on all images of `config.eval.split`.
+    """Creates a function that evaluates a network, trained with `mean_rgb`, on all images of `config.eval.split`.
 
     Returns: a function that maps variables on all devices of the mesh (parameters and batch statistics, or their
       averages) to `loss` (nats), `top1_error`, `top5_error` (percent) and `candidate_use` (mean gate weights).

@@ -78,7 +78,7 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
     finally:
         timer.cancel()
     stopped = threading.Event()
-    atexit.register(_leave, stopped)  # runs before JAX's own, which was registered earlier
+    atexit.register(_leave, stopped)  # runs before JAX's own handler, which was registered earlier
     threading.Thread(target=_watch, args=(_client(), stopped), name="failures of other processes", daemon=True).start()
 
 

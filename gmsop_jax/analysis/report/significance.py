@@ -101,7 +101,7 @@ def stands_out(values: np.ndarray, mirrored: np.ndarray, rows: Sequence[int] | n
 
     The noise is the standard deviation of the difference between the value of an image and that of its mirror image.
     The images stand out if each of them differs from the median of all images by more than twice the noise, and by more
-    than 0.01, below which the values that are shown would be the same.
+    than 0.01, because smaller differences can't be seen in the values that are shown.
 
     Args:
       values: what the images are ranked by [m].

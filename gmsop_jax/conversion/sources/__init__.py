@@ -71,7 +71,8 @@ class Source(Protocol):
 
         Raises:
           UnreadableImage: if this image is damaged.
-          DataError: if the source as a whole is invalid, or its files can't be opened.
+          DataError: if the source as a whole is invalid or damaged.
+          FileAccessError: if a file can't be read, which does not mean that it is damaged.
         """
         ...
 
@@ -151,6 +152,7 @@ def open_source(name: str, request: Request) -> Source:
     Raises:
       ConfigError: if the name is unknown, or the source does not accept an option.
       DataError: if the files are missing, damaged, not in the format of the source, or outside the input.
+      OSError: if a folder or file can't be read.
     """
     if name not in _MODULES:
         raise ConfigError(f"unknown source {name!r}; it must be one of {', '.join(NAMES)}")

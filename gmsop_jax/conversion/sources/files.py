@@ -193,7 +193,7 @@ def _explaining_tar_errors(path: Path) -> Iterator[None]:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises DataError unless `needed` bytes are free where `folder` is."""
+    """Raises DataError unless `needed` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(

@@ -72,7 +72,7 @@ def _read_hdf5(path: Path, budget: Budget, scratch: Path) -> tuple[FileArray, di
 
 
 def _dataset(file: h5py.File, name: str, budget: Budget) -> h5py.Dataset:
-    """Returns an array that is stored in this file itself and does not claim much more than the file's size."""
+    """Returns an array that is stored in this file itself and does not claim to be much larger than the file."""
     node: Any = file
     for part in name.split("/"):
         if not isinstance(node, h5py.Group) or not isinstance(node.get(part, getlink=True), h5py.HardLink):
