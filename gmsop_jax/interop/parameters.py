@@ -224,7 +224,7 @@ def compare_names(kind: str, expected: Iterable[str], given: Iterable[str]) -> N
     faults = [f"{_list(kind, missing)} missing"] if missing else []
     faults += [f"{_list(kind, unknown)} not part of this network"] if unknown else []
     if faults:
-        raise CheckpointError("; ".join(faults))
+        raise CheckpointError("; ".join([*faults, "give the weights of one whole network"]))
 
 
 def _list(kind: str, names: list[str]) -> str:

@@ -294,7 +294,7 @@ def _convert(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -
 
 def _shape(arrays: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
     if name not in arrays:
-        raise CheckpointError(f"array {name!r} is missing")
+        raise CheckpointError(f"array {name!r} is missing; give the weights of one whole network")
     shape = arrays[name].shape
     if len(shape) != rank or 0 in shape:
         raise CheckpointError(f"array {name!r} has shape {shape}; it should have {rank} axes")

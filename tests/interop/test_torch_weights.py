@@ -165,7 +165,7 @@ def test_the_caller_states_the_order_of_the_triangle(names_and_shapes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer2.0.bn1.bias": None}, r"'layer2\.0\.bn1\.bias' is missing"),
+        ({"layer2.0.bn1.bias": None}, r"'layer2\.0\.bn1\.bias' is missing; give the weights of one whole network"),
         (
             {"layer4.2.conv1.weight": None, "fc.bias": None},
             r"arrays 'layer4\.2\.conv1\.weight', 'fc\.bias' are missing",
@@ -173,7 +173,7 @@ def test_the_caller_states_the_order_of_the_triangle(names_and_shapes):
         ({"attention.weight": (3,)}, r"'attention\.weight' is not part of this network"),
         ({"layer1.0.conv1.weight": (32, 64, 1, 1)}, r"conv1\.weight' has shape \(32, 64, 1, 1\).*\(64, 64, 1, 1\)$"),
         ({"bn1.weight": (63,), "bn1.bias": (63,)}, r"bn1\.\w+' has shape \(63,\).*\(64,\)"),
-        ({"fc.weight": None}, r"'fc\.weight' is missing"),
+        ({"fc.weight": None}, r"'fc\.weight' is missing; give the weights of one whole network"),
         ({"fc.weight": (10, 2048, 1, 1)}, r"'fc\.weight' has shape .* 2 axes"),
         ({"layer1.0.conv3.weight": None}, r"'layer1\.0\.conv3\.weight' is missing"),
         ({"layer1.0.conv2.weight": (128, 128, 3, 3)}, "of resnext50_1x128d, which is not one of resnet34"),
