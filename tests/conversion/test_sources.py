@@ -96,6 +96,9 @@ def test_damaged_idx_files(tmp_path: Path):
     file.write_bytes(good[:-1])
     with pytest.raises(DataError, match="requires 5,488 values, but it has 5,487"):
         opened("fashion-mnist", tmp_path, tmp_path)
+    file.write_bytes(good + bytes(9))
+    with pytest.raises(DataError, match="requires 5,488 values, but it has more"):
+        opened("fashion-mnist", tmp_path, tmp_path)
     file.write_bytes(b"\1" + good[1:])
     with pytest.raises(DataError, match="is not an IDX file"):
         opened("fashion-mnist", tmp_path, tmp_path)

@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gmsop_jax.config import to_json
 from gmsop_jax.conversion.convert import convert
 from gmsop_jax.data import manifest
 from gmsop_jax.data.manifest import Manifest
 from gmsop_jax.data.shard_reader import ShardReader
 from gmsop_jax.errors import CheckpointError, DataError
+from gmsop_jax.files import write_checksums
 from gmsop_jax.inference import evaluate
 from gmsop_jax.main import main
 from gmsop_jax.training import parallel, setup
@@ -323,6 +325,16 @@ def test_missing_configuration_is_restored_from_the_checkpoint(finished, config,
 def test_a_configuration_that_is_no_text_is_one_error(config, tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"seed": "\xff"}')
     with pytest.raises(CheckpointError, match=r"config\.json has a damaged configuration .*; if you delete"):
+        Workdir(tmp_path, config).__enter__()
+
+
+def test_an_unreadable_copy_of_the_configuration_has_its_own_remedy(config, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(config))
+    folder = tmp_path / "checkpoints" / "1"
+    (folder / "files").mkdir(parents=True)
+    (folder / "files" / "metadata").write_text(json.dumps({"config.json": '{"unknown": 1}'}))
+    write_checksums(folder)
+    with pytest.raises(CheckpointError, match=r"last checkpoint has a damaged .*config\.unknown.*; give another"):
         Workdir(tmp_path, config).__enter__()
 
 
