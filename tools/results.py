@@ -19,7 +19,7 @@ _README_MARKS = ("<!-- results: python tools/results.py -->\n", "<!-- end of res
 _CURVE_STUDIES = ("fashion_sample_10", "fashion_sample_30", "fashion_sample_100")
 _TABLE_MARK = "<!-- overview -->\n"
 
-Collected = Mapping[str, Sequence[results.MethodResults]]  # for each title of a study
+Collected = Mapping[str, Sequence[results.MethodResults]]  # for the title of each study
 
 _OVERVIEW = """
 The figure shows the difference between each method and average pooling, with 95 % intervals: green is better, red is
@@ -151,7 +151,7 @@ def _make_curves(studies: Sequence[Sequence[results.MethodResults]], output: pat
 
 
 def _classifier_rates(collected: Collected, full_rate: Collected) -> str:
-    """Returns a table of the errors with the full learning rate of the classifier, and of the differences to them."""
+    """Returns a table of the errors with the full rate of the classifier, the chosen errors, and their differences."""
     titles = [title for title in results.complete_studies(collected) if full_rate[title]]
     if not titles:
         return "There are no results yet.\n"

@@ -36,7 +36,7 @@ def from_params(params: Mapping[str, Any], num_selected: int = 8) -> tuple[Confi
     Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the same dtype).
 
     Raises:
-      CheckpointError: if parameters are missing, unknown or of a wrong shape, or have values that are NaN or infinite
+      CheckpointError: if parameters are missing, unknown or of a wrong shape, or if they contain NaN, infinite values
         or standard deviations below 0.
     """
     config = infer_model(params, num_selected)

@@ -24,7 +24,9 @@ def proportion_interval(count: int, total: int) -> tuple[float, float]:
 def paired_difference(wrong: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Returns the difference of two errors on the same images, and half the width of its 95 % interval.
 
-    Both are in percentage points.    Args:
+    Both are in percentage points.
+
+    Args:
       wrong, reference: whether each image is misclassified [m].
     """
     difference = 100 * (wrong.astype(float) - reference)
