@@ -17,7 +17,7 @@ def create_schedule(train: Any, steps_per_epoch: int) -> optax.Schedule:
 
     `steps`: each rate of `learning_rates` applies for its number of epochs, and the last one afterwards too.
     `cosine`: rate · (1 + cos(π t/T))/2 at step t of T = epochs · steps_per_epoch, and 0 from T on.
-    During a warm-up of w = warmup_epochs · steps_per_epoch steps, rounded to a whole number, both are multiplied by
+    During a warm-up of w = warmup_epochs · steps_per_epoch steps, rounded to a whole number, either is multiplied by
     min(1, (t + 1)/w).
 
     Args:
@@ -65,7 +65,7 @@ def create_optimizer(train: Any, schedule: optax.Schedule, pixel_scale: float) -
       pixel_scale: `config.model.pixel_scale`; if it is 1, the stem is updated like any other parameter.
 
     Returns: a transformation whose updates are added to the parameters. Its `update` takes the training
-      `step`, counted from 0, which then decides the learning rate and Adam's bias correction; without it the
+      `step`, counted from 0, which then determines the learning rate and Adam's bias correction; without it, the
       optimiser counts its own updates. Its `init` raises ConfigError if `rate_factors` names a part that the
       parameters do not have.
 
