@@ -128,7 +128,7 @@ class Checkpoints:
             self.set_aside.append(f"{line}; moved to {target}")
 
     def _check_regular_files(self) -> None:
-        """Raises CheckpointError if there is any other kind of file, such as a named pipe, which would block Orbax."""
+        """Raises CheckpointError for anything but regular files and folders. A named pipe, say, would block Orbax."""
         for step in steps_on_disk(self.directory):
             with contextlib.suppress(FileNotFoundError):  # another process may be deleting an old checkpoint
                 for file in self._folder_of(step).rglob("*"):
