@@ -112,7 +112,7 @@ def measure_all(
     Returns: the contents of `out`.
 
     Raises:
-      UserError: if `out` contains measurements of another device.
+      UserError: if `out` contains measurements of another device, or of other versions of the libraries.
     """
     results: dict[str, dict[str, Row]] = json.loads(out.read_text("utf-8")) if out.exists() else {}
     deadline, previous = time.monotonic() + seconds, results.pop("device", {})

@@ -4,9 +4,10 @@
     python tools/benchmark.py accelerator --out FILE [--docs docs/performance.md]
     python tools/benchmark.py lowering [--docs docs/performance.md]
 
-All cases of a table are run in turn, in one process. The table shows the median time and the quartiles. Operations (a
-multiply-add counts as two) and bytes are those that the work needs, not those that the code performs. The share is the
-time that the work would take at the measured ceilings (the fastest matrix product and a copy), divided by the median.
+All cases of a table are run in turn, in one process, except that each training step on a CPU has a process of its own.
+The table shows the median time and the quartiles. Operations (a multiply-add counts as two) and bytes are those that
+the work needs, not those that the code performs. The share is the time that the work would take at the measured
+ceilings (the fastest matrix product and a copy), divided by the median.
 
 `roots` compares the square root with those of other libraries that are installed. `accelerator` measures correctness,
 speed and memory on a GPU or TPU in at most 8 minutes; run it again to continue, or to repeat what failed. `lowering`

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import scipy.stats
 
-LEVEL = 0.01  # significance level of every test, divided by the number of simultaneous comparisons
+LEVEL = 0.01  # significance level; each test divides it by the number of simultaneous comparisons
 _PERMUTATIONS = 199
 _RESOLUTION = 0.01  # smaller differences are invisible, because weights and probabilities are shown with two digits
 

@@ -125,7 +125,7 @@ def _read_groups(tarball: Path) -> dict[str, str]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{tarball}: {wanted} is not a list of emoji ({error}); download it again") from error
         return {point: group for point, group in groups.items() if group in CLASSES}
-    raise DataError(f"{tarball} has no {wanted}; expected a package emoji-datasource-google")
+    raise DataError(f"{tarball} has no {wanted}; expected the package emoji-datasource-google")
 
 
 def _read_drawings(tarball: Path, vendor: Vendor) -> dict[str, bytes]:
