@@ -41,7 +41,7 @@ ROWS = tuple(_HEADS)
 
 def get_config(head: str = "gmsop") -> ConfigDict:
     if head not in ROWS:
-        raise ConfigError(f"configs/heads.py defines no head {head!r}; HEAD must be one of {', '.join(ROWS)}")
+        raise ConfigError(f"configuration 'heads' defines no head {head!r}; choose one of {', '.join(ROWS)}")
     c = load(pathlib.Path(__file__).with_name("quickstart.py"))
     c.train.update(learning_rates=((0.05, 12), (0.005, 4)), schedule="steps", warmup_epochs=0.0, rate_factors=())
     c.model.update(_HEADS[head])

@@ -44,7 +44,7 @@ def _parse(network: str) -> tuple[str, str, int]:
     backbone, head, side = (given or default for given, default in zip(parts, ("resnet50", "gap", "224"), strict=True))
     if network.count(",") > 2 or backbone not in BACKBONES[1:] or head not in HEADS or side not in ("224", "64"):
         raise ConfigError(
-            f"configs/imagenet.py:{network} should be BACKBONE,HEAD,SIDE; BACKBONE one of {', '.join(BACKBONES[1:])};"
+            f"imagenet:{network} should be imagenet:BACKBONE,HEAD,SIDE; BACKBONE one of {', '.join(BACKBONES[1:])};"
             f" HEAD one of {', '.join(HEADS)}; SIDE 224 or 64"
         )
     return backbone, head, int(side)

@@ -16,7 +16,7 @@ ROWS = ("gap", "gap_512d", "gap_8256d", "gmsop")
 def get_config(head: str = "gmsop") -> ConfigDict:
     if head not in ROWS:
         raise ConfigError(
-            f"configs/imagenet64_resnet50.py defines no head {head!r}; HEAD must be one of {', '.join(ROWS)}"
+            f"configuration 'imagenet64_resnet50' defines no head {head!r}; choose one of {', '.join(ROWS)}"
         )
     c = default_config()
     c.model.blocks_per_stage = 6

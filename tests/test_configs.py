@@ -124,8 +124,14 @@ def test_multiply_adds_of_loops_and_branches():
 
 @pytest.mark.parametrize("argument", ["resnet51", "resnet50,gmsopp", "resnet50,gap,100", "resnet50,gap,64,1"])
 def test_an_argument_that_names_no_network_is_refused(argument):
-    with pytest.raises(ConfigError, match="should be BACKBONE,HEAD,SIDE"):
+    with pytest.raises(ConfigError, match=f"^imagenet:{argument} should be imagenet:BACKBONE,HEAD,SIDE; BACKBONE one"):
         configs.load(ROOT / f"configs/imagenet.py:{argument}")
+
+
+@pytest.mark.parametrize("name", ["heads", "imagenet64_resnet50"])
+def test_a_packaged_configuration_is_named_without_a_path(name):
+    with pytest.raises(ConfigError, match=f"^configuration '{name}' defines no head 'gsmop'; choose one of gap, "):
+        configs.load(f"{name}:gsmop")
 
 
 @pytest.mark.parametrize(("width", "millions"), [(512, 1.3), (8256, 10.0)])

@@ -268,7 +268,7 @@ def read(file: pathlib.Path) -> ConfigDict:
         text = read_bytes(file).decode()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{file} can't be read ({reason(error)}); it should be in the working directory of a run"
+            f"{file} can't be read ({reason(error)}); give the working directory of a training run"
         ) from error
     return from_json(text, str(file))
 
