@@ -205,7 +205,7 @@ def test_names_are_escaped(trained_run, tmp_path):
 
 
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"config\.json can't be read .*; give the working directory of a training run"):
+    with pytest.raises(ConfigError, match=r"config\.json can't be read .*; give the working directory"):
         build_report([tmp_path])
 
 
