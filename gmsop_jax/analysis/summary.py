@@ -30,10 +30,10 @@ class Row:
 
     @property
     def gmacs(self) -> str:
-        """Billions of multiply-adds (`Cost.macs`), with as many digits as the published number."""
+        """Billions of multiply-adds (`Cost.macs`), with as many digits as the published number, if there is one."""
         if self.published.gmacs:
             return _like(self.cost.macs, f"{self.published.gmacs}G").removesuffix("G")
-        return f"{self.cost.macs / 1e9:.2f}"
+        return _giga(self.cost.macs)
 
     @property
     def differences(self) -> list[str]:
@@ -50,6 +50,11 @@ def _like(count: int, printed: str | None) -> str:
     value = count / {"M": 1e6, "G": 1e9}[unit]
     cut = f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}{unit}"
     return cut if cut == printed else f"{value:.{digits}f}{unit}"
+
+
+def _giga(count: float) -> str:
+    """Formats a count in billions with two decimals, or with two significant digits if it is small."""
+    return f"{count / 1e9:.2f}" if count >= 1e8 else f"{count / 1e9:.2g}"
 
 
 def summarize(path: str) -> Row:
@@ -94,7 +99,7 @@ def cells(row: Row) -> list[str]:
         f"{row.cost.features}",
         beside(row.parameters, published.parameters),
         beside(row.gmacs, published.gmacs),
-        "–" if math.isnan(compiled) else f"{compiled / 1e9:.2f}",
+        "–" if math.isnan(compiled) else _giga(compiled),
         " / ".join(errors) + " %" if errors else "–",
     ]
 
