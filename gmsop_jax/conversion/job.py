@@ -269,7 +269,7 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
     if missing:
         raise DataError(
             f"{len(missing)} of {len(job.tasks)} shards have not been converted yet, such as {missing[0]}; convert the"
-            " missing parts first"
+            " missing parts, or name the folders that contain them: gmsop merge OUTPUT OTHER"
         )
     unreadable = [message for split in statistics.values() for message in split.unreadable]
     _check_unreadable(unreadable, sum(job.num_images.values()), max_unreadable)

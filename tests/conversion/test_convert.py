@@ -219,7 +219,8 @@ def test_shard_ranges_join(imagenet: Path, reference: Path, tmp_path: Path):
     output, other = tmp_path / "set", tmp_path / "other"
     for at, where in enumerate((output, other, output)):
         assert convert("imagenet64", imagenet, where, shards=6, shard_range=(at, 3), progress=False) is None
-    with pytest.raises(DataError, match=r"3 of 8 shards have not been converted yet, such as train-00001-of-00006"):
+    expected = r"3 of 8 shards have not been converted yet, such as train-00001-of-00006.*: gmsop merge OUTPUT OTHER"
+    with pytest.raises(DataError, match=expected):
         job.join(output, [], 0)
     job.join(output, [other], 0)
     assert contents(output) == contents(reference)
