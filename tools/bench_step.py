@@ -29,7 +29,7 @@ _CLASSES = 1000
 def step_cases(peer: str | None, batch: int, compute_dtype: str) -> list[Case]:
     """Training steps with 16 and with 128 candidates, of which each image selects 8.
 
-    On a CPU, each step runs in a process of its own, as it does in `gmsop train`.
+    On a CPU, each case has a process of its own, as a run of `gmsop train` does.
     """
     flops = batch * step_flops()
     name, wide = (f"step, batch {batch}, N = {n}, K = 8" for n in (16, 128))
@@ -49,7 +49,7 @@ def _create(create: Callable[..., Callable[[], Any]], *arguments: Any) -> Callab
 
 
 def step_flops() -> float:
-    """Floating-point operations of the training step for one image.
+    """Floating-point operations of the training step with 16 candidates for one image.
 
     The backward pass of a product takes two products, so each product counts three times. The pooling is counted as in
     `pooling_flops`.
@@ -71,7 +71,7 @@ class JaxStep:
     """A training step on one batch of random images. A call takes the step and waits for its result.
 
     Args:
-      config: a configuration, whose model has a number of classes.
+      config: a configuration in which `model.num_classes` is set.
       batch: number of images.
       mesh: the devices to split the batch over; by default one device, without a mesh.
     """

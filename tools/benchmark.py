@@ -4,7 +4,7 @@
     python tools/benchmark.py accelerator --out FILE [--docs docs/performance.md]
     python tools/benchmark.py lowering [--docs docs/performance.md]
 
-All cases of a table are run in turn, in one process, except that each training step on a CPU has a process of its own.
+All cases of a table are run in turn, in one process, except that on a CPU each case of `step` has its own process.
 The table shows the median time and the quartiles. Operations (a multiply-add counts as two) and bytes are those that
 the work needs, not those that the code performs. The share is the time that the work would take at the measured
 ceilings (the fastest matrix product and a copy), divided by the median.

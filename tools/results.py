@@ -38,7 +38,7 @@ _CURVES = """
 These studies have the same test images and the same recipe, with 10, 30 and 100 % of the training images of the
 embedded sample of Fashion-MNIST. Each cell of the table gives the balanced error, and the difference from average
 pooling with its 95 % interval. Training takes more steps with more images, because the number of epochs is the same.
-The hyperparameters were chosen from 6 points for 450 images, and from 2 for the others.
+Hyperparameters were chosen from grids of 6 points for 450 images, and of 2 points for the others.
 
 ![Difference between each method and average pooling, by number of training images](learning_curves.svg)
 

@@ -1,4 +1,4 @@
-"""Writes the tables of networks into the README and docs/networks.md; prints them as `gmsop summary` does.
+"""Writes the tables of networks into the README and docs/networks.md, or prints them as `gmsop summary` does.
 
 python tools/summary.py --write
 python tools/summary.py --all [--markdown]    the same as `gmsop summary --all`

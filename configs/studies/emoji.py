@@ -23,8 +23,8 @@ STUDY = Study(
     notes="""\
 The data are 1,852 emoji, each drawn by Google, Twitter and Microsoft. The classes are nine groups of emoji. The three
 drawings of an emoji are in the same split: 70 % of the emoji are for training, 10 % for validation and 20 % for
-testing. Networks are trained for 10 epochs. The learning rate is 0.05 for all methods, and each method chooses whether
-that of its classifier is a tenth of it. Runs with a learning rate of 0.1 were begun, but not completed for all methods,
+testing. Networks are trained for 10 epochs. The learning rate is 0.05 for all methods; that of the classifier is
+chosen for each method, 0.05 or 0.005. Runs with a learning rate of 0.1 were begun, but not completed for all methods,
 and are not used.""",
 )
 

@@ -1,4 +1,4 @@
-"""The methods that the studies compare, and the hyperparameters that they choose from.
+"""The methods that the studies compare, and the grids from which their hyperparameters are chosen.
 
 Every method has the same small backbone: three stages of one block, with 16, 32 and 32 channels. For images of 64×64,
 the stem has 8 channels and the strides are 4, 2 and 1 instead of 2, 2 and 1. Second-order heads pool 32 channels, so
@@ -67,7 +67,7 @@ def create_config(method: str, *, epochs: int, batch_size: int = 50) -> ConfigDi
 
 
 def grid(method: str, *, epochs: int, size: int = 4) -> list[tuple[str, ...]]:
-    """The points of hyperparameters that a method chooses from, equally many for every method.
+    """The grid from which the hyperparameters of a method are chosen; it has as many points for every method.
 
     Args:
       method: the method.

@@ -46,7 +46,7 @@ def plot(study: Study, results: Results, file: pathlib.Path) -> None:
 def plot_gate(study: Study, results: Results, file: pathlib.Path) -> None:
     """Draws the share of each candidate in the weights of each kind of image, for the first seed of each gated method.
 
-    Nothing is drawn if the classes don't belong to several kinds.
+    Nothing is drawn if there is no gated method, or if the classes don't belong to several kinds.
     """
     split = study.test_splits[0]
     methods = gated_methods(study, collect(study, results))
@@ -67,7 +67,7 @@ def plot_gate(study: Study, results: Results, file: pathlib.Path) -> None:
 
 
 def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathlib.Path) -> None:
-    """Draws the difference of each method from average pooling, with its 95 % interval, in one panel for each study."""
+    """Draws the difference of each method from average pooling, with its 95 % interval, for each complete study."""
     titles, names = complete_studies(collected), COMPARED[1:]
     figure = Figure(figsize=(2.6 + 3.2 * len(titles), 3.2), layout="constrained")
     panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
@@ -88,7 +88,7 @@ def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathli
 
 
 def plot_learning_curves(sizes: Mapping[int, Sequence[MethodResults]], file: pathlib.Path) -> None:
-    """Draws the difference of each method from average pooling, with its 95 % interval, by number of images."""
+    """Draws the difference of each method from average pooling, with 95 % intervals, by number of training images."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     names = [name for name in in_all(sizes) if name != "gap"]

@@ -50,7 +50,7 @@ def run_convert(arguments: Sequence[str]) -> None:
         help="elpv, emoji, domains, fashion-mnist: fraction of the training images of each class to keep",
     )
     add("--fold", type=int, help="elpv, emoji, domains: which fifth of the images is test, 0 to 4 (default: 0)")
-    add("--leave-out", help="emoji: the vendor whose drawings are test (google, twitter or fluent)")
+    add("--leave-out", help="emoji: the vendor whose drawings are the test images (google, twitter or fluent)")
     add(
         "--follow-links",
         action="store_true",
@@ -98,7 +98,7 @@ def run_inspect(arguments: Sequence[str]) -> None:
     """Describes a data set, and draws a contact sheet: `gmsop inspect data/fashion-mnist`."""
     parser = ArgumentParser(
         prog="gmsop inspect",
-        description="Prints the manifest and the images per class of a data set, and draws a contact sheet.",
+        description="Prints the manifest and the number of images per class of a data set, and draws a contact sheet.",
     )
     parser.add_argument("directory", type=Path, help="folder of the data set")
     parser.add_argument("--split", default="train", help="the split to draw (default: train)")

@@ -78,7 +78,7 @@ _ANY = Allowed(lambda value: True, "any string")  # also for booleans, which are
 _FRACTION = Allowed(lambda value: 0 <= value < 1, "in [0, 1)")
 _POSITIVE = Allowed(lambda value: value > 0, "positive")
 _SHARE = Allowed(lambda value: 0 < value <= 1, "in (0, 1]")
-_AREA = Allowed(_is_area, "(smallest, largest) fraction in (0, 1]")
+_AREA = Allowed(_is_area, "a pair (smallest, largest) of fractions in (0, 1]")
 _SIZES = Allowed(lambda value: bool(value) and _are_sizes(value), "positive integers, like (256, 128)")
 _OPTIONAL_SIZES = Allowed(_are_sizes, "positive integers, like (256,), or ()")
 _DTYPES = _one_of("", "float32", "bfloat16", "float64")
@@ -190,7 +190,7 @@ FIELDS = {
     "train.balance_weight": Field(100.0, "α: the loss is the mean cross entropy + α/B · balance loss for batches of B images", _at_least(0.0)),
     "train.drop_last": Field(True, "drop the smaller last batch of an epoch; the authors' code trains on it"),
     "train.sub_batches": Field(1, "gradient accumulation: number of parts of a batch, which are computed in turn to save memory", _between(1, 2**24)),
-    "train.on_nonfinite": Field("stop", "if the loss is not finite: `stop`, or `rollback` to the last checkpoint and skip that batch", _one_of("stop", "rollback"), resumable=True),
+    "train.on_nonfinite": Field("stop", "if the loss, its gradient or the state is not finite: `stop`, or `rollback` to the last checkpoint and skip that batch", _one_of("stop", "rollback"), resumable=True),
     "train.log_every_steps": Field(100, "number of steps between logs of the training metrics, which are also logged at the end of each epoch", _between(1, 10**6), resumable=True),
     # log
     "log.backends": Field(("tensorboard",), "where to log in addition to `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`, or a class `module:Class` of your own", _BACKENDS, resumable=True),

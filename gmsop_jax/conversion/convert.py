@@ -69,16 +69,17 @@ def convert(
       seed: seed of the order of the training images, and of any random choice of a source.
       codec: format of the pixels in the records, 'raw', 'png' or 'jpeg'.
       options: options of the source.
-      shard_range: (i, n) converts every n-th shard, beginning with the i-th. When all n parts are converted,
-        `job.join` joins them into one data set.
+      shard_range: (i, n) converts every n-th shard, beginning with shard i, counted from 0. When all n parts are
+        converted, `job.join` joins them into one data set.
       max_unreadable: maximum fraction of unreadable images.
       progress: whether to show the progress on standard error.
 
     Returns: the manifest, or None if only a part of the shards was converted.
 
     Raises:
-      ConfigError: if a setting is out of range.
-      DataError: if the source is invalid, or the output folder contains other files or can't be written to.
+      ConfigError: if a setting is out of range, or the source is unknown or does not accept an option.
+      DataError: if the source is invalid, too many images are unreadable, or the output folder contains other files or
+        can't be written to.
       FileAccessError: if an input file can't be read.
     """
     _check_settings(workers, shards, limit, seed, codec, shard_range, max_unreadable)

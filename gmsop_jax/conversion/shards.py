@@ -127,7 +127,7 @@ class Statistics:
 def write_shard(
     source: Source, task: ShardTask, rows: Iterable[int], output: Path, codec: Codec, tick: Callable[[], object]
 ) -> tuple[Shard, Statistics]:
-    """Writes one shard into the folder `output`, under a temporary name that is changed when it is complete.
+    """Writes one shard into the folder `output`, under a temporary name until it is complete.
 
     Args:
       rows: indices of the images in the source, in the order of the records.

@@ -36,8 +36,8 @@ def from_params(params: Mapping[str, Any], num_selected: int = 8) -> tuple[Confi
     Returns: (`config.model`, variables with `params` and `batch_stats` as NumPy arrays of the same dtype).
 
     Raises:
-      CheckpointError: if parameters are missing, unknown or of a wrong shape, or if they contain NaN, infinite values
-        or standard deviations below 0.
+      CheckpointError: if parameters are missing, unknown, or of a wrong shape or dtype, if they contain NaN, infinite
+        values or standard deviations below 0, or if `num_selected` is not between 1 and N.
     """
     config = infer_model(params, num_selected)
     return config, to_variables(config, params)
@@ -121,7 +121,7 @@ def _infer_mixture(config: ConfigDict, params: Mapping[str, Any], num_selected: 
 
 
 def _infer_order(params: Mapping[str, Any], pooled: Mapping[str, int]) -> int:
-    """Infers the order of the pooling, 1 or 2, from the numbers of channels and of rows of matrices after it."""
+    """Infers the order of the pooling, 1 or 2, from its number of channels and the rows of the matrices after it."""
     orders = {1, 2}
     for name, width in pooled.items():
         rows = _shape(params, name, 4 if name == "prediction_f" else 2)[-2]
@@ -202,8 +202,8 @@ def check_array(name: str, value: np.ndarray, shape: tuple[int, ...], *, finite:
     """Returns an array in the expected shape; axes of length 1 may be missing or added.
 
     Raises:
-      CheckpointError: if the shape or the type is another one, or, with `finite`, if values are NaN, infinite, or too
-        large for float32, which a working directory stores.
+      CheckpointError: if the shape or the dtype is wrong, or, with `finite`, if values are NaN, infinite, or too large
+        for float32, which a working directory stores.
     """
     if value.dtype not in (np.float32, np.float64):
         raise CheckpointError(f"{name!r} is of type {value.dtype}; float32 or float64 is required")

@@ -197,7 +197,7 @@ class BottleneckResNet(CheckedModule):
 
 
 def _stem(module, images, width, *, use_bias, train):
-    """A 3×3 convolution with stride 1, or a 7×7 convolution and max pooling, each with stride 2."""
+    """A 3×3 convolution with stride 1, or a 7×7 one and max pooling, each with stride 2; with batch norm and ReLU."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"images must be floating-point, with their mean subtracted, got {images.dtype};"

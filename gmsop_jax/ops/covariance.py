@@ -1,6 +1,6 @@
 """First-order and second-order pooling of features over positions.
 
-Every function takes `where`, which selects or weights the positions, for example to mask padding tokens.
+Every pooling function takes `where`, which selects or weights the positions, for example to mask padding tokens.
 """
 
 import functools

@@ -66,6 +66,9 @@ def apply_gate(
       where: the images to include in the balance loss; None includes all.
       tie_key: PRNG key for choosing candidates at random when all logits are equal; see `select_top_k`.
       axis_name: pmap or shard_map axis over which the batch is split.
+
+    Raises:
+      ValueError: see `select_top_k` and `selection_weights`.
     """
     clean = _product(features, kernel)
     logits = clean
@@ -139,7 +142,7 @@ def top_k_gate(
       rng: PRNG key for the random selection when all logits are equal; see `select_top_k`.
 
     Returns: (weights, indices of the selected candidates). Each row of weights has k non-zero entries, which sum to 1.
-      The weight of a selected logit underflows to 0 in float32 if it is about 100 below the largest.
+      In float32, the weight of a selected logit that is about 100 below the largest underflows to 0.
 
     Raises:
       ValueError: if k is out of range or `gradient` is unknown.
@@ -193,11 +196,11 @@ def _all_tie(logits: Array, axis_name: str | None) -> Array:
 
 
 def selection_weights(
-    logits: Float[AnyArray, "b n"],
-    indices: Int[AnyArray, "b k"],
+    logits: Float[AnyArray, "*b n"],
+    indices: Int[AnyArray, "*b k"],
     gradient: Gradient = "straight_through",
     softmax: Softmax = "selected",
-) -> Float[Array, "b n"]:
+) -> Float[Array, "*b n"]:
     """Softmax of the selected logits, and 0 for the other candidates.
 
     Args:

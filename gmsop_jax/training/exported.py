@@ -51,7 +51,7 @@ def _download(name: str) -> pathlib.Path:
         from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise CheckpointError(
-            f"there is no folder {name}; if it is a repository on the Hugging Face Hub, download it with"
+            f"there is no folder {name}; to use a repository of this name on the Hugging Face Hub, install"
             " huggingface_hub: pip install 'gmsop-jax[hub]'"
         ) from error
     try:

@@ -86,7 +86,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def place_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Copies this process's rows of a batch onto its devices. They are contiguous; every process has the same number.
+    """Copies this process's rows of a batch, as many as every other process has, onto its devices.
 
     Returns: the global batch, split evenly over the devices of the mesh.
     """

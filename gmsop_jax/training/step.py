@@ -297,7 +297,7 @@ def make_eval_step(
       flip_average: whether to average the logits and the gate weights over each image and its mirror image.
       axis_name: pmap or shard_map axis over which the batch is split, for this step and the model.
 
-    Returns: a function of the variables and a batch with `image`, `label` and `mask` (False for padding).
+    Returns: a function of the variables and a batch with `image`, `label` and `mask` (bool [b], False for padding).
       Its metrics are `loss_sum`, `top1_errors`, `top5_errors`, `count` and `gate_weight_sum` [n].
     """
 

@@ -449,7 +449,7 @@ def test_imdb_of_version_7_3_is_read_in_another_process(tmp_path: Path, monkeypa
     write_imdb(tmp_path / "imdb.mat", [1], [1])
     monkeypatch.setattr(isolated, "SECONDS", 1e-6)
     with pytest.raises(
-        DataError, match=r"imdb.mat is damaged or truncated \(the reader did not read it within 0 seconds\)"
+        DataError, match=r"imdb.mat is damaged or truncated \(the reader did not finish within 0 seconds\)"
     ):
         opened("imdb-mat", tmp_path / "imdb.mat", tmp_path)
 

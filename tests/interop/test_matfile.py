@@ -196,7 +196,7 @@ def test_a_file_at_which_hdf5_hangs_is_refused(tmp_path, monkeypatch):
     content[free + 8 : free + 16] = bytes(8)
     (tmp_path / "x.mat").write_bytes(content)
     monkeypatch.setattr(isolated, "SECONDS", 3)
-    with pytest.raises(CheckpointError, match="did not read it within 3 seconds"):
+    with pytest.raises(CheckpointError, match="did not finish within 3 seconds"):
         matfile.read(tmp_path / "x.mat", ["x"])
 
 
@@ -309,7 +309,7 @@ def test_one_child_process_answers_many_calls_and_survives_crashes():
     server = call(os.getppid)
     for function, arguments, message in (
         (_exit, (), "crashed with exit code 3"),
-        (time.sleep, (60,), "did not read it within"),
+        (time.sleep, (60,), "did not finish within"),
         (_allocate, (2**30,), "MemoryError"),
         (operator.truediv, (1, 0), "ZeroDivisionError: division by zero"),
     ):

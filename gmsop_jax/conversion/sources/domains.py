@@ -2,6 +2,7 @@
 
 The input folder contains the folders `elpv`, `fashion-mnist` and `emoji` with the inputs of these sources. The classes
 are those of all three. Only a tenth of Fashion-MNIST's training images are used, so that they don't outnumber the rest.
+Its test images are its own; the option `fold` chooses those of ELPV and emoji.
 """
 
 import dataclasses

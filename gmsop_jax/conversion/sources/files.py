@@ -110,7 +110,8 @@ def npy_array(path: Path, offset: int = 0) -> FileArray:
         raise DataError(f"{path} contains an array of dtype {dtype} and shape {shape}; expected numbers")
     if (fortran and len(shape) > 1) or not shape:
         raise DataError(
-            f"{path} contains an array of shape {shape}{' in Fortran order' * fortran}; expected C order and an axis"
+            f"{path} contains an array of shape {shape}{' in Fortran order' * fortran}; expected C order and at least"
+            " one axis"
         )
     return FileArray(path, start, shape, dtype.str)
 

@@ -37,7 +37,7 @@ PUBLISHED = {  # the npz archives of 64×64: bytes, sha256
 
 
 def open_source(request: Request) -> ImageTable:
-    """Opens the batches in a folder, in the zip archives of a folder, or in one zip archive."""
+    """Opens a batch or a zip archive of batches, or a folder of either."""
     path = request.required_path
     folder = path if path.is_dir() else path.parent
     entries = sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]

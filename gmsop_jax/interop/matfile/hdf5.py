@@ -32,9 +32,9 @@ def _read(path: pathlib.Path, budget: Budget, names: Sequence[str]) -> dict[str,
 
 
 def _own(group: h5py.Group, name: str) -> Any:
-    """Returns a member of a group; raises ValueError for a link, which could point outside the file."""
+    """Returns a member of a group; raises ValueError if it is missing, or a link, which could leave the file."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(f"{group.name}/{name} is a link")
+        raise ValueError(f"{group.name}/{name} is missing or is a link")
     return group[name]
 
 

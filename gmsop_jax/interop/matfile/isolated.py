@@ -57,7 +57,7 @@ def call(function: Callable[..., Any], *arguments: Any, seconds: float, memory_b
             _stop_server()  # its answer may still arrive, and must not be mistaken for that of the next call
             raise
     if os.waitstatus_to_exitcode(status) == -signal.SIGALRM:
-        raise ValueError(f"the reader did not read it within {seconds:.0f} seconds")
+        raise ValueError(f"the reader did not finish within {seconds:.0f} seconds")
     if status:
         raise ValueError(f"the reader crashed with exit code {os.waitstatus_to_exitcode(status)}")
     if error is not None:
