@@ -31,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: a command of `MODES` or `COMMANDS` and its flags, by default those of the process. Without a command,
         `--mode` names one of `MODES` (default: train).
 
-    Returns: the exit status: 0 on success; 2 after an error that the user can fix, which is printed in one line; 130
-      after Ctrl-C; and 75 (EX_TEMPFAIL: try again) after SIGTERM or SIGHUP. Training saves its state first.
+    Returns: the exit status: 0 on success; 1 if `predict` could not read a file or a run of `sweep` failed; 2 after an
+      error that the user can fix, which is printed in one line; 130 after Ctrl-C; and 75 (EX_TEMPFAIL: try again) after
+      SIGTERM or SIGHUP. Training saves its state first.
     """
     return run_command(lambda: _run_command(sys.argv[1:] if arguments is None else list(arguments)))
 

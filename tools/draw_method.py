@@ -195,7 +195,9 @@ def main() -> None:
         "workdir", type=pathlib.Path, help="working directory of a run with the head gmsop, such as the quickstart"
     )
     parser.add_argument("--image", default="0", help="file, or position in the evaluation split (default: 0)")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("method.svg"), help="SVG or PNG file")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path("method.svg"), help="SVG or PNG file (default: method.svg)"
+    )
     args = parser.parse_args()
     image = int(args.image) if args.image.isdigit() else pathlib.Path(args.image)
     figure = draw(follow(args.workdir, image))

@@ -191,7 +191,9 @@ def write_readme(readme: pathlib.Path, index: pathlib.Path) -> None:
 def main() -> None:
     """Parses the command line and writes the pages."""
     parser = ArgumentParser(description="Makes the pages of docs/results from the raw results of the studies.")
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "results", help="folder of the raw results")
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=ROOT / "results", help="folder of the raw results (default: results)"
+    )
     parser.add_argument(
         "--output", type=pathlib.Path, default=_DOCS, help="folder of the pages (default: docs/results)"
     )

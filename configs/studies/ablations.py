@@ -29,7 +29,8 @@ STUDY = dataclasses.replace(
     grids={method: _grid(method) for method in _METHODS.ABLATIONS},
     reference="gmsop",
     notes="""\
-Each row changes one thing in GM-SOP with N = 8 and K = 4. The balance weight α is chosen from 0, 20 and 100. The
-learning rate of the classifier is a tenth of that of the other layers, except in `gmsop_full_rate`.""",
+Each row changes one property of GM-SOP with N = 8 and K = 4, or N and K together. The balance weight α is chosen from
+0, 20 and 100. The learning rate of the classifier is a tenth of that of the other layers, except in
+`gmsop_full_rate`.""",
 )
 get_config = _TENTH.get_config

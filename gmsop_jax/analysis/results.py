@@ -367,7 +367,7 @@ def by_name(methods: Sequence[MethodResults]) -> dict[str, MethodResults]:
 def learning_curves(sizes: Mapping[int, Sequence[MethodResults]]) -> str:
     """Returns a Markdown table of the balanced errors of methods by number of training images.
 
-    Each cell also has the difference from average pooling, with its 95 % interval.
+    Except for average pooling itself, each cell also has the difference from it, with its 95 % interval.
 
     Args:
       sizes: for each number of training images, what `collect` returns. Only methods with at least two runs for every

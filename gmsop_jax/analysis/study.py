@@ -116,7 +116,8 @@ class StudyRunner:
     """Executes the runs of a study one at a time in this process.
 
     Args:
-      path: the study's configuration file, with `get_config(method)`.
+      study: the study.
+      path: its configuration file, with `get_config(method)`.
       data_dir: the folder that contains the data sets.
       output: the folder for working directories.
       results: the folder for results, which are written to its subfolder with the name of the study.

@@ -72,8 +72,15 @@ def run_sweep(arguments: Sequence[str]) -> int:
     parser.add_argument("--gather", action="store_true", help="only write the table of the finished runs")
     group = parser.add_argument_group("for studies, which choose their seeds and hyperparameters themselves")
     group.add_argument("--input", help="the downloaded file or folder, needed until it is converted")
-    group.add_argument("--data-dir", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data sets")
-    group.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="folder of raw results")
+    group.add_argument(
+        "--data-dir", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data sets (default: data)"
+    )
+    group.add_argument(
+        "--results",
+        type=pathlib.Path,
+        default=pathlib.Path("results"),
+        help="folder of the raw results (default: results)",
+    )
     options = parser.parse_args(arguments)
     studies = {path: study for path in options.configs if (study := load_study(path))}
     if studies:
@@ -100,7 +107,7 @@ def _execute_study(study: Study, path: str, options: argparse.Namespace) -> None
         prepare_data(data, options.data_dir / data.name, options.input)
     file, _ = split_argument(path)
     StudyRunner(study, file, data_dir=options.data_dir, output=options.output, results=options.results).execute()
-    print(f"all runs of {study.name} are finished; their results are in {options.results}")
+    print(f"all runs of {study.name} are finished; their results are in {options.results / study.name}")
 
 
 def prepare_data(data: StudyData, folder: pathlib.Path, input_path: str | None) -> None:

@@ -254,7 +254,7 @@ def finish(output: Path, max_unreadable: float, *, verify: bool = True) -> Manif
       max_unreadable: maximum fraction of unreadable images.
       verify: whether to compare the checksums of the shards, and not just their sizes.
 
-    Raises: DataError if shards are missing, or too many images were unreadable.
+    Raises: DataError if shards are missing, too many images were unreadable, or no training image was readable.
     """
     job = load(output)
     statistics = {split: Statistics(len(job.classes)) for split in job.num_shards}
@@ -320,7 +320,7 @@ def _check_unreadable(unreadable: list[str], total: int, allowed: float) -> None
     for message in unreadable[:20]:
         _LOG.warning("unreadable: %s", message)
     if len(unreadable) > 20:
-        _LOG.warning("unreadable: %d more, all listed in dataset.json", len(unreadable) - 20)
+        _LOG.warning("unreadable: %d more; dataset.json lists all of them once it is written", len(unreadable) - 20)
     if len(unreadable) > allowed * total:
         raise DataError(
             f"{len(unreadable)} of {total} images are unreadable, such as {unreadable[0]}. That is more than the"

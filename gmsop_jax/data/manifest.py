@@ -98,8 +98,8 @@ class Manifest:
         """Reads dataset.json and compares the sizes of the shards of some splits, by default all, with it.
 
         Raises:
-          DataError: if the directory is not a data set, or is an incomplete one, if dataset.json is damaged or of
-            another version, or if a shard is missing or of another size.
+          DataError: if the directory is not a data set, is an incomplete one, or lacks one of the splits, if
+            dataset.json is damaged or of another version, or if a shard is missing or of another size.
           FileAccessError: if one of these files can't be opened.
         """
         path = Path(directory)

@@ -72,7 +72,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | pathlib.Path) -> dict[st
 
     Args:
       config: the configuration; its model must fit the checkpoint.
-      path: a working directory, the directory of one step in it, or an exported network, as in `restore.load`. In a
+      path: a working directory, the folder of one step in it, or an exported network, as in `restore.load`. In a
         working directory, the last checkpoint is evaluated.
 
     Returns: `step`, `num_classes`, `loss` (nats), `top1_error`, `top5_error` (percent), and `candidate_use` (mean gate

@@ -44,7 +44,8 @@ def run(
     Returns: the exit status: 1 if a file could not be read, 0 otherwise.
 
     Raises:
-      UserError: if there are no images, the checkpoint can't be read, or the .npz file can't be written.
+      UserError: if `top` or `features` is invalid, there are no images, the checkpoint can't be read, or the .npz file
+        can't be written.
     """
     if top < 1:
         raise ConfigError(f"--top must be at least 1, but got {top}")
@@ -153,8 +154,8 @@ class FeatureFile:
     """A context manager that collects predictions and writes them to an .npz file when it exits.
 
     For the m images that could be read, the file has the arrays `files` [m], `features` [m, f], `gate_weights`
-    [m, n] and `labels` [m] (the most probable class). Until then, the features are kept in a temporary file beside
-    it, because they may not fit into memory.
+    [m, n] and `labels` [m] (the most probable class). Until the file is written, the features are kept in a temporary
+    file beside it, because they may not fit into memory.
 
     Raises:
       DataError: if the file can't be written.

@@ -50,7 +50,7 @@ class Parameter:
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
-        """The shape of each leaf; 1×1 filters of the head are stored as matrices."""
+        """The shape of each leaf, or of a candidate's part of it; 1×1 filters of the head are stored as matrices."""
         if len(self.shape) == 4 and self.paths[0][1] == "head":
             return self.shape[2:]
         return self.shape if self.trained else self.shape[:1]

@@ -90,7 +90,8 @@ def create_model(config: Any, *, axis_name: str | None = None, per_device_bn: bo
       → `(logits, aux)`.
 
     Raises:
-      ValueError: if a field has a value that is not allowed, or num_classes is not set.
+      ValueError: if num_classes is not set, or a field of the backbone or head has a value that is not allowed.
+      TypeError: if compute_dtype is not the name of a dtype.
 
     Example:
       >>> from gmsop_jax.config import model_defaults

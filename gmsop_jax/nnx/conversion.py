@@ -22,7 +22,7 @@ def from_linen(head: nn.Module, variables: Mapping[str, Any], *, rngs: nnx.Rngs 
     Args:
       head: a head of `gmsop_jax.models` that also exists in `gmsop_jax.nnx`.
       variables: its collections `params` and `batch_stats`, of JAX or NumPy arrays. For a head within a model, they are
-        `{name: collection["head"] for name, collection in variables.items()}`.
+        `{name: collection.get("head", {}) for name, collection in variables.items()}`.
       rngs: provides the streams `gating` and `dropout` that the NNX head uses in training; by default `nnx.Rngs(0)`.
 
     Returns: the NNX head, in evaluation mode.

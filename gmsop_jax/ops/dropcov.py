@@ -48,7 +48,7 @@ def adaptive_channel_dropout(
       where: the images to include in the mean of ρ; None includes all.
       axis_name: pmap or shard_map axis over which the batch is split.
 
-    Returns: the covariances of the remaining channels.
+    Returns: the scaled covariances, with zeros in the rows and columns of dropped channels.
     """
     attention = jnp.asarray(attention)
     sigma = _scale_channels(jnp.asarray(sigma), 1 + attention)

@@ -32,7 +32,7 @@ def fingerprint(manifest: Manifest) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The properties of a data set on which its network depends.
+    """The properties of a data set on which a trained network depends.
 
     Attributes:
       dataset: name of the data set.
@@ -64,8 +64,8 @@ class Inputs:
         """Writes `inputs.json` into a working directory, whose checkpoints must be of the same data.
 
         Raises:
-          CheckpointError: if a split, or the number or order of the classes, differs from those of the checkpoints.
-            Classes may be renamed, with a warning.
+          CheckpointError: if a split, or the number or order of the classes, differs from those of the checkpoints, or
+            if the stored file is damaged. Classes may be renamed, with a warning.
         """
         path = pathlib.Path(workdir)
         if steps_on_disk(path / DIRECTORY) and ((path / FILE_NAME).exists() or read_copy(path, FILE_NAME)):
@@ -94,14 +94,14 @@ class Inputs:
             lines.append(f"order of the classes: {min(moved)!r} is in another position")
         if lines:
             raise CheckpointError(
-                f"{workdir} was trained on other data than data set {self.dataset!r} in config.data.dir:\n  "
+                f"{workdir} was trained on data other than the data set {self.dataset!r} in config.data.dir:\n  "
                 + "\n  ".join(sorted(lines))
                 + "\nset config.data.dir to that run's data (the folder may have moved), or give another --workdir"
             )
         if renamed and stored.splits:  # without splits, the network was imported, perhaps without names
             logging.getLogger(__name__).warning(
-                "%d of %d classes have other names than those %s was trained with (%r is now %r); the new names are"
-                " stored",
+                "the names of %d of %d classes differ from those that %s was trained with (%r is now %r); the new names"
+                " are stored",
                 len(renamed),
                 len(self.classes),
                 workdir,
@@ -116,7 +116,7 @@ class Inputs:
           CheckpointError: if the file is damaged, or if both are missing.
         """
         path = pathlib.Path(workdir)
-        remedy = "if you delete it, the copy in the last checkpoint is used"
+        remedy = "copy it back, or delete it to use the copy in the last checkpoint, if there is one"
         return cls.from_dict(json.loads(read_file(path, FILE_NAME)), path / FILE_NAME, remedy)
 
     @classmethod

@@ -61,8 +61,8 @@ def read_file(workdir: pathlib.Path, name: str) -> str:
         json.loads(text or "{}")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} can't be read ({reason(error)}). Copy it back; if you delete it, the copy in the last checkpoint"
-            " is used"
+            f"{file} can't be read ({reason(error)}); copy it back, or delete it to use the copy in the last"
+            " checkpoint, if there is one"
         ) from error
     if text is None:
         raise CheckpointError(f"{file} is missing, and no checkpoint contains a copy of it; copy it back")
@@ -70,9 +70,9 @@ def read_file(workdir: pathlib.Path, name: str) -> str:
 
 
 def read_copy(workdir: pathlib.Path, name: str) -> str | None:
-    """Returns the last checkpoint's copy of one of `WORKDIR_FILES`; None if no checkpoint contains one.
+    """Returns the latest copy of one of `WORKDIR_FILES` in a checkpoint; None if no checkpoint contains one.
 
-    Damaged copies, and checkpoints of older versions, which have none, are skipped.
+    Damaged copies, and checkpoints of older versions, which have no copy, are skipped.
     """
     for step in reversed(steps_on_disk(workdir / DIRECTORY)):
         folder = workdir / DIRECTORY / str(step)

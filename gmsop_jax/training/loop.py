@@ -56,8 +56,8 @@ def train_and_evaluate(
         `metrics.jsonl`, the files of the loggers, `curves.png` and `result.json`.
       profile: the steps to trace for TensorBoard's profiler, counted from 1.
 
-    Returns: the contents of `result.json`: errors of the last epoch in percent, the lowest top-1 error of all epochs
-      and its step, number of parameters, feature dimension and seconds.
+    Returns: the contents of `result.json`: the last step, its errors in percent, the lowest top-1 error of all epochs
+      and its step, number of classes and parameters, feature dimension, seconds, and devices.
 
     Raises:
       UserError: if the configuration, the data set or the directory is invalid, before anything slow happens; or later,

@@ -102,7 +102,8 @@ def error_text(values: Mapping[str, float], num_classes: int) -> str:
 
 def check_metrics(step: int, metrics: Mapping[str, np.ndarray]) -> None:
     """Raises NonFiniteError unless the loss and the gradient of a step are finite."""
-    bad = [name for name in ("loss_sum", "balance_loss", "grad_norm") if not np.isfinite(metrics[name])]
+    names = {"loss_sum": "the loss", "balance_loss": "the balance loss", "grad_norm": "the norm of the gradient"}
+    bad = [shown for name, shown in names.items() if not np.isfinite(metrics[name])]
     if bad:
         raise NonFiniteError(f"{' and '.join(bad)} {'are' if len(bad) > 1 else 'is'} not finite at step {step}", step)
 

@@ -51,15 +51,15 @@ def load(path: str | os.PathLike[str], sharding: Sharding | None = None) -> tupl
       path: a working directory, whose last checkpoint is restored, the folder of one step in it, a folder that
         `gmsop export --format safetensors` wrote, or the name of a repository on the Hugging Face Hub with the contents
         of such a folder (needs huggingface_hub).
-      sharding: where the variables are placed; by default on the first device.
+      sharding: where the variables are placed; by default on the first local device.
 
     Returns: `(model, variables, info)` for `model.apply(variables, images)`. The images are float [b, h, w, 3] with
       `info.inputs.mean_rgb` subtracted, as `step.normalize` does. If the run averaged its variables over the
       steps, the averages are returned.
 
     Raises:
-      CheckpointError: if there is no checkpoint, a file of its run is missing or damaged, or the
-        configuration doesn't fit it.
+      CheckpointError: if there is no checkpoint, a file is missing or damaged, or the configuration doesn't fit the
+        checkpoint.
       ConfigError: if the stored configuration is not valid.
     """
     config, inputs = read_description(path)

@@ -145,7 +145,11 @@ class Workdir:
                     " Copy it back, or give another --workdir"
                 )
             write_atomic(file, copy or configs.to_json(self._config) + "\n")
-        restore = "if you delete it, the next start restores it from the last checkpoint"
+        restore = (
+            "if you delete it, the next start restores it from the last checkpoint"
+            if copy
+            else "copy it back, or give another --workdir"
+        )
         for place, read, remedy in (
             (str(file), lambda: read_bytes(file).decode(), restore),
             ("the last checkpoint", lambda: copy, "give another --workdir"),

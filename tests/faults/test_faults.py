@@ -324,6 +324,16 @@ def test_missing_configuration_is_restored_from_the_checkpoint(finished, config,
 
 def test_a_configuration_that_is_no_text_is_one_error(config, tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"seed": "\xff"}')
+    with pytest.raises(CheckpointError, match=r"config\.json has a damaged configuration .*; copy it back, or give"):
+        Workdir(tmp_path, config).__enter__()
+
+
+def test_a_damaged_configuration_can_be_deleted_if_a_checkpoint_has_a_copy(config, tmp_path):
+    folder = tmp_path / "checkpoints" / "1"
+    (folder / "files").mkdir(parents=True)
+    (folder / "files" / "metadata").write_text(json.dumps({"config.json": to_json(config)}))
+    write_checksums(folder)
+    (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json has a damaged configuration .*; if you delete"):
         Workdir(tmp_path, config).__enter__()
 
@@ -354,7 +364,7 @@ def test_other_data_under_the_same_name_is_refused(finished, fault_data, config,
     for name, limit, seed in (("fewer", 32, 0), ("order", 48, 1)):
         convert("fashion-mnist", None, tmp_path / name, shards=2, progress=False, limit=limit, seed=seed)
         config.data.dir = str(tmp_path / name)
-        with pytest.raises(CheckpointError, match=r"trained on other data.*\n.*split train: 48 images.* → "):
+        with pytest.raises(CheckpointError, match=r"trained on data other than.*\n.*split train: 48 images.* → "):
             train_and_evaluate(config, workdir)
     config.data.dir = str(shutil.copytree(fault_data, tmp_path / "moved"))
     assert train_and_evaluate(config, workdir)["step"] == 12

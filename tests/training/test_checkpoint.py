@@ -165,7 +165,7 @@ def test_read_file(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json is missing, and no checkpoint contains a copy of it"):
         read_file(tmp_path, "config.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json can't be read .*Copy it back"):
+    with pytest.raises(CheckpointError, match=r"config\.json can't be read .*copy it back, or delete it to use"):
         read_file(tmp_path, "config.json")
 
 

@@ -40,7 +40,8 @@ def test_other_names_of_classes_are_reported_and_stored(trained, caplog):
     renamed = dataclasses.replace(INPUTS, classes=("a", "B"))
     with caplog.at_level(logging.WARNING):
         renamed.save(trained)
-    assert f"1 of 2 classes have other names than those {trained} was trained with ('b' is now 'B')" in caplog.text
+    expected = f"the names of 1 of 2 classes differ from those that {trained} was trained with ('b' is now 'B')"
+    assert expected in caplog.text
     assert Inputs.load(trained) == renamed
 
 

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gmsop_jax.training.metrics import count_errors, error_text, summarize
+from gmsop_jax.training.metrics import NonFiniteError, check_metrics, count_errors, error_text, summarize
 
 
 def count(logits, labels, mask=None) -> tuple[int, int, int]:
@@ -53,3 +53,9 @@ def test_nothing_to_summarize():
     for steps in ([], [{key: np.asarray(value) for key, value in empty.items()}]):
         with pytest.raises(ValueError, match="no images"):
             summarize(steps)
+
+
+def test_messages_name_what_is_not_finite_in_words():
+    metrics = {"loss_sum": np.array(np.nan), "balance_loss": np.array(1.0), "grad_norm": np.array(np.inf)}
+    with pytest.raises(NonFiniteError, match="the loss and the norm of the gradient are not finite at step 3"):
+        check_metrics(3, metrics)

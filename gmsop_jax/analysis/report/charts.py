@@ -72,7 +72,7 @@ def script() -> str:
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
-    """Loss, error, learning rate, balance loss and speed over the epochs. Each chart shows all runs."""
+    """Loss, error, learning rate, balance loss and speed over the epochs. Each chart shows all runs that logged it."""
     panels = (
         ("loss", "Cross entropy", "nats per image", "linear"),
         ("top1_error", "Top-1 error", "%", "linear"),

@@ -22,7 +22,8 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decodes the bytes of an image file, which error messages call `name`.
 
     Gray images keep one channel. Palettes are converted to RGB, images with transparency are composited over white and
-    become RGB, gray images of more than 8 bits are scaled to 8 bits, and EXIF rotation is applied.
+    become RGB, gray images of more than 8 bits are scaled to 8 bits (their transparency is ignored), and EXIF rotation
+    is applied.
 
     Returns: uint8 [h, w, 1] or [h, w, 3].
 

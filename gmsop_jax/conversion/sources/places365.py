@@ -55,7 +55,9 @@ def open_source(request: Request) -> ImageTable:
     categories = folder / "categories_places365.txt"
     classes, numbers = _list(categories)
     if (numbers != np.arange(len(classes))).any():
-        raise DataError(f"{categories}: the numbers of the categories are not 0 to {len(classes) - 1} in order")
+        raise DataError(
+            f"{categories}: the numbers of the categories are not 0 to {len(classes) - 1} in order; download it again"
+        )
     splits, labels, files = [], [], [categories]
     for split, name in _LISTS.items():
         names, numbers = _list(folder / name)
@@ -86,7 +88,7 @@ def _list(file: Path) -> tuple[Names, np.ndarray]:
     """Returns the name (without a leading slash) and the number in each line of a list file."""
     lines = [line.rsplit(maxsplit=1) for line in read_lines(file)]
     if not lines or any(len(line) != 2 or not re.fullmatch(r"\d{1,9}", line[1]) or "\0" in line[0] for line in lines):
-        raise DataError(f"{file} is not a list of `name number` lines")
+        raise DataError(f"{file} is not a list of `name number` lines; download it again")
     return Names.of(name.lstrip("/") for name, _ in lines), np.array([int(n) for _, n in lines], np.int32)
 
 

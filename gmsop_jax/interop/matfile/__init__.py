@@ -2,8 +2,9 @@
 
 A struct is read as a dict, a struct array as a list of dicts, a cell array as a NumPy array of objects, text as a
 `str`, and everything else as a NumPy array with MATLAB's axes, of which there are at least two. Logical arrays have
-dtype bool. Nothing in a file is executed: functions and instances of classes are ignored. The memory that reading takes
-is limited in proportion to the size of the file.
+dtype bool. Nothing in a file is executed: functions, instances of classes and sparse matrices are read as an empty dict
+from version 7, and as the plain values that HDF5 stores from version 7.3. The memory that reading takes is limited in
+proportion to the size of the file.
 """
 
 import pathlib
