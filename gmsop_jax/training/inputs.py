@@ -32,7 +32,7 @@ def fingerprint(manifest: Manifest) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The properties of a data set on which a trained network depends.
+    """The properties of its data set that a trained network depends on.
 
     Attributes:
       dataset: name of the data set.
