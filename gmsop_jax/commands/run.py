@@ -27,6 +27,7 @@ def run_mode(arguments: Sequence[str], mode: str = "") -> int:
     processes.start_processes(options.coordinator, options.num_processes, options.process_id)
     with processes.ending_together():
         config = _load_config(options)
+        devices.keep_freed_memory()
         devices.use_cpu_devices(config)
         devices.use_compilation_cache()
         processes.check_same({"--mode": options.mode})
@@ -51,7 +52,6 @@ def run_mode(arguments: Sequence[str], mode: str = "") -> int:
             return 0
         from gmsop_jax.training.loop import train_and_evaluate
 
-        devices.keep_freed_memory()
         result = train_and_evaluate(config, workdir, profile=options.profile)
         print(f"{_summary(result)}; {result['wall_seconds']:.0f} s; results in {workdir}")
     return 0

@@ -5,6 +5,8 @@ import ctypes
 import math
 import os
 import platform
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 import jax
 
@@ -58,15 +60,25 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that a step frees, for the next step, if JAX runs on a CPU under glibc.
 
     In each step, XLA allocates the temporary memory of the program in one piece. From 32 MiB on, glibc takes it from
-    the operating system and returns it afterwards, so that every page is cleared again in every step. This function
-    also makes all threads share one pool of memory, because the other pools of glibc are limited to 64 MiB.
+    the operating system and returns it afterwards, so that every page is cleared again in every step. This uses one
+    pool of memory for all threads, because the other pools of glibc are limited to 64 MiB. Threads that already exist
+    keep their pool, so it has little effect after JAX has initialised its devices.
 
-    It does nothing if the environment sets one of glibc's variables `MALLOC_…` or `GLIBC_TUNABLES`.
+    It does nothing if a JAX plugin for accelerators is installed and `JAX_PLATFORMS` is not `cpu`, or if the
+    environment sets one of glibc's variables `MALLOC_…` or `GLIBC_TUNABLES`.
     """
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if chosen or jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
+    if chosen or not _only_cpu() or platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_M_ARENA_MAX, 1)
     for threshold in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
         mallopt(threshold, 2**31 - 1)
+
+
+def _only_cpu() -> bool:
+    """Whether JAX will use the CPU, as far as this is known before it initialises its devices."""
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if platforms:
+        return platforms == "cpu"
+    return not (find_spec("jax_plugins") or find_spec("libtpu") or entry_points(group="jax_plugins"))
