@@ -83,7 +83,8 @@ def main() -> int:
             process.kill()
             kills += 1
         if process.wait() == 0:  # the run finished before it was killed: compare it, and start a new one
-            _check(folder)
+            if not _check(folder):
+                return 1
             shutil.rmtree(folder / "killed")
             continue
         checkpoints = folder / "killed" / "checkpoints"

@@ -4,6 +4,7 @@ python tools/draw_method.py runs/quickstart --output docs/method.svg
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -81,12 +82,10 @@ def follow(workdir: pathlib.Path, image: int | pathlib.Path) -> Steps:
     selected = jnp.argsort(-weights, axis=-1)[:, : info.config.model.num_selected]
     mixture = variables["params"]["head"]["mixture"]
     kernels = [mixture[f"candidates{i + 1}"] for i in range(len(info.config.model.candidate_widths))]
-    pooled = apply_candidates(
-        maps.reshape(1, -1, maps.shape[-1]),
-        kernels,
-        selected,
-        lambda y: second_order_pool(y, info.config.model.num_iters),
+    pool = functools.partial(
+        second_order_pool, num_iters=info.config.model.num_iters, coefficients=info.config.model.coefficients
     )
+    pooled = apply_candidates(maps.reshape(1, -1, maps.shape[-1]), kernels, selected, pool)
     roots = triangle_matrix(pooled)
     return Steps(
         pixels,

@@ -1,7 +1,9 @@
 import ast
+import json
 import pathlib
 import re
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -141,8 +143,13 @@ def test_the_picture_of_the_method(trained_run, tmp_path, monkeypatch, capsys):
     assert "--image 1000 is outside 0…199" in capsys.readouterr().err
 
 
-def test_the_picture_shows_what_the_network_does(trained_run):
-    steps = runpy.run_path(str(ROOT / "tools" / "draw_method.py"))["follow"](trained_run, 0)
+@pytest.mark.parametrize("coefficients", ["newton_schulz", "minimax"])
+def test_the_picture_shows_what_the_network_does(coefficients, trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    stored = json.loads((run / "config.json").read_text())
+    stored["model"]["coefficients"] = coefficients
+    (run / "config.json").write_text(json.dumps(stored))
+    steps = runpy.run_path(str(ROOT / "tools" / "draw_method.py"))["follow"](run, 0)
     weights = steps.weights[steps.selected]
     np.testing.assert_allclose(np.tensordot(weights, steps.roots, 1), steps.fused, rtol=1e-4, atol=1e-4)
 
