@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from gmsop_jax.config import ConfigDict, default_config
 from gmsop_jax.models import create_model
-from gmsop_jax.training.devices import keep_freed_memory
 from gmsop_jax.training.optimizer import create_optimizer
 from gmsop_jax.training.parallel import AXIS, compile_train_step, replicate
 from gmsop_jax.training.step import create_state, make_train_step
@@ -101,8 +100,7 @@ class JaxStep:
 
 
 def gmsop_step(num_candidates: int, batch: int, compute_dtype: str = "") -> JaxStep:
-    """The step of ResNet-18 GM-SOP, with the settings of the process that `gmsop train` makes."""
-    keep_freed_memory()
+    """The step of ResNet-18 GM-SOP."""
     config = default_config()
     config.compute_dtype = compute_dtype
     config.model.num_classes, config.model.num_candidates = _CLASSES, num_candidates

@@ -27,7 +27,6 @@ def run_mode(arguments: Sequence[str], mode: str = "") -> int:
     processes.start_processes(options.coordinator, options.num_processes, options.process_id)
     with processes.ending_together():
         config = _load_config(options)
-        devices.keep_freed_memory()
         devices.use_cpu_devices(config)
         devices.use_compilation_cache()
         processes.check_same({"--mode": options.mode})

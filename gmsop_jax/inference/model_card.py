@@ -17,7 +17,7 @@ tags: [jax, flax, second-order-pooling, {head}]
 
 # {head} on {dataset}
 
-An image classifier with [second-order pooling]({paper}), exported by gmsop_jax {version}.
+An image classifier, exported by gmsop_jax {version}, which implements [second-order pooling]({paper}).
 
 ```python
 import gmsop_jax

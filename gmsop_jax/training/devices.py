@@ -1,18 +1,13 @@
-"""Settings of the process: the number of CPU devices, the cache of compiled programs, and the use of freed memory."""
+"""Settings of the process: the number of CPU devices, and the cache of compiled programs."""
 
 import contextlib
-import ctypes
 import math
 import os
-import platform
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 
 import jax
 
 from gmsop_jax.config import ConfigDict
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # parameters of glibc's mallopt, from malloc.h
 MIN_ROWS_PER_DEVICE = 16  # on a CPU; with fewer rows, splitting the batch takes more time than it saves
 
 
@@ -54,31 +49,3 @@ def use_compilation_cache() -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not jax.config.jax_compilation_cache_dir and os.path.isabs(cache):  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "gmsop_jax"))
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep the memory that a step frees, for the next step, if JAX runs on a CPU under glibc.
-
-    In each step, XLA allocates the temporary memory of the program in one piece. From 32 MiB on, glibc takes it from
-    the operating system and returns it afterwards, so that every page is cleared again in every step. This uses one
-    pool of memory for all threads, because the other pools of glibc are limited to 64 MiB. Threads that already exist
-    keep their pool, so it has little effect after JAX has initialised its devices.
-
-    It does nothing if a JAX plugin for accelerators is installed and `JAX_PLATFORMS` is not `cpu`, or if the
-    environment sets one of glibc's variables `MALLOC_…` or `GLIBC_TUNABLES`.
-    """
-    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if chosen or not _only_cpu() or platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_ARENA_MAX, 1)
-    for threshold in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-        mallopt(threshold, 2**31 - 1)
-
-
-def _only_cpu() -> bool:
-    """Whether JAX will use the CPU, as far as this is known before it initialises its devices."""
-    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-    if platforms:
-        return platforms == "cpu"
-    return not (find_spec("jax_plugins") or find_spec("libtpu") or entry_points(group="jax_plugins"))

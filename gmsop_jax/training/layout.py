@@ -58,7 +58,7 @@ def read_file(workdir: pathlib.Path, name: str) -> str:
     file = workdir / name
     try:
         text = read_bytes(file).decode() if file.exists() else read_copy(workdir, name)
-        json.loads(text or "{}")
+        json.loads("{}" if text is None else text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file} can't be read ({reason(error)}); copy it back, or delete it to use the copy in the last"

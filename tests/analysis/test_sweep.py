@@ -45,7 +45,7 @@ def test_plan_takes_one_seed_after_the_other(tmp_path):
 
 def test_nothing_runs_where_a_configuration_is_wrong(tmp_path):
     for paths, overrides, message in [
-        ([f"{HEADS_FILE}:gapp"], [], "no head 'gapp'; HEAD must be one of"),
+        ([f"{HEADS_FILE}:gapp"], [], "defines no head 'gapp'; choose one of"),
         ([QUICKSTART], ["train.epochs=2"], "no field config.train.epochs"),
         ([QUICKSTART, QUICKSTART], [], "two configurations have the name quickstart"),
         ([str(tmp_path / "absent.py")], [], r"absent\.py does not exist"),

@@ -1,7 +1,6 @@
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -71,26 +70,6 @@ def test_the_environment_of_a_started_jax_stays(monkeypatch):
     jax.devices()
     devices.use_cpu_devices(configured(2, (64, 64)))
     assert "PJRT_NPROC" not in os.environ
-
-
-def count_page_faults(data: pathlib.Path, workdir: pathlib.Path, environment: dict[str, str]) -> int:
-    """Returns the page faults of a run whose steps have large batches, and 150 MB of temporary memory."""
-    code = "import resource, sys; from gmsop_jax.main import main; main(sys.argv[1:]);"
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
-    fields = {"data.dir": data, "model.head": "gap", "train.batch_size": 500, "parallel.cpu_devices": 1}
-    fields |= {"train.num_epochs": 2, "train.learning_rates": "((0.1, 2),)", "log.backends": "()"}
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    command = [sys.executable, "-c", code, "train", "--config", "quickstart", "--workdir", str(workdir), *flags]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout.split()[-1])
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
-def test_freed_memory_is_kept_unless_the_environment_chooses(fashion, environment, tmp_path):
-    others = {k: v for k, v in environment.items() if k != "GLIBC_TUNABLES" and not k.startswith("MALLOC_")}
-    environment = others | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    kept = count_page_faults(fashion, tmp_path / "kept", environment)
-    assert kept < 0.4 * count_page_faults(fashion, tmp_path / "returned", environment | {"MALLOC_TOP_PAD_": "0"})
 
 
 @pytest.mark.slow
