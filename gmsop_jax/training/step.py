@@ -166,9 +166,9 @@ def make_loss(
 
     loss = (Σ cross entropy + α · balance loss)/B for a batch of B images   (GM-SOP, eq. 7)
 
-    With `train.mixup_alpha`, neighbouring rows of the batch are mixed first. The cross entropy is then λ · that of a
-    row's own label + (1 − λ) · that of its neighbour's. Errors are counted against the row's own label, because
-    λ ≥ ½.
+    With `train.mixup_alpha`, neighbouring rows of the batch are mixed first. The cross entropy is then λ times that of
+    a row's own label plus 1 − λ times that of its neighbour's label. Errors are counted against the row's own label,
+    because λ ≥ ½.
 
     Args: as in `make_train_step`.
 

@@ -150,19 +150,19 @@ class Workdir:
             if copy
             else "copy it back, or give another --workdir"
         )
-        for place, read, remedy in (
-            (str(file), lambda: read_bytes(file).decode(), restore),
-            ("the last checkpoint", lambda: copy, "give another --workdir"),
-        ):
-            try:
-                if (text := read()) is None:
-                    continue
-                stored = configs.from_json(text)
-            except ValueError as error:
-                raise CheckpointError(f"{place} has a damaged configuration ({error}); {remedy}") from error
-            if lines := configs.differences(stored, self._config):
-                raise CheckpointError(
-                    f"{self.path} was created with another configuration, which is stored in {place}:\n  "
-                    + "\n  ".join(lines)
-                    + "\nset these fields back, or give another --workdir"
-                )
+        self._compare_config(read_bytes(file), str(file), restore)
+        if copy is not None:
+            self._compare_config(copy.encode(), "the last checkpoint", "give another --workdir")
+
+    def _compare_config(self, content: bytes, place: str, remedy: str) -> None:
+        """Raises CheckpointError if a stored configuration is damaged, or is not that of this run."""
+        try:
+            stored = configs.from_json(content.decode())
+        except ValueError as error:
+            raise CheckpointError(f"{place} has a damaged configuration ({error}); {remedy}") from error
+        if lines := configs.differences(stored, self._config):
+            raise CheckpointError(
+                f"{self.path} was created with another configuration, which is stored in {place}:\n  "
+                + "\n  ".join(lines)
+                + "\nset these fields back, or give another --workdir"
+            )

@@ -129,7 +129,7 @@ def _line_chart(title: str, points: list[Spec], y: Spec, colour: Spec) -> Chart:
 
 
 def candidate_use(run: Run) -> Chart | None:
-    """The mean gate weight of each candidate at each evaluation; None if there are none, as in a run without a gate."""
+    """The mean gate weight of each candidate at each evaluation, or None if the run did not log any."""
     evaluations = [r for r in run.records if r["kind"] == "eval" and len(r.get("candidate_use", ())) > 1]
     points = [
         {"epoch": record["epoch"], "candidate": i, "use": use}
