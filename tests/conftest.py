@@ -30,6 +30,14 @@ def compile_quickly() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def skip_fsync() -> Iterator[None]:
+    """Files of tests have to outlive killed processes, but no power failure; waiting for the disk takes minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def optimized() -> Iterator[None]:
     """For networks that take longer to run than to compile."""
