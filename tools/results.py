@@ -67,8 +67,9 @@ as it has results, whatever they are.
   its random initial weights (`gmsop_random_gate`).
 - The learning rate, that of the classifier and, where a method has them, the dropout rate and the balance weight are
   chosen for each method from a grid. All grids of a study have the same size. The choice is made with one seed, by the
-  balanced error on validation images that were set aside from the training data. The test images are used only once,
-  after the last epoch of the final runs. No result is that of the best epoch.
+  balanced error on validation images that were set aside from the training data. Two studies take over what another
+  study chose instead; their pages say so. The test images are used only once, after the last epoch of the final runs.
+  No result is that of the best epoch.
 - In a finished study, every method was trained at least five times: with five seeds, or on five folds. The pages give
   the mean and the standard deviation over the runs, and the differences from a reference method, paired by seed and
   data set, with 95 % intervals.

@@ -281,6 +281,16 @@ def _pairing(study: Study) -> str:
     return " and ".join(names) or "seed"
 
 
+def _choice(study: Study) -> str:
+    sizes = sorted({len(points) for points in study.grids.values()})
+    if sizes == [1]:
+        return "Each method has one point of hyperparameters, so nothing was chosen in this study."
+    return (
+        "Hyperparameters were chosen by the balanced error on the split `val`, with the first\n"
+        f"seed on the first data set, from {' or '.join(map(str, sizes))} points of a grid for each method."
+    )
+
+
 def _listed(names: Sequence[str]) -> str:
     *others, last = names or ["no method"]
     return f"{', '.join(others)} and {last}" if others else last
@@ -288,15 +298,13 @@ def _listed(names: Sequence[str]) -> str:
 
 def _provenance(study: Study, methods: Sequence[MethodResults], results: Results, config_file: str) -> list[str]:
     runs = _of(methods)
-    sizes = {len(points) for points in study.grids.values()}
     versions = sorted({", ".join(f"{name} {value}" for name, value in run["versions"].items()) for run in runs})
     hours = sum(result.get("wall_seconds", 0) for result in results) / 3600
     return [
         "The error is that after the last epoch on the test images, which were used for nothing else. The balanced",
         "error is the mean of the errors of the classes. Values are mean ± standard deviation over runs. Differences",
         f"are in percentage points and paired by {_pairing(study)}, with 95 % intervals by Student's t that treat the",
-        "pairs as independent. Hyperparameters were chosen by the balanced error on the split `val`, with the first",
-        f"seed on the first data set, from {' or '.join(map(str, sorted(sizes)))} points of a grid for each method.",
+        f"pairs as independent. {_choice(study)}",
         "Seconds per epoch are those of the fastest run of each method, because other jobs ran on the machine.",
         "[Results](README.md#protocol) describes the methods.",
         "",
