@@ -43,9 +43,9 @@ def average_pool(x: Float[AnyArray, "*b p c"], *, where: Where | None = None) ->
     x = _at_least_float32(x)
     _check_positions(x, "average_pool")
     if where is None:
-        return jnp.mean(x, axis=-2)
+        return _mean(x, None)[..., 0, :]
     weights = position_weights(x, where)
-    return _weighted_mean(clear_masked(x, weights), weights)[..., 0, :]
+    return _mean(clear_masked(x, weights), weights)[..., 0, :]
 
 
 def covariance_pool(
@@ -199,13 +199,19 @@ def _at_least_float32(x: AnyArray) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _weighted_mean(x: Array, weights: Array) -> Array:
-    """Means of cleared features, [*b, 1, c]."""
-    return jnp.sum(weights[..., None] * x, axis=-2, keepdims=True) / _total(weights)
+def _mean(x: Array, weights: Array | None) -> Array:
+    """Means of cleared features, [*b, 1, c].
+
+    A matrix product adds the positions one after another, so positions of weight 0 don't change how the sum is rounded.
+    """
+    factors = jnp.ones(x.shape[:-1], x.dtype) if weights is None else weights
+    return jnp.matmul(factors[..., None, :] / _total(x, weights), x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _total(weights: Array) -> Array:
-    """Σ wₚ as [*b, 1, 1], and 1 instead of 0."""
+def _total(x: Array, weights: Array | None) -> Array | int:
+    """The number of positions, or Σ wₚ as [*b, 1, 1], and 1 instead of 0."""
+    if weights is None:
+        return x.shape[-2]
     total = jnp.sum(weights, axis=-1)[..., None, None]
     return jnp.where(total == 0, 1, total)
 
@@ -217,20 +223,19 @@ def _covariance(x: Array, weights: Array | None, centered: bool, precision: Prec
 
 def _weighted_covariance(x: Array, weights: Array | None, centered: bool, precision: PrecisionLike) -> Array:
     rows = _rows(x, weights, centered)
-    if weights is None:
-        return jnp.einsum("...pc,...pd->...cd", rows, rows, precision=precision) / x.shape[-2]
-    roots = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights)))
-    rows = roots[..., None] * rows  # on both sides, for a result that is exactly symmetric
-    return jnp.einsum("...pc,...pd->...cd", rows, rows, precision=precision) / _total(weights)
+    if weights is not None:
+        roots = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights)))
+        rows = roots[..., None] * rows  # on both sides, for a result that is exactly symmetric
+    return jnp.einsum("...pc,...pd->...cd", rows, rows, precision=precision) / _total(rows, weights)
 
 
 def _rows(x: Array, weights: Array | None, centered: bool) -> Array:
     """The features whose outer products are averaged: optionally centered, and 0 at positions of weight 0."""
     x = _at_least_float32(x)
     if weights is None:
-        return x - jnp.mean(x, axis=-2, keepdims=True) if centered else x
+        return x - _mean(x, None) if centered else x
     x = clear_masked(x, weights)
-    return clear_masked(x - _weighted_mean(x, weights), weights) if centered else x
+    return clear_masked(x - _mean(x, weights), weights) if centered else x
 
 
 def _covariance_forward(x, weights, centered, precision):
@@ -245,10 +250,10 @@ def _covariance_backward(centered, precision, residuals, g):
     slopes = jnp.einsum("...pc,...cd->...pd", rows, g + jnp.swapaxes(g, -1, -2), precision=precision)
     if weights is None:
         return (slopes / x.shape[-2]).astype(x.dtype), None
-    dx = weights[..., None] * slopes / _total(weights)
+    dx = weights[..., None] * slopes / _total(x, weights)
     # dΣ/dwₚ = (rowₚ rowₚᵀ − Σ)/Σw, of which <G, rowₚ rowₚᵀ> is half of <rowₚ, slopesₚ>
     along_rows = jnp.sum(rows * slopes, axis=-1, keepdims=True) / 2
-    dweights = (along_rows - _weighted_mean(along_rows, weights)) / _total(weights)
+    dweights = (along_rows - _mean(along_rows, weights)) / _total(x, weights)
     return dx.astype(x.dtype), dweights[..., 0]
 
 

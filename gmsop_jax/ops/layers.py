@@ -100,8 +100,8 @@ def batch_norm(
 
 
 def _shift(x: Array, weights: Array | None, axis_name: str | None) -> Array:
-    """A value near μ: with weights, μ itself; without, the mean of the first of b images, within √b · σ of μ."""
-    if weights is not None:
+    """For vectors or with weights, μ itself; for maps, the mean of the first of b images, within √b · σ of μ."""
+    if weights is not None or x.ndim == 2:
         return jax.lax.stop_gradient(_moments(x, weights, axis_name)[0])
     shift = jax.lax.stop_gradient(jnp.mean(x[:1], tuple(range(x.ndim - 1))))
     return shift if axis_name is None else jax.lax.pmean(shift, axis_name)

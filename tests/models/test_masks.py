@@ -112,9 +112,9 @@ def relative_norm(got, expected):
 )
 def test_masked_equals_shortened(head, dtype, with_nnx):
     """The masked batch also contains a fourth image without any position, which changes nothing."""
-    # Training normalises by the moments of three images, which can enlarge the rounding of float32 a hundred times,
-    # with or without a mask. In float32, this test therefore evaluates. Gradients of parameters have twice the
-    # tolerance: they are sums over all positions, in another order, and each of the two is as far from that in float64.
+    # Training normalises by the moments of three images, which can enlarge the rounding of float32, with or without a
+    # mask. In float32, this test therefore evaluates. Gradients of parameters have twice the tolerance: they are sums
+    # over all positions, in another order, and each of the two is as far from that in float64.
     form, train, tolerance = ((9,), True, 1e-12) if dtype == np.float64 else ((3, 3), False, 1e-6)
     with jax.enable_x64(dtype == np.float64):
         x, mask = np.zeros((4, 9, 6), dtype), np.zeros((4, 9), bool)
@@ -136,6 +136,21 @@ def test_masked_equals_shortened(head, dtype, with_nnx):
         gradient, expected_gradient = (slopes, slope[mask].reshape(3, 6, 6)), (expected[2], expected_slope)
         assert relative_norm(gradient, expected_gradient) <= tolerance
         assert not slope[~mask].any()
+
+
+@some_heads
+def test_masked_equals_shortened_in_training(head):
+    """In float32, with the statistics of a batch that is not tiny."""
+    rng = np.random.default_rng(9)
+    x = rng.gamma(2.0, size=(32, 36, 16)).astype(np.float32)
+    mask = np.stack([rng.permutation(36) < 30 for _ in x])
+    shortened = x[mask].reshape(32, 30, 16)
+    variables = create(head, shortened)
+    *expected, expected_slope = run(head, variables, jnp.asarray(shortened))
+    *got, slope = run(head, variables, garbage(x, mask), where=jnp.asarray(mask))
+    assert_close(got[:2], expected[:2], 1e-6)
+    gradient = (got[2], slope[mask].reshape(shortened.shape))
+    assert relative_norm(gradient, (expected[2], expected_slope)) <= 1e-6
 
 
 @some_heads
