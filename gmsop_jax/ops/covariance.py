@@ -73,7 +73,8 @@ def covariance_pool(
       forward_mode: if True, `jax.jvp`, `jax.jacfwd` and `jax.hessian` are supported too, and the backward pass takes
         two matrix products instead of one. Otherwise, they raise JAX's error "can't apply forward-mode autodiff
         (jvp) to a custom_vjp function".
-      precision: precision of the matrix products; the default depends on the device, see `ops.matrix_precision`.
+      precision: precision of the products of features; the default depends on the device, see `ops.matrix_precision`.
+        The mean always has the highest one.
 
     Returns: symmetric positive semi-definite matrices, float32 or float64. If all weights are 0, the matrix is zero,
       with zero gradient.
