@@ -203,7 +203,7 @@ def _at_least_float32(x: AnyArray) -> Array:
 def _mean(x: Array, weights: Array | None) -> Array:
     """Means of cleared features, [*b, 1, c].
 
-    A matrix product adds the positions one after another, so positions of weight 0 don't change how the sum is rounded.
+    On CPUs, matrix products add up to 384 positions one after another, so those of weight 0 don't change the rounding.
     """
     factors = jnp.ones(x.shape[:-1], x.dtype) if weights is None else weights
     return jnp.matmul(factors[..., None, :] / _total(x, weights), x, precision=jax.lax.Precision.HIGHEST)
