@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     c.train.learning_rates = ((0.1, 16),)
     c.train.schedule = "cosine"
     c.train.warmup_epochs = 1.0
+    c.train.weight_decay = 2e-3
     c.train.rate_factors = (("head/classifier", 0.1),)  # its updates are larger due to the batch norm before it
     c.train.num_epochs = 16
     c.train.log_every_steps = 50

@@ -182,7 +182,8 @@ def network_features() -> dict[int, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"data.dir={folder}/data", "model.head=sop", "model.stage_widths=(16, 32, 64)"]
         overrides += ["model.projection_widths=(256,)", "model.projection_batch_norm=true", "parallel.cpu_devices=1"]
-        config = load("quickstart", [*overrides, "train.num_epochs=3", "train.learning_rates=((0.02, 3),)"])
+        overrides += ["train.num_epochs=3", "train.learning_rates=((0.02, 3),)", "train.weight_decay=0.0001"]
+        config = load("quickstart", overrides)
         prepare_data(config.data)
         train_and_evaluate(config, f"{folder}/run")
         model, variables, info = gmsop_jax.load(f"{folder}/run")
