@@ -2,7 +2,7 @@
 
     gmsop train --config quickstart
 
-Expect a top-1 error below 15 % on the 1,000 test images, within 3 minutes on two CPU cores.
+Expect a top-1 error of about 10 % on the 1,000 test images, within 3 minutes on two CPU cores.
 """
 
 from gmsop_jax.config import ConfigDict, default_config

@@ -103,8 +103,8 @@ def test_multiply_adds_by_hand():
     positions = 10 * 10
     backbone = positions * 9 * (3 * 4 + 4 * 4 + 4 * 4)
     # three iterations of the square root take five products
-    gate = positions * 4 * 5 + positions * 5**2 + 5 * 5**3 + 15 * 6
-    candidate = positions * (4 * 8 + 8 * 3) + positions * 3**2 + 5 * 3**3
+    gate = positions * 4 * 5 + positions * (5 + 5**2) + 5 * 5**3 + 15 * 6  # with the mean
+    candidate = positions * (4 * 8 + 8 * 3) + positions * (3 + 3**2) + 5 * 3**3
     weighted_sum = 2 * 6
     assert cost(m, 10).macs == backbone + gate + 2 * candidate + weighted_sum + 6 * 7
 

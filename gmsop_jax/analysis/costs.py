@@ -57,8 +57,9 @@ def multiply_adds(jaxpr: Any) -> int:
     """Counts the multiply-adds of the convolutions, matrix products and eigendecompositions in a program.
 
     As usual, element-wise operations and sums are not counted, so biases, batch norm, activations and average pooling
-    are free. Equations that no output depends on are not counted either. An eigendecomposition counts as 9 d³. Of
-    several branches, only the most expensive one is counted.
+    are free. The mean that covariance pooling subtracts is computed as a product, and counted. Equations that no output
+    depends on are not counted. An eigendecomposition counts as 9 d³. Of several branches, only the most expensive one
+    is counted.
 
     Args:
       jaxpr: the program, from `jax.make_jaxpr`. A `while` loop without a fixed length counts as one iteration.

@@ -43,7 +43,7 @@ def average_pool(x: Float[AnyArray, "*b p c"], *, where: Where | None = None) ->
     x = _at_least_float32(x)
     _check_positions(x, "average_pool")
     if where is None:
-        return _mean(x, None)[..., 0, :]
+        return jnp.mean(x, axis=-2)
     weights = position_weights(x, where)
     return _mean(clear_masked(x, weights), weights)[..., 0, :]
 

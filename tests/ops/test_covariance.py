@@ -279,11 +279,11 @@ def test_forward_mode_in_the_weights_and_in_hessian_vector_products(x64):
 
 
 @pytest.mark.usefixtures("optimized")  # sums in another order than unoptimized programs
-@pytest.mark.parametrize("pool", [average_pool, covariance_pool])
-def test_masked_positions_do_not_change_the_rounding(pool):
+def test_masked_positions_do_not_change_the_rounding():
     """The roots of small eigenvalues would enlarge a difference in the last bits of a covariance."""
     rng = np.random.default_rng(0)
     x = rng.normal(1, 1, size=(4, 49, 32)).astype(np.float32)
     mask = np.stack([rng.permutation(49) < 30 for _ in x])
-    masked, shortened = jax.jit(pool)(x, where=mask), jax.jit(pool)(x[mask].reshape(4, 30, 32))
+    pool = jax.jit(covariance_pool)
+    masked, shortened = pool(x, where=mask), pool(x[mask].reshape(4, 30, 32))
     np.testing.assert_array_equal(masked, shortened)
