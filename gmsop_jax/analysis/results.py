@@ -339,32 +339,27 @@ def interval(delta: Estimate | None) -> str:
     return f"{delta.mean:+.2f} [{delta.mean - delta.half_width:+.2f}, {delta.mean + delta.half_width:+.2f}]"
 
 
-COMPARED = ("gap", "gap_wide", "srsop", "parametric_srsop", "dropcov", "avesop", "gmgap", "gmsop")
+COMPARED = (
+    "gap", "gap_wide", "srsop", "parametric_srsop", "dropcov", "avesop", "gmgap", "gmsop", "gmsop_all_selected",
+)  # fmt: skip
 
 
 def overview(collected: Mapping[str, Sequence[MethodResults]]) -> str:
     """Returns a Markdown table of balanced errors, with a column for each study and a row for each method.
 
+    A dash means that a study does not have the method.
+
     Args:
-      collected: for each title of a study, what `collect` returns.
+      collected: for each title of a study, what `collect` returns. The first study has all methods in `COMPARED`.
     """
-    titles = complete_studies(collected)
-    lines = [f"| method | parameters | MMAC | {' | '.join(titles)} |", "|---" * (len(titles) + 3) + "|"]
+    lines = [f"| method | parameters | MMAC | {' | '.join(collected)} |", "|---" * (len(collected) + 3) + "|"]
+    costs = by_name(next(iter(collected.values())))
     for name in COMPARED:
-        methods = [by_name(collected[title])[name] for title in titles]
-        cells = [spread(list(next(iter(method.errors.values())).values())) for method in methods]
-        cost = methods[0].runs[0]
+        found = [by_name(methods).get(name) for methods in collected.values()]
+        cells = [spread(list(next(iter(method.errors.values())).values())) if method else "–" for method in found]
+        cost = costs[name].runs[0]
         lines.append(f"| {name} | {cost['parameters']:,} | {cost['macs'] / 1e6:.2f} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
-
-
-def complete_studies(collected: Mapping[str, Sequence[MethodResults]]) -> list[str]:
-    """Returns the titles of the studies that have at least two final runs of every method in `COMPARED`."""
-    return [
-        title
-        for title, methods in collected.items()
-        if set(COMPARED) <= {method.method for method in methods if len(method.runs) > 1}
-    ]
 
 
 def by_name(methods: Sequence[MethodResults]) -> dict[str, MethodResults]:

@@ -1,6 +1,7 @@
 """Figures of results: the errors of the methods of a study, and comparisons of studies, as SVG files."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from gmsop_jax.analysis.results import (
     Results,
     by_name,
     collect,
-    complete_studies,
     difference,
     gated_methods,
     in_all,
@@ -68,21 +68,22 @@ def plot_gate(study: Study, results: Results, file: pathlib.Path) -> None:
 
 
 def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathlib.Path) -> None:
-    """Draws the difference of each method from average pooling, with its 95 % interval, for each complete study."""
-    titles, names = complete_studies(collected), COMPARED[1:]
-    figure = Figure(figsize=(2.6 + 3.2 * len(titles), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
-    for axes, title in zip(panels, titles, strict=True):
-        methods = by_name(collected[title])
+    """Draws the difference of each method from average pooling, with its 95 % interval, for each study."""
+    names = COMPARED[1:]
+    figure = Figure(figsize=(2 + 2.6 * len(collected), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(collected), sharey=True, squeeze=False)[0]
+    for axes, (title, results) in zip(panels, collected.items(), strict=True):
+        methods = by_name(results)
         for row, name in enumerate(reversed(names)):
-            delta = difference(methods[name], methods["gap"], next(iter(methods[name].errors)))
+            split = next(iter(methods["gap"].errors))
+            delta = difference(methods[name], methods["gap"], split) if name in methods else None
             if delta is not None:
                 sure = abs(delta.mean) > delta.half_width
                 color = "#999" if not sure else "#17744f" if delta.mean < 0 else "#b3402a"
                 axes.errorbar(delta.mean, row, xerr=delta.half_width, fmt="D", color=color, capsize=3, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(names)), reversed(names))
-        axes.set_title(title, fontsize=10)
+        axes.set_title(textwrap.fill(title, 28), fontsize=9)
         axes.grid(axis="x", alpha=0.3)
     figure.supxlabel("balanced error minus that of average pooling (gap), in percentage points", fontsize=9)
     _save(figure, file, "overview")

@@ -150,14 +150,15 @@ def test_two_classes_have_accuracy_and_f1():
     assert "| gap | 85.00 % | 66.67 % |" in page  # 2 · 15 / (20 + 25)
 
 
-def test_overview_has_the_studies_that_are_complete(tmp_path: pathlib.Path):
+def test_overview_of_studies_with_all_and_with_some_methods(tmp_path: pathlib.Path):
     found = [result(method, seed, 10 + seed) for method in results.COMPARED for seed in range(2)]
     grids = {method: [("train.rate=0.1",)] for method in results.COMPARED}
     methods = results.collect(a_study(grids=grids), found)
     collected = {"Whole": methods, "Part": methods[:-1]}
     lines = results.overview(collected).splitlines()
-    assert lines[0] == "| method | parameters | MMAC | Whole |"
-    assert lines[2] == "| gap | 1,234 | 2.50 | 10.50 ± 0.71 % |"
+    assert lines[0] == "| method | parameters | MMAC | Whole | Part |"
+    assert lines[2] == "| gap | 1,234 | 2.50 | 10.50 ± 0.71 % | 10.50 ± 0.71 % |"
+    assert lines[-1] == "| gmsop_all_selected | 1,234 | 2.50 | 10.50 ± 0.71 % | – |"
     assert len(lines) == 2 + len(results.COMPARED)
     results_plots.plot_overview(collected, tmp_path / "overview.svg")
     assert (tmp_path / "overview.svg").read_text().count("<svg") == 1
