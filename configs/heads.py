@@ -43,7 +43,7 @@ def get_config(head: str = "gmsop") -> ConfigDict:
     if head not in ROWS:
         raise ConfigError(f"configuration 'heads' defines no head {head!r}; choose one of {', '.join(ROWS)}")
     c = load(pathlib.Path(__file__).with_name("quickstart.py"))
-    c.train.update(learning_rates=((0.05, 12), (0.005, 4)), schedule="steps", warmup_epochs=0.0, rate_factors=())
-    c.train.weight_decay = 1e-4
+    c.train.update(learning_rates=((0.05, 12), (0.005, 4)), schedule="steps", warmup_epochs=0.0)
+    c.train.update(rate_factors=(), weight_decay=1e-4)
     c.model.update(_HEADS[head])
     return c

@@ -17,8 +17,7 @@ _EPOCHS = 20
 
 
 def _grid(method: str) -> list[tuple[str, ...]]:
-    full_rate, slow_classifier = _METHODS.grid(method, epochs=_EPOCHS, size=1)
-    point = full_rate if method == "gmsop_full_rate" else slow_classifier
+    point = _METHODS.first_point(method, epochs=_EPOCHS, slow_classifier=method != "gmsop_full_rate")
     return [(*point[:2], f"train.balance_weight={alpha}", *point[3:]) for alpha in (0, 20, 100)]
 
 

@@ -91,3 +91,9 @@ def grid(method: str, *, epochs: int, size: int = 4) -> list[tuple[str, ...]]:
     ]
     slow_classifier = (*_RATE_FACTORS.get(method, ()), ("head/classifier", 0.1))
     return points + [(*point, f"train.rate_factors={slow_classifier}") for point in points]
+
+
+def first_point(method: str, *, epochs: int, slow_classifier: bool) -> tuple[str, ...]:
+    """The first point of a method's grid, with the full learning rate of the classifier or a tenth of it."""
+    full_rate, tenth = grid(method, epochs=epochs, size=1)
+    return tenth if slow_classifier else full_rate

@@ -284,7 +284,7 @@ def _pairing(study: Study) -> str:
 def _choice(study: Study) -> str:
     sizes = sorted({len(points) for points in study.grids.values()})
     if sizes == [1]:
-        return "Each method has one point of hyperparameters, so nothing was chosen in this study."
+        return "The hyperparameters of each method were fixed in advance."
     return (
         "Hyperparameters were chosen by the balanced error on the split `val`, with the first\n"
         f"seed on the first data set, from {' or '.join(map(str, sizes))} points of a grid for each method."
@@ -347,17 +347,18 @@ COMPARED = (
 def overview(collected: Mapping[str, Sequence[MethodResults]]) -> str:
     """Returns a Markdown table of balanced errors, with a column for each study and a row for each method.
 
-    A dash means that a study does not have the method.
+    The cost of a method is that in the first study that has the method. A dash means that a study does not have it.
 
     Args:
-      collected: for each title of a study, what `collect` returns. The first study has all methods in `COMPARED`.
+      collected: for each title of a study, what `collect` returns.
     """
     lines = [f"| method | parameters | MMAC | {' | '.join(collected)} |", "|---" * (len(collected) + 3) + "|"]
-    costs = by_name(next(iter(collected.values())))
     for name in COMPARED:
         found = [by_name(methods).get(name) for methods in collected.values()]
         cells = [spread(list(next(iter(method.errors.values())).values())) if method else "–" for method in found]
-        cost = costs[name].runs[0]
+        cost = next((method.runs[0] for method in found if method), None)
+        if cost is None:
+            continue
         lines.append(f"| {name} | {cost['parameters']:,} | {cost['macs'] / 1e6:.2f} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
