@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_compiled import Traffic, compile_for_h100, compiled_table, traffic
 from bench_lowering import count, lower, lowering_rows, lowering_table
 from bench_roots import METHODS, case_name, covariances, root_case, root_table
 from bench_timing import Case, Worker
@@ -102,7 +103,7 @@ def test_tables_of_the_page_by_hand():
     assert benchmark.sections({"ops": []}) == {}
 
 
-@pytest.mark.parametrize("name", ["speed", "roots", "reading", "lowering", "accelerator"])
+@pytest.mark.parametrize("name", ["speed", "roots", "reading", "lowering", "compiled", "accelerator"])
 def test_the_page_has_every_section(tmp_path, name):
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "performance.md").read_text("utf-8"), "utf-8")
@@ -140,6 +141,45 @@ def test_scatters_of_numbers_are_counted():
 def test_documented_counts_of_the_program_for_a_gpu():
     """After a change of the dispatches run `python tools/benchmark.py lowering --docs docs/performance.md`."""
     assert lowering_table(lowering_rows()) in (ROOT / "docs" / "performance.md").read_text("utf-8")
+
+
+def test_traffic_of_a_compiled_program_by_hand():
+    program = jax.jit(jnp.matmul).lower(jnp.zeros((8, 4)), jnp.zeros((4, 2))).compile().as_text()
+    assert program is not None
+    assert traffic(program) == Traffic(kernels=1, bytes=4 * (32 + 8 + 16))
+
+
+def test_traffic_counts_tuples_and_repeated_operands_once_and_small_types_by_their_size():
+    program = """HloModule m
+
+%fused (p: bf16[8]) -> bf16[8] {
+  ROOT %n = bf16[8]{0} negate(%p)
+}
+
+ENTRY %main (a: bf16[8], b: pred[8]) -> bf16[8] {
+  %a = bf16[8]{0} parameter(0)
+  %b = pred[8]{0} parameter(1)
+  %f = (bf16[8]{0}, s32[2,3]{1,0}) fusion(%a, %a, %b), kind=kLoop, calls=%fused
+  %g = bf16[8]{0} get-tuple-element(%f), index=0
+  ROOT %c = bf16[8]{0} copy(%g), metadata={op_name="x(y)"}
+}
+"""
+    assert traffic(program) == Traffic(kernels=2, bytes=(16 + 24 + 16 + 8) + (16 + 16))
+
+
+def test_compiling_for_a_gpu_without_its_plugin_says_what_to_install(monkeypatch):
+    def no_plugin(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", no_plugin)
+    with pytest.raises(UserError, match=r"plugin for CUDA.*pip install -e '\.\[cuda12\]'"):
+        compile_for_h100(jnp.sin, jnp.zeros(3))
+
+
+def test_table_of_compiled_steps():
+    numbers = {"images": 256, "state_gb": 0.086, "temporary_gb": 4.32, "kernels": 636}
+    row = {"step": "`gmsop`", **numbers, "traffic_gb": 38.5, "ms_at_full_bandwidth": 11.49}
+    assert compiled_table([row]).splitlines()[2] == "| `gmsop` | 256 | 0.09 | 4.32 | 636 | 38.5 | 11.5 |"
 
 
 QUICK = ("device", "ceilings", "layers", "gradients")

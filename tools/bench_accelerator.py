@@ -355,7 +355,7 @@ def _gradients(toy: bool) -> Rows:
 
 def _repeatability(toy: bool) -> Rows:
     """Three steps in this process, twice, and on a mesh of all devices."""
-    config, batch = _step_config("imagenet64_gmsop", {}, toy), 4 if toy else 64
+    config, batch = step_config("imagenet64_gmsop", {}, toy), 4 if toy else 64
 
     @functools.cache
     def after_three_steps(run: str) -> np.ndarray:
@@ -431,7 +431,7 @@ def _time_step(config_name: str, batch: int, overrides: dict[str, Any], *, toy: 
     batch, others = 4 if toy else batch, dict(overrides)
     precision = others.pop("default_matmul_precision", None)
     with jax.default_matmul_precision(precision):
-        step = JaxStep(_step_config(config_name, others, toy), batch)
+        step = JaxStep(step_config(config_name, others, toy), batch)
         row = _time(step, peak_mb=step.program.peak_mb)
     row["images/s"] = batch / row["ms"] * 1e3
     if config_name == "imagenet64_gmsop" and not toy:
@@ -440,7 +440,8 @@ def _time_step(config_name: str, batch: int, overrides: dict[str, Any], *, toy: 
     return row
 
 
-def _step_config(name: str, overrides: dict[str, Any], toy: bool) -> ConfigDict:
+def step_config(name: str, overrides: dict[str, Any], toy: bool) -> ConfigDict:
+    """A shipped configuration with 1,000 classes and other values of some fields; `toy` shrinks images and network."""
     config = configs.load(name)
     config.model.num_classes = 1000
     for field, value in overrides.items():
@@ -516,7 +517,7 @@ def _training(toy: bool) -> Rows:
         return {"top-1 error in percent": result["last_top1_error"], "seconds": result["wall_seconds"]}
 
     def full_width() -> Row:
-        config = _step_config("imagenet64_gmsop", {}, toy)
+        config = step_config("imagenet64_gmsop", {}, toy)
         config.train.batch_size, config.model.num_classes = 4 if toy else 256, 0  # the classes of the data
         with tempfile.TemporaryDirectory() as folder:
             bench_data.make(pathlib.Path(folder, "source"), 20 if toy else 20_000)

@@ -20,7 +20,7 @@ from gmsop_jax.config import ConfigDict, default_config
 from gmsop_jax.models import create_model
 from gmsop_jax.training.optimizer import create_optimizer
 from gmsop_jax.training.parallel import AXIS, compile_train_step, replicate
-from gmsop_jax.training.step import create_state, make_train_step
+from gmsop_jax.training.step import TrainState, create_state, make_train_step
 
 _CLASSES = 1000
 
@@ -66,6 +66,28 @@ def _images(batch: int, side: int = 64) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
 
 
+def make_batch(config: ConfigDict, batch: int) -> dict[str, np.ndarray]:
+    """Random images of the size in the configuration, and labels."""
+    return {"image": _images(batch, config.data.image_size or 64), "label": np.arange(batch, dtype=np.int32) % 10}
+
+
+def make_step(config: ConfigDict, axis_name: str | None = None) -> tuple[Callable, Callable[[], TrainState]]:
+    """The training step of a configuration with `model.num_classes`, and the function that creates its state."""
+    side = config.data.image_size or 64
+    model = create_model(config.model, axis_name=axis_name)
+    optimizer = create_optimizer(config.train, lambda _: 0.1, config.model.pixel_scale)
+
+    def init() -> TrainState:
+        variables = jax.jit(create_model(config.model).init)(jax.random.key(0), jnp.zeros((1, side, side, 3)))
+        return create_state(variables, optimizer)
+
+    mean_rgb, ddof = (120.0, 120.0, 120.0), config.model.balance_ddof
+    step = make_train_step(
+        model, optimizer, config.train, seed=0, mean_rgb=mean_rgb, balance_ddof=ddof, axis_name=axis_name
+    )
+    return step, init
+
+
 class JaxStep:
     """A training step on one batch of random images. A call takes the step and waits for its result.
 
@@ -76,17 +98,9 @@ class JaxStep:
     """
 
     def __init__(self, config: ConfigDict, batch: int, mesh: Mesh | None = None):
-        side = config.data.image_size or 64
-        axis_name = AXIS if mesh else None
-        model = create_model(config.model, axis_name=axis_name)
-        optimizer = create_optimizer(config.train, lambda _: 0.1, config.model.pixel_scale)
-        init = create_model(config.model).init
-        self.state = create_state(jax.jit(init)(jax.random.key(0), jnp.zeros((1, side, side, 3))), optimizer)
-        self.batch: Any = {"image": _images(batch, side), "label": np.arange(batch, dtype=np.int32) % 10}
-        mean_rgb, ddof = (120.0, 120.0, 120.0), config.model.balance_ddof
-        step = make_train_step(
-            model, optimizer, config.train, seed=0, mean_rgb=mean_rgb, balance_ddof=ddof, axis_name=axis_name
-        )
+        step, init = make_step(config, AXIS if mesh else None)
+        self.state = init()
+        self.batch: Any = make_batch(config, batch)
         if mesh:
             self.program, place = compile_train_step(step, mesh, "jit")
             self.state, self.batch = replicate(self.state, mesh), place(self.batch)

@@ -2,7 +2,7 @@
 
     python tools/benchmark.py {ops,roots,mixture,step,pipeline,all} [--peer torch] [--json FILE] [--docs PAGE]
     python tools/benchmark.py accelerator --out FILE [--docs docs/performance.md]
-    python tools/benchmark.py lowering [--docs docs/performance.md]
+    python tools/benchmark.py {lowering,compiled} [--docs docs/performance.md]
 
 All cases of a table are run in turn, in one process, except that on a CPU each case of `step` has its own process.
 The table shows the median time and the quartiles. Operations (a multiply-add counts as two) and bytes are those that
@@ -11,7 +11,8 @@ ceilings (the fastest matrix product and a copy), divided by the median.
 
 `roots` compares the square root with those of other libraries that are installed. `accelerator` measures correctness,
 speed and memory on a GPU or TPU in at most 8 minutes; run it again to continue, or to repeat what failed. `lowering`
-measures nothing: it counts products and copies in the programs that JAX lowers for a GPU, without needing a GPU.
+and `compiled` measure nothing and need no GPU: the first counts products and copies in programs that JAX lowers for a
+GPU, and the second compiles training steps for an H100, and tells the memory and the memory traffic that XLA plans.
 """
 
 import argparse
@@ -40,14 +41,13 @@ from gmsop_jax.files import write_json
 
 _PACKAGES = {"jax": ("jax", "jax"), "PyTorch": ("torch", "torch"), "OTT-JAX": ("ott", "ott-jax")}  # module, package
 _KINDS = ("ops", "roots", "mixture", "step", "pipeline")
+_ALONE = ("accelerator", "lowering", "compiled")
 
 
 def main() -> None:
     """Parses the command line and prints the tables."""
     parser = ArgumentParser(description="Measures speed, and compares it with the machine's ceilings and with PyTorch.")
-    parser.add_argument(
-        "what", nargs="+", choices=(*_KINDS, "all", "accelerator", "lowering"), help="tables; see the top of this file"
-    )
+    parser.add_argument("what", nargs="+", choices=(*_KINDS, "all", *_ALONE), help="tables; see the top of this file")
     parser.add_argument("--peer", choices=("torch",), help="compare with PyTorch (pip install '.[bench]')")
     parser.add_argument(
         "--batch", type=int, default=16, help="images in a batch of roots, mixture and step (default: 16)"
@@ -65,12 +65,12 @@ def main() -> None:
     parser.add_argument("--docs", metavar="PAGE", type=pathlib.Path, help="put the tables into this page")
     parser.add_argument("--toy", action="store_true", help="accelerator: tiny sizes, to try the tool on a CPU")
     options = parser.parse_args()
-    if len(options.what) > 1 and {"accelerator", "lowering"} & set(options.what):
-        parser.error("accelerator and lowering can't be combined with other tables")
+    if len(options.what) > 1 and set(_ALONE) & set(options.what):
+        parser.error(f"{', '.join(_ALONE)} can't be combined with other tables")
     if options.what == ["accelerator"]:
         return measure_accelerator(options)
-    if options.what == ["lowering"]:
-        return count_lowering(options)
+    if options.what[0] in ("lowering", "compiled"):
+        return count(options.what[0], options)
     print(machine())
     results: dict[str, Any] = {}
     for kind in _KINDS if "all" in options.what else options.what:
@@ -111,14 +111,21 @@ def measure_accelerator(options: argparse.Namespace) -> None:
         write_section(options.docs, "accelerator", text)
 
 
-def count_lowering(options: argparse.Namespace) -> None:
-    """Prints the counts of each dispatch in the program for a GPU."""
-    rows = lowering_rows()
-    print(lowering_table(rows))
+def count(what: str, options: argparse.Namespace) -> None:
+    """Prints the counts of programs for a GPU, `lowering` or `compiled`."""
+    if what == "lowering":
+        rows = lowering_rows()
+        text = lowering_table(rows)
+    else:
+        from bench_compiled import compiled_rows, compiled_table
+
+        rows = compiled_rows()
+        text = f"jax {version('jax')}\n\n{compiled_table(rows)}"
+    print(text)
     if options.json:
         write_json(options.json, rows)
     if options.docs:
-        write_section(options.docs, "lowering", lowering_table(rows))
+        write_section(options.docs, what, text)
 
 
 def machine() -> str:
