@@ -29,6 +29,7 @@ def run_mode(arguments: Sequence[str], mode: str = "") -> int:
         config = _load_config(options)
         devices.use_cpu_devices(config)
         devices.use_compilation_cache()
+        devices.keep_freed_memory()
         processes.check_same({"--mode": options.mode})
     workdir = options.workdir or f"runs/{configs.run_name(options.config or 'run')}"
     if options.mode == "predict":

@@ -15,6 +15,7 @@ from gmsop_jax.conversion.sources import Options
 from gmsop_jax.data.manifest import FILE_NAME, Manifest
 from gmsop_jax.errors import ArgumentParser, ConfigError, UserError
 from gmsop_jax.files import write_atomic, write_output
+from gmsop_jax.training.devices import keep_freed_memory
 
 
 def run_report(arguments: Sequence[str]) -> None:
@@ -106,6 +107,7 @@ def _execute_study(study: Study, path: str, options: argparse.Namespace) -> None
     for data in study.data:
         prepare_data(data, options.data_dir / data.name, options.input)
     file, _ = split_argument(path)
+    keep_freed_memory()
     StudyRunner(study, file, data_dir=options.data_dir, output=options.output, results=options.results).execute()
     print(f"all runs of {study.name} are finished; their results are in {options.results / study.name}")
 

@@ -1,6 +1,7 @@
-"""Settings of the process: the number of CPU devices, and the cache of compiled programs."""
+"""Settings of the process: the number of CPU devices, the cache of compiled programs, and the memory allocator."""
 
 import contextlib
+import ctypes
 import math
 import os
 
@@ -9,6 +10,7 @@ import jax
 from gmsop_jax.config import ConfigDict
 
 MIN_ROWS_PER_DEVICE = 16  # on a CPU; with fewer rows, splitting the batch takes more time than it saves
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 
 
 def num_cpu_devices(config: ConfigDict, cores: int) -> int:
@@ -49,3 +51,20 @@ def use_compilation_cache() -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not jax.config.jax_compilation_cache_dir and os.path.isabs(cache):  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "gmsop_jax"))
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed blocks of up to 64 MiB for the next allocation.
+
+    On a CPU, XLA allocates the temporary memory of a program in one block at each call. By default, glibc returns
+    blocks of more than 32 MiB to the operating system, which clears every page of the next one. Blocks of more than 64
+    MiB are always returned, because they do not fit into the heaps of glibc's threads.
+
+    Has no effect with other C libraries, or if the environment configures glibc's allocator.
+    """
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt, or under Windows no CDLL(None)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 64 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 128 << 20)
