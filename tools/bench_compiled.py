@@ -1,7 +1,7 @@
 """Memory and kernels of training steps on an NVIDIA H100, for `benchmark.py compiled`; no GPU is needed.
 
-XLA compiles for the description of a GPU below. The kernels are those that it chooses without timing them, as our runs
-on GPUs do, where only deterministic kernels are allowed.
+XLA compiles for the description of a GPU below, with its default settings for each kernel, which don't change what the
+kernel reads and writes. For a real GPU, it would try several settings.
 """
 
 import dataclasses

@@ -95,9 +95,10 @@ class JaxStep:
       config: a configuration in which `model.num_classes` is set.
       batch: number of images.
       mesh: the devices to split the batch over; by default one device, without a mesh.
+      options: options of XLA for one device; by default those of `gmsop train`.
     """
 
-    def __init__(self, config: ConfigDict, batch: int, mesh: Mesh | None = None):
+    def __init__(self, config: ConfigDict, batch: int, mesh: Mesh | None = None, options: dict[str, Any] | None = None):
         step, init = make_step(config, AXIS if mesh else None)
         self.state = init()
         self.batch: Any = make_batch(config, batch)
@@ -105,7 +106,7 @@ class JaxStep:
             self.program, place = compile_train_step(step, mesh, "jit")
             self.state, self.batch = replicate(self.state, mesh), place(self.batch)
         else:
-            self.program = Program(step, self.state, self.batch, donate=(0,))
+            self.program = Program(step, self.state, self.batch, donate=(0,), options=options)
 
     def __call__(self) -> None:
         """Takes one step."""

@@ -88,10 +88,24 @@ def _time(run: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 
 class Program:
-    """A function that is compiled for its arguments. A call runs it and waits for the result."""
+    """A function that is compiled for its arguments. A call runs it and waits for the result.
 
-    def __init__(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()):
-        jitted = jax.jit(function, donate_argnums=donate, compiler_options=compiler_options())
+    Args:
+      function: the function.
+      *arguments: its arguments.
+      donate: the positions of arguments whose memory it may overwrite.
+      options: options of XLA; by default those of `gmsop train`.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        *arguments: Any,
+        donate: tuple[int, ...] = (),
+        options: dict[str, Any] | None = None,
+    ):
+        options = compiler_options() if options is None else options
+        jitted = jax.jit(function, donate_argnums=donate, compiler_options=options)
         self._program, self._arguments = jitted.lower(*arguments).compile(), arguments
 
     def __call__(self, *arguments: Any) -> Any:
