@@ -16,17 +16,16 @@ _METHODS = run_file(pathlib.Path(__file__).with_name("methods.py"))
 _WEIGHT_DECAYS = (1e-4, 5e-4, 2e-3, 8e-3)
 _SLOW_CLASSIFIER = ("avesop",)  # selected by emoji.py
 
-
-def _grid(method: str) -> list[tuple[str, ...]]:
-    point = _METHODS.first_point(method, epochs=10, slow_classifier=method in _SLOW_CLASSIFIER)
-    return [(*point, f"train.weight_decay={weight_decay}") for weight_decay in _WEIGHT_DECAYS]
-
-
 STUDY = dataclasses.replace(
     _EMOJI.STUDY,
     name="emoji_weight_decay",
     title="Emoji in three vendors' drawings at 64×64, with tuned weight decay",
-    grids={method: _grid(method) for method in _METHODS.LEARNING_CURVE},
+    grids={
+        method: _METHODS.weight_decay_grid(
+            method, _WEIGHT_DECAYS, epochs=10, slow_classifier=method in _SLOW_CLASSIFIER
+        )
+        for method in _METHODS.LEARNING_CURVE
+    },
     notes="""\
 The data, the classes and the split are those of the study of [emoji](emoji.md), where the weight decay is 10⁻⁴ for all
 methods. Here, it is chosen for each method, from 10⁻⁴, 5 · 10⁻⁴, 2 · 10⁻³ and 8 · 10⁻³. The other hyperparameters of a

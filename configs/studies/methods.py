@@ -5,6 +5,8 @@ the stem has 8 channels and the strides are 4, 2 and 1 instead of 2, 2 and 1. Se
 they have 32 · 33 / 2 = 528 features.
 """
 
+from collections.abc import Sequence
+
 from gmsop_jax.config import ConfigDict, default_config
 from gmsop_jax.errors import ConfigError
 
@@ -97,3 +99,11 @@ def first_point(method: str, *, epochs: int, slow_classifier: bool) -> tuple[str
     """The first point of a method's grid, with the full learning rate of the classifier or a tenth of it."""
     full_rate, tenth = grid(method, epochs=epochs, size=1)
     return tenth if slow_classifier else full_rate
+
+
+def weight_decay_grid(
+    method: str, weight_decays: Sequence[float], *, epochs: int, slow_classifier: bool
+) -> list[tuple[str, ...]]:
+    """The first point of a method's grid with each of several weight decays."""
+    point = first_point(method, epochs=epochs, slow_classifier=slow_classifier)
+    return [(*point, f"train.weight_decay={weight_decay}") for weight_decay in weight_decays]

@@ -393,3 +393,25 @@ def in_all(sizes: Mapping[int, Sequence[MethodResults]]) -> list[str]:
     """Returns the methods that have at least two runs for every number of images."""
     counts = [{method.method for method in methods if len(method.runs) > 1} for methods in sizes.values()]
     return [method.method for method in next(iter(sizes.values())) if all(method.method in names for names in counts)]
+
+
+def tuning(fixed: Sequence[MethodResults], tuned: Sequence[MethodResults]) -> str:
+    """Returns a Markdown table that compares a study with one that tunes another hyperparameter.
+
+    It contains the balanced errors in both studies, the choice, and the difference between the studies. The last column
+    is the difference from average pooling in the second study.
+
+    Args:
+      fixed: the methods of the first study, from `collect`.
+      tuned: those of the second one, where the tuned hyperparameter is the last assignment of each point.
+    """
+    lines = ["| method | fixed | tuned | choice | tuned − fixed | difference from gap, tuned |", "|---" * 6 + "|"]
+    for method in tuned:
+        before, gap = by_name(fixed).get(method.method), by_name(tuned).get("gap")
+        split, errors = next(iter(method.errors.items()))
+        old = spread(list(before.errors[split].values())) if before else "–"
+        change = interval(difference(method, before, split) if before else None)
+        against = interval(difference(method, gap, split) if gap and method is not gap else None)
+        choice = short_form(method.point[-1]).partition("=")[2]
+        lines.append(f"| {method.method} | {old} | {spread(list(errors.values()))} | {choice} | {change} | {against} |")
+    return "\n".join([*lines, ""])

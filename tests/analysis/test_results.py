@@ -180,6 +180,27 @@ def test_learning_curves_have_the_methods_of_all_sizes(tmp_path: pathlib.Path):
     assert (tmp_path / "curves.svg").read_text().count("<svg") == 1
 
 
+def test_table_of_a_tuned_hyperparameter():
+    points = {"gap": "train.weight_decay=0.0001", "srsop": "train.weight_decay=0.002"}
+    fixed_study = a_study(grids={"gap": [("train.rate=0.1",)], "srsop": [("train.rate=0.1",)]})
+    tuned_study = a_study(grids={method: [("train.rate=0.1", point)] for method, point in points.items()})
+    errors = {"gap": ((20, 21, 22), (20, 21, 22)), "srsop": ((19, 20, 21), (18, 19, 19.3))}
+    found = [
+        [
+            result(method, seed, error, point=("train.rate=0.1", points[method]) if tuned else ("train.rate=0.1",))
+            for method, pair in errors.items()
+            for seed, error in enumerate(pair[tuned])
+        ]
+        for tuned in (0, 1)
+    ]
+    fixed, tuned = results.collect(fixed_study, found[0]), results.collect(tuned_study, found[1])
+    assert results.tuning(fixed, tuned).splitlines()[2:] == [
+        "| gap | 21.00 ± 1.00 % | 21.00 ± 1.00 % | 0.0001 | +0.00 [+0.00, +0.00] | – |",
+        "| srsop | 20.00 ± 1.00 % | 18.77 ± 0.68 % | 0.002 | -1.23 [-2.24, -0.23] | -2.23 [-3.24, -1.23] |",
+    ]
+    assert results.tuning(fixed[:1], tuned).splitlines()[-1].startswith("| srsop | – | 18.77 ± 0.68 % | 0.002 | – |")
+
+
 def test_a_study_chooses_on_val_and_measures_test_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(0)
     for split, label, at in itertools.product(("train", "val", "test"), ("a", "b"), range(4)):

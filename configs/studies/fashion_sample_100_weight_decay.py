@@ -1,0 +1,33 @@
+"""Six methods on the embedded sample of Fashion-MNIST, with a choice of the weight decay for each method.
+
+    python tools/sweep.py configs/studies/fashion_sample_100_weight_decay.py
+
+There are 4,500 images for training, 500 for validation and 1,000 for testing.
+"""
+
+import dataclasses
+import pathlib
+
+from gmsop_jax.config import run_file
+
+_FIXED = run_file(pathlib.Path(__file__).with_name("fashion_sample_100.py"))
+_METHODS = run_file(pathlib.Path(__file__).with_name("methods.py"))
+_WEIGHT_DECAYS = (1e-4, 5e-4, 2e-3)
+_FULL_RATE_CLASSIFIER = ("dropcov", "avesop")  # selected by fashion_sample_100.py
+
+STUDY = dataclasses.replace(
+    _FIXED.STUDY,
+    name="fashion_sample_100_weight_decay",
+    title="Fashion-MNIST, 4,500 training images, with tuned weight decay",
+    grids={
+        method: _METHODS.weight_decay_grid(
+            method, _WEIGHT_DECAYS, epochs=20, slow_classifier=method not in _FULL_RATE_CLASSIFIER
+        )
+        for method in _METHODS.LEARNING_CURVE
+    },
+    notes="""\
+The data and the split are those of the study of [4,500 training images](fashion_sample_100.md), where the weight decay
+is 10⁻⁴ for all methods. Here, it is chosen for each method, from 10⁻⁴, 5 · 10⁻⁴ and 2 · 10⁻³. The other hyperparameters
+of a method are those that were selected there.""",
+)
+get_config = _FIXED.get_config
