@@ -146,7 +146,7 @@ def test_documented_counts_of_the_program_for_a_gpu():
 def test_traffic_of_a_compiled_program_by_hand():
     program = jax.jit(jnp.matmul).lower(jnp.zeros((8, 4)), jnp.zeros((4, 2))).compile().as_text()
     assert program is not None
-    assert traffic(program) == Traffic(kernels=1, bytes=4 * (32 + 8 + 16))
+    assert traffic(program) == Traffic(kernels=1, num_bytes=4 * (32 + 8 + 16))
 
 
 def test_traffic_counts_tuples_and_repeated_operands_once_and_small_types_by_their_size():
@@ -164,7 +164,7 @@ ENTRY %main (a: bf16[8], b: pred[8]) -> bf16[8] {
   ROOT %c = bf16[8]{0} copy(%g), metadata={op_name="x(y)"}
 }
 """
-    assert traffic(program) == Traffic(kernels=2, bytes=(16 + 24 + 16 + 8) + (16 + 16))
+    assert traffic(program) == Traffic(kernels=2, num_bytes=(16 + 24 + 16 + 8) + (16 + 16))
 
 
 def test_compiling_for_a_gpu_without_its_plugin_says_what_to_install(monkeypatch):

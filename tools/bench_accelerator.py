@@ -57,8 +57,8 @@ SECONDS = 480  # time limit for one call
 _PRECISIONS = ("highest", "BF16_BF16_F32_X6", "BF16_BF16_F32_X3", "TF32_TF32_F32_X3", "TF32_TF32_F32")
 _DISPATCHES: tuple[Dispatch, ...] = ("gather", "group", "loop")
 _BFLOAT16 = {"compute_dtype": "bfloat16"}
-# name of a step → (configuration, batch, overrides); the PyTorch peer computes the first one. An empty dict of XLA's
-# options allows kernels that are not deterministic, and lets XLA select them by timing.
+# name of a step → (configuration, batch, overrides); the PyTorch peer computes the first one. `compiler_options`
+# replaces the options of `gmsop train`; {} allows kernels that are not deterministic, which XLA selects by timing.
 _STEPS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ResNet-18 GM-SOP": ("imagenet64_gmsop", 256, {}),
     "ResNet-18 GM-SOP, bfloat16": ("imagenet64_gmsop", 256, _BFLOAT16),

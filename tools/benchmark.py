@@ -12,7 +12,7 @@ ceilings (the fastest matrix product and a copy), divided by the median.
 `roots` compares the square root with those of other libraries that are installed. `accelerator` measures correctness,
 speed and memory on a GPU or TPU in at most 8 minutes; run it again to continue, or to repeat what failed. `lowering`
 and `compiled` measure nothing and need no GPU: the first counts products and copies in programs that JAX lowers for a
-GPU, and the second compiles training steps for an H100, and tells the memory and the memory traffic that XLA plans.
+GPU, and the second compiles training steps for an H100, and shows the memory that XLA plans and the memory traffic.
 """
 
 import argparse
@@ -66,11 +66,11 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="accelerator: tiny sizes, to try the tool on a CPU")
     options = parser.parse_args()
     if len(options.what) > 1 and set(_ALONE) & set(options.what):
-        parser.error(f"{', '.join(_ALONE)} can't be combined with other tables")
+        parser.error(f"{', '.join(_ALONE[:-1])} and {_ALONE[-1]} can't be combined with other tables")
     if options.what == ["accelerator"]:
         return measure_accelerator(options)
     if options.what[0] in ("lowering", "compiled"):
-        return count(options.what[0], options)
+        return show_programs(options.what[0], options)
     print(machine())
     results: dict[str, Any] = {}
     for kind in _KINDS if "all" in options.what else options.what:
@@ -111,8 +111,8 @@ def measure_accelerator(options: argparse.Namespace) -> None:
         write_section(options.docs, "accelerator", text)
 
 
-def count(what: str, options: argparse.Namespace) -> None:
-    """Prints the counts of programs for a GPU, `lowering` or `compiled`."""
+def show_programs(what: str, options: argparse.Namespace) -> None:
+    """Prints the table of `lowering` or `compiled`, which need no GPU."""
     if what == "lowering":
         rows = lowering_rows()
         text = lowering_table(rows)

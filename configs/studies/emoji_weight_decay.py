@@ -27,8 +27,8 @@ STUDY = dataclasses.replace(
         for method in _METHODS.LEARNING_CURVE
     },
     notes="""\
-The data, the classes and the split are those of the study of [emoji](emoji.md), where the weight decay is 10⁻⁴ for all
+The data, the classes and the split are those of the [study of emoji](emoji.md), where the weight decay is 10⁻⁴ for all
 methods. Here, it is chosen for each method, from 10⁻⁴, 5 · 10⁻⁴, 2 · 10⁻³ and 8 · 10⁻³. The other hyperparameters of a
-method are those that were selected there.""",
+method are those that were selected with the fixed weight decay.""",
 )
 get_config = _EMOJI.get_config

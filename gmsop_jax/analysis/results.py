@@ -396,22 +396,26 @@ def in_all(sizes: Mapping[int, Sequence[MethodResults]]) -> list[str]:
 
 
 def tuning(fixed: Sequence[MethodResults], tuned: Sequence[MethodResults]) -> str:
-    """Returns a Markdown table that compares a study with one that tunes another hyperparameter.
+    """Returns a Markdown table that compares a study with its repetition in which one more hyperparameter is chosen.
 
-    It contains the balanced errors in both studies, the choice, and the difference between the studies. The last column
-    is the difference from average pooling in the second study.
+    It contains the balanced errors in both studies, the choice, the difference between the studies, and the differences
+    from average pooling in each of them.
 
     Args:
       fixed: the methods of the first study, from `collect`.
-      tuned: those of the second one, where the tuned hyperparameter is the last assignment of each point.
+      tuned: those of the repetition, where the new hyperparameter is the last assignment of each point.
     """
-    lines = ["| method | fixed | tuned | choice | tuned − fixed | difference from gap, tuned |", "|---" * 6 + "|"]
-    for method in tuned:
-        before, gap = by_name(fixed).get(method.method), by_name(tuned).get("gap")
-        split, errors = next(iter(method.errors.items()))
-        old = spread(list(before.errors[split].values())) if before else "–"
-        change = interval(difference(method, before, split) if before else None)
-        against = interval(difference(method, gap, split) if gap and method is not gap else None)
-        choice = short_form(method.point[-1]).partition("=")[2]
-        lines.append(f"| {method.method} | {old} | {spread(list(errors.values()))} | {choice} | {change} | {against} |")
+    columns = "method", "fixed", "tuned", "chosen", "tuned − fixed", "difference from gap, fixed", "and tuned"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    before = by_name(fixed)
+    old_gap, new_gap = before.get("gap"), by_name(tuned).get("gap")
+    for new in tuned:
+        split, old = next(iter(new.errors)), before.get(new.method)
+        errors = [spread(list(method.errors[split].values())) if method else "–" for method in (old, new)]
+        deltas = [
+            interval(difference(one, other, split) if one and other and one is not other else None)
+            for one, other in ((new, old), (old, old_gap), (new, new_gap))
+        ]
+        chosen = short_form(new.point[-1]).partition("=")[2]
+        lines.append(f"| {' | '.join([new.method, *errors, chosen, *deltas])} |")
     return "\n".join([*lines, ""])

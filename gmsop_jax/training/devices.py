@@ -57,14 +57,14 @@ def keep_freed_memory() -> None:
     """Lets glibc keep freed blocks of up to 64 MiB for the next allocation.
 
     On a CPU, XLA allocates the temporary memory of a program in one block at each call. By default, glibc returns
-    blocks of more than 32 MiB to the operating system, which clears every page of the next one. Blocks of more than 64
-    MiB are always returned, because they do not fit into the heaps of glibc's threads.
+    blocks of more than 32 MiB to the operating system, which clears every page of the next one. The limit is 64 MiB
+    because larger blocks do not fit into the heaps of glibc's threads.
 
-    Has no effect with other C libraries, or if the environment configures glibc's allocator.
+    Has no effect with glibc before 2.35 or another C library, or if the environment configures glibc's allocator.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt, or under Windows no CDLL(None)
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 64 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 128 << 20)
+        if mallopt(_M_MMAP_THRESHOLD, 64 << 20):  # glibc before 2.35 refuses more than 32 MiB
+            mallopt(_M_TRIM_THRESHOLD, 128 << 20)

@@ -194,11 +194,37 @@ def test_table_of_a_tuned_hyperparameter():
         for tuned in (0, 1)
     ]
     fixed, tuned = results.collect(fixed_study, found[0]), results.collect(tuned_study, found[1])
-    assert results.tuning(fixed, tuned).splitlines()[2:] == [
-        "| gap | 21.00 ± 1.00 % | 21.00 ± 1.00 % | 0.0001 | +0.00 [+0.00, +0.00] | – |",
-        "| srsop | 20.00 ± 1.00 % | 18.77 ± 0.68 % | 0.002 | -1.23 [-2.24, -0.23] | -2.23 [-3.24, -1.23] |",
+    assert results.tuning(fixed, tuned).splitlines() == [
+        "| method | fixed | tuned | chosen | tuned − fixed | difference from gap, fixed | and tuned |",
+        "|---|---|---|---|---|---|---|",
+        "| gap | 21.00 ± 1.00 % | 21.00 ± 1.00 % | 0.0001 | +0.00 [+0.00, +0.00] | – | – |",
+        "| srsop | 20.00 ± 1.00 % | 18.77 ± 0.68 % | 0.002 | -1.23 [-2.24, -0.23] | -1.00 [-1.00, -1.00]"
+        " | -2.23 [-3.24, -1.23] |",
     ]
-    assert results.tuning(fixed[:1], tuned).splitlines()[-1].startswith("| srsop | – | 18.77 ± 0.68 % | 0.002 | – |")
+    alone = results.tuning(fixed[:1], tuned).splitlines()[-1]
+    assert alone == "| srsop | – | 18.77 ± 0.68 % | 0.002 | – | – | -2.23 [-3.24, -1.23] |"
+
+
+@pytest.mark.parametrize(
+    ("name", "earlier"),
+    [
+        ("emoji_vendors", "emoji"),
+        ("emoji_weight_decay", "emoji"),
+        ("fashion_mnist", "fashion_sample_100"),
+        ("fashion_sample_100_weight_decay", "fashion_sample_100"),
+    ],
+)
+def test_reused_rates_of_the_classifier_are_those_that_were_chosen(name, earlier):
+    def is_slow(point: tuple[str, ...]) -> bool:
+        return any(assignment.startswith("train.rate_factors") for assignment in point)
+
+    study, earlier_study = (load_study(ROOT / f"configs/studies/{one}.py") for one in (name, earlier))
+    assert study
+    assert earlier_study
+    chosen = results.by_name(results.collect(earlier_study, load_results(ROOT / "results" / earlier)))
+    assert {method: is_slow(points[0]) for method, points in study.grids.items()} == {
+        method: is_slow(chosen[method].point) for method in study.grids
+    }
 
 
 def test_a_study_chooses_on_val_and_measures_test_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
