@@ -1,5 +1,6 @@
 """Figures of results: the errors of the methods of a study, and comparisons of studies, as SVG files."""
 
+import math
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -69,10 +70,13 @@ def plot_gate(study: Study, results: Results, file: pathlib.Path) -> None:
 
 def plot_overview(collected: Mapping[str, Sequence[MethodResults]], file: pathlib.Path) -> None:
     """Draws the difference of each method from average pooling, with its 95 % interval, for each study."""
-    names = COMPARED[1:]
-    figure = Figure(figsize=(2 + 2.6 * len(collected), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(collected), sharey=True, squeeze=False)[0]
-    for axes, (title, results) in zip(panels, collected.items(), strict=True):
+    names, columns = COMPARED[1:], min(len(collected), 3)
+    rows = math.ceil(len(collected) / columns)
+    figure = Figure(figsize=(1.6 + 2.8 * columns, 0.4 + 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(collected) :]:
+        axes.set_visible(False)
+    for axes, (title, results) in zip(panels, collected.items(), strict=False):
         methods = by_name(results)
         for row, name in enumerate(reversed(names)):
             split = next(iter(methods["gap"].errors))
