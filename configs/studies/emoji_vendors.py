@@ -21,10 +21,7 @@ STUDY = dataclasses.replace(
     _EMOJI.STUDY,
     name="emoji_vendors",
     title="Emoji of a vendor whose drawings were not seen, at 64×64",
-    grids={
-        method: [_METHODS.first_point(method, epochs=10, slow_classifier=method in _SLOW_CLASSIFIER)]
-        for method in _METHODS.LEARNING_CURVE
-    },
+    grids=_METHODS.reused_grids(_SLOW_CLASSIFIER, epochs=10),
     data=[StudyData(f"emoji-64-without-{vendor}", "emoji", {"leave_out": vendor}) for vendor in _VENDORS],
     test_splits=("test",),
     seeds=(0, 1),

@@ -20,12 +20,7 @@ STUDY = dataclasses.replace(
     _EMOJI.STUDY,
     name="emoji_weight_decay",
     title="Emoji in three vendors' drawings at 64×64, with tuned weight decay",
-    grids={
-        method: _METHODS.weight_decay_grid(
-            method, _WEIGHT_DECAYS, epochs=10, slow_classifier=method in _SLOW_CLASSIFIER
-        )
-        for method in _METHODS.LEARNING_CURVE
-    },
+    grids=_METHODS.reused_grids(_SLOW_CLASSIFIER, epochs=10, weight_decays=_WEIGHT_DECAYS),
     notes="""\
 The data, the classes and the split are those of the [study of emoji](emoji.md), where the weight decay is 10⁻⁴ for all
 methods. Here, it is chosen for each method, from 10⁻⁴, 5 · 10⁻⁴, 2 · 10⁻³ and 8 · 10⁻³. The other hyperparameters of a

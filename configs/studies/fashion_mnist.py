@@ -18,10 +18,7 @@ _SLOW_CLASSIFIER = ("gap", "srsop", "gmsop", "gmsop_all_selected")  # selected b
 STUDY = Study(
     name="fashion_mnist",
     title="Fashion-MNIST, 54,000 training images",
-    grids={
-        method: [_METHODS.first_point(method, epochs=_EPOCHS, slow_classifier=method in _SLOW_CLASSIFIER)]
-        for method in _METHODS.LEARNING_CURVE
-    },
+    grids=_METHODS.reused_grids(_SLOW_CLASSIFIER, epochs=_EPOCHS),
     data=[StudyData("fashion-mnist-full", "fashion-mnist", {"val_fraction": 0.1})],
     notes="""\
 The network has the same backbone as the quickstart, with 16, 32 and 32 channels, and is trained for 5 epochs.

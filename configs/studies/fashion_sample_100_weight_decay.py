@@ -19,12 +19,7 @@ STUDY = dataclasses.replace(
     _FIXED.STUDY,
     name="fashion_sample_100_weight_decay",
     title="Fashion-MNIST, 4,500 training images, with tuned weight decay",
-    grids={
-        method: _METHODS.weight_decay_grid(
-            method, _WEIGHT_DECAYS, epochs=20, slow_classifier=method in _SLOW_CLASSIFIER
-        )
-        for method in _METHODS.LEARNING_CURVE
-    },
+    grids=_METHODS.reused_grids(_SLOW_CLASSIFIER, epochs=20, weight_decays=_WEIGHT_DECAYS),
     notes="""\
 The data and the split are those of the [study of 4,500 training images](fashion_sample_100.md), where the weight decay
 is 10⁻⁴ for all methods. Here, it is chosen for each method, from 10⁻⁴, 5 · 10⁻⁴ and 2 · 10⁻³. The grid has no larger

@@ -5,7 +5,7 @@ the stem has 8 channels and the strides are 4, 2 and 1 instead of 2, 2 and 1. Se
 they have 32 · 33 / 2 = 528 features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from gmsop_jax.config import ConfigDict, default_config
 from gmsop_jax.errors import ConfigError
@@ -101,9 +101,18 @@ def first_point(method: str, *, epochs: int, slow_classifier: bool) -> tuple[str
     return tenth if slow_classifier else full_rate
 
 
-def weight_decay_grid(
-    method: str, weight_decays: Sequence[float], *, epochs: int, slow_classifier: bool
-) -> list[tuple[str, ...]]:
-    """The first point of a method's grid with each of several weight decays."""
-    point = first_point(method, epochs=epochs, slow_classifier=slow_classifier)
-    return [(*point, f"train.weight_decay={weight_decay}") for weight_decay in weight_decays]
+def reused_grids(
+    slow_classifier: Collection[str], *, epochs: int, weight_decays: Sequence[float] = ()
+) -> dict[str, list[tuple[str, ...]]]:
+    """Grids of one point for the methods of `LEARNING_CURVE`, with the choices of another study.
+
+    Args:
+      slow_classifier: the methods for which that study chose a tenth of the learning rate for the classifier.
+      epochs: number of epochs, over which the rates decay.
+      weight_decays: values to choose from in addition; each makes a point.
+    """
+    grids = {}
+    for method in LEARNING_CURVE:
+        point = first_point(method, epochs=epochs, slow_classifier=method in slow_classifier)
+        grids[method] = [(*point, f"train.weight_decay={value}") for value in weight_decays] or [point]
+    return grids
